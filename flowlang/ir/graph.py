@@ -1,0 +1,214 @@
+"""The typed graph: a networkx multi-digraph whose nodes are ops applied to ordered inputs.
+
+Node ids grow in the order of creation and inputs exist before their users, so the order of ids is
+a topological order. A `Region` is a graph with inputs and outputs: one distinct instantiation of a
+declaration. Equal instances share one region, and nodes refer to it by `call` and `repeat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+
+from flowlang.ir.types import TensorType, TupleType, Type
+from flowlang.source import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    id: int
+    op: str
+    inputs: tuple[int, ...]
+    type: Type
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    span: Span | None = None
+    label: str | None = None  # the name it has in the spec
+    batched: bool = True  # varies from sample to sample
+
+    @property
+    def tensor(self) -> TensorType:
+        assert isinstance(self.type, TensorType), f"{self.op} has a tuple type"
+        return self.type
+
+
+class Graph:
+    """Append-only; passes build new graphs."""
+
+    def __init__(self) -> None:
+        self.nx: nx.MultiDiGraph[int] = nx.MultiDiGraph()
+        self._nodes: dict[int, Node] = {}
+
+    def add(
+        self,
+        op: str,
+        inputs: tuple[int, ...],
+        type: Type,
+        attrs: Mapping[str, Any] | None = None,
+        *,
+        span: Span | None = None,
+        label: str | None = None,
+        batched: bool | None = None,
+    ) -> Node:
+        if batched is None:
+            batched = any(self._nodes[i].batched for i in inputs)
+        node = Node(len(self._nodes), op, inputs, type, dict(attrs or {}), span, label, batched)
+        self._nodes[node.id] = node
+        self.nx.add_node(node.id, node=node)
+        for slot, source in enumerate(inputs):
+            self.nx.add_edge(source, node.id, key=slot)
+        return node
+
+    def relabel(self, id: int, label: str) -> None:
+        """Gives a node the name under which the spec binds it (the first name stays)."""
+        old = self._nodes[id]
+        if old.label is None:
+            node = Node(old.id, old.op, old.inputs, old.type, old.attrs, old.span, label, old.batched)
+            self._nodes[id] = node
+            self.nx.nodes[id]["node"] = node
+
+    def __getitem__(self, id: int) -> Node:
+        return self._nodes[id]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def operands(self, node: Node) -> list[Node]:
+        return [self._nodes[i] for i in node.inputs]
+
+    def users(self, id: int) -> list[tuple[Node, int]]:
+        """(user, slot) pairs in the order of creation."""
+        return sorted(
+            ((self._nodes[v], slot) for _, v, slot in self.nx.out_edges(id, keys=True)),
+            key=lambda pair: (pair[0].id, pair[1]),
+        )
+
+    def reachable(self, roots: list[int]) -> set[int]:
+        """All nodes that the roots need, roots included."""
+        seen: set[int] = set()
+        stack = list(roots)
+        while stack:
+            i = stack.pop()
+            if i not in seen:
+                seen.add(i)
+                stack.extend(self._nodes[i].inputs)
+        return seen
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """A value that leaves a bijector under its own distribution: log p(value | arguments)."""
+
+    value: int
+    distribution: str  # key of ir.distributions
+    arguments: tuple[tuple[str, int], ...]
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A draw inside a bijector: an input node `value` with its distribution; −log q is scored."""
+
+    value: int
+    distribution: str
+    arguments: tuple[tuple[str, int], ...]
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDistribution:
+    """The base of a flow: a distribution of ir.distributions with its arguments as graph values."""
+
+    distribution: str
+    arguments: tuple[tuple[str, int], ...]
+    span: Span | None = None
+
+
+@dataclass(eq=False)
+class Child:
+    """A sub-instance of a region.
+
+    `shared` False: the region makes and owns it. True: its caller hands it in (a network argument
+    that has a name outside); the region only refers to it. `bindings` say, for each shared child of
+    `region`, which child of THIS region is handed to it.
+    """
+
+    name: str
+    region: Region
+    shared: bool = False
+    bindings: dict[str, str] = field(default_factory=dict)
+    count: int = 1  # more than one: a list of equal copies, run by a `repeat` node
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A hand-given rule (`def inverse`, `def log_det`): its inputs and outputs in the region's graph."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    exactness: str = "exact"  # exact | estimate | bound | ratio
+    span: Span | None = None
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of a chain as the spec lists it: the chain value before and after it, and its text."""
+
+    label: str
+    before: int
+    after: int
+    count: int = 1  # of a `repeat`
+    inner: Region | None = None
+    span: Span | None = None
+
+
+@dataclass(eq=False)
+class Region:
+    """A graph with inputs and outputs; one module class in generated code."""
+
+    name: str
+    kind: str  # bijector | net | norm | flow | chain | ...
+    graph: Graph
+    inputs: list[int] = field(default_factory=list)  # mapped tensors, in order (op `input`, role "map")
+    context: list[int] = field(default_factory=list)  # op `input`, role "context"
+    outputs: list[int] = field(default_factory=list)
+    emissions: list[Emission] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    children: dict[str, Child] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)  # chains only
+    span: Span | None = None
+    doc: str | None = None
+    rules: dict[str, Rule] = field(default_factory=dict)  # "inverse", "log_det"
+    signature: str = ""  # the instantiation in the spec's words, for comments
+    base: BaseDistribution | None = None  # flows
+    broken: bool = False  # a diagnostic was reported while it was made
+    library: bool = False
+
+    def input_types(self) -> list[TensorType]:
+        return [self.graph[i].tensor for i in self.inputs]
+
+    def output_types(self) -> list[TensorType]:
+        return [self.graph[i].tensor for i in self.outputs]
+
+    def walk(self) -> Iterator[Region]:
+        """This region and every distinct one below it, children first."""
+        seen: set[int] = set()
+
+        def visit(region: Region) -> Iterator[Region]:
+            if id(region) in seen:
+                return
+            seen.add(id(region))
+            for child in region.children.values():
+                yield from visit(child.region)
+            yield region
+
+        yield from visit(self)
+
+
+def result_types(type: Type) -> tuple[TensorType, ...]:
+    return type.items if isinstance(type, TupleType) else (type,)
