@@ -102,10 +102,13 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class Emission:
-    """A value that leaves a bijector under its own distribution: log p(value | arguments)."""
+    """A value that leaves a bijector under its own distribution: log p(value | arguments).
+
+    `distribution` is a key of ir.distributions; None where a called region scores it itself.
+    """
 
     value: int
-    distribution: str  # key of ir.distributions
+    distribution: str | None
     arguments: tuple[tuple[str, int], ...]
     span: Span | None = None
 

@@ -109,3 +109,8 @@ class TupleType:
 
 
 Type = TensorType | TupleType
+
+
+def result_axes(type: Type, index: int = 0) -> tuple[Axis, ...]:
+    """The axes of one result."""
+    return type.items[index].axes if isinstance(type, TupleType) else type.axes

@@ -1,0 +1,680 @@
+"""A declaration's body under construction: scopes, expressions and statements become graph nodes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from flowlang import limits
+from flowlang.diagnostics import Diagnostic, Label
+from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.calls import apply, make_call
+from flowlang.elaborate.scope import ModuleScope, did_you_mean
+from flowlang.elaborate.types import evaluate_type
+from flowlang.elaborate.values import (
+    ABSENT,
+    POISON,
+    Absent,
+    AppliedBuiltin,
+    Bracketed,
+    Builtin,
+    BuiltinNet,
+    Declared,
+    DistributionValue,
+    Instance,
+    Local,
+    Option,
+    Pending,
+    Poison,
+    RangeValue,
+    Static,
+    Tensor,
+    Tuple,
+    TypeSpec,
+    describe,
+)
+from flowlang.ir.build import Builder
+from flowlang.ir.graph import Child, Graph, Region
+from flowlang.ir.ops.base import OpProblem
+from flowlang.ir.types import Axis, TensorType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.elaborator import Elaborator
+
+ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow"}
+COMPARE = {"==": "eq", "!=": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
+
+
+class Fail(Exception):
+    """Ends the evaluation of one expression; the diagnostic is reported where it is caught."""
+
+    def __init__(self, diagnostic: Diagnostic):
+        super().__init__(diagnostic.message)
+        self.diagnostic = diagnostic
+
+
+class Body:
+    """Names, axes and the graph of one region (or of a `repeat` body, whose parent it may capture from)."""
+
+    def __init__(
+        self,
+        elab: Elaborator,
+        region: Region,
+        module: ModuleScope,
+        *,
+        parent: Body | None = None,
+        anchor: Span | None = None,
+    ):
+        self.elab = elab
+        self.region = region
+        self.graph: Graph = region.graph
+        self.b = Builder(region.graph)
+        self.module = module
+        self.parent = parent
+        self.anchor = anchor  # the user's call that led into library text
+        self.names: dict[str, Any] = {}
+        self.axes: dict[str, int] = dict(parent.axes) if parent else {}
+        self.rest: tuple[Axis, ...] = parent.rest if parent else ()
+        self.result_spec: list[TypeSpec] = []
+        self.captures: dict[int, int] = {}  # outer node id -> input node id here
+        self.captured_instances: dict[int, tuple[Instance, Instance]] = {}
+        self.used: set[str] = set()
+        self.bound_spans: dict[str, Span] = {}
+        self.chain_value: Tensor | None = None
+        self.outer_axes: set[str] | None = None  # shared axes that an enclosing reduction removes; None: no licence
+        self.outer_typed = False
+        self.depth = 0
+
+    # ---- errors ---------------------------------------------------------------------------------
+
+    def fail(
+        self,
+        code: str,
+        message: str,
+        span: Span,
+        *,
+        suggestion: str | None = None,
+        notes: tuple[str, ...] = (),
+        labels: tuple[Label, ...] = (),
+    ) -> Fail:
+        return Fail(self.diagnostic(code, message, span, suggestion=suggestion, notes=notes, labels=labels))
+
+    def diagnostic(
+        self,
+        code: str,
+        message: str,
+        span: Span,
+        *,
+        suggestion: str | None = None,
+        notes: tuple[str, ...] = (),
+        labels: tuple[Label, ...] = (),
+        severity: str = "error",
+    ) -> Diagnostic:
+        if span.source.library and self.anchor is not None:
+            notes = (*notes, f"this arose inside `{self.region.name}` of the library")
+            span = self.anchor
+        return Diagnostic(code, message, span, severity, labels, notes, suggestion)  # type: ignore[arg-type]
+
+    def report(self, diagnostic: Diagnostic) -> None:
+        if diagnostic.severity == "error":
+            self.region.broken = True
+        self.elab.report.add(diagnostic)
+
+    # ---- names ----------------------------------------------------------------------------------
+
+    def lookup(self, name: str, span: Span) -> Any:
+        value = self.find(name)
+        if value is not None:
+            return value
+        if name in self.axes:
+            return self.axes[name]
+        if name in self.module.names:
+            self.elab.used_names.add((id(self.module), name))
+            return self.module.names[name]
+        if name in self.module.broken:
+            self.region.broken = True
+            return POISON
+        value = self.elab.global_name(name)
+        if value is not None:
+            return value
+        raise self.fail(
+            "FL0201",
+            f"unknown name `{name}`",
+            span,
+            suggestion=did_you_mean(name, self.visible_names()),
+        )
+
+    def find(self, name: str) -> Any:
+        """A name bound here or in an enclosing body (captured when it is a tensor or an instance)."""
+        if name in self.names:
+            self.used.add(name)
+            return self.names[name]
+        if self.parent is not None:
+            outer = self.parent.find(name)
+            return None if outer is None else self.capture(outer, name)
+        return None
+
+    def visible_names(self) -> set[str]:
+        names = set(self.names) | set(self.axes) | set(self.module.names) | self.elab.global_names()
+        if self.parent is not None:
+            names |= self.parent.visible_names()
+        return names
+
+    def capture(self, value: Any, name: str | None = None) -> Any:
+        """Brings an outer value into this body: tensors become inputs, instances become shared children."""
+        if isinstance(value, Tensor) and value.body is not self:
+            if self.parent is not None and value.body is not self.parent:
+                value = self.parent.capture(value, name)
+            if value.id not in self.captures:
+                outer = value.body.graph[value.id]
+                self.captures[value.id] = self.b.leaf(
+                    "input", outer.type, batched=outer.batched, span=outer.span, label=name or outer.label,
+                    name=name or outer.label or f"captured{len(self.captures)}", role="context",
+                )  # fmt: skip
+            return Tensor(self.captures[value.id], self)
+        if isinstance(value, Instance) and value.owner is not None and value.owner is not self:
+            if self.parent is not None and value.owner is not self.parent:
+                value = self.parent.capture(value, name)
+            return self.import_shared(value, value.name or name or "net")
+        if isinstance(value, Tuple):
+            return Tuple(tuple(self.capture(v) for v in value.items))
+        if isinstance(value, list):
+            return [self.capture(v) for v in value]
+        return value
+
+    def import_shared(self, outer: Instance, name: str) -> Instance:
+        if id(outer) not in self.captured_instances:
+            inner = Instance(
+                outer.target, outer.arguments, outer.span, outer.axes, owner=self, label=outer.label,
+                name=self.fresh_child_name(name), inverted=outer.inverted,
+            )  # fmt: skip
+            inner.shared = True  # type: ignore[attr-defined]
+            self.captured_instances[id(outer)] = (inner, outer)
+        return self.captured_instances[id(outer)][0]
+
+    def fresh_child_name(self, base: str) -> str:
+        taken = set(self.region.children) | {i.name for i, _ in self.captured_instances.values()} | self.reserved
+        name, n = base, 1
+        while name in taken:
+            n += 1
+            name = f"{base}_{n}"
+        self.reserved.add(name)
+        return name
+
+    @property
+    def reserved(self) -> set[str]:
+        if not hasattr(self, "_reserved"):
+            self._reserved: set[str] = set()
+        return self._reserved
+
+    def adopt(self, inst: Instance, region: Region, span: Span) -> Child:
+        """The child entry of an instance, made at its first sized use and checked at later ones."""
+        if inst.owner is None:
+            inst.owner = self
+        if inst.name is None:
+            inst.name = self.fresh_child_name(inst.label or inst.target.name)
+        shared = bool(getattr(inst, "shared", False))
+        known = self.region.children.get(inst.name)
+        if known is not None:
+            if known.region is not region:
+                raise self.fail(
+                    "FL0301",
+                    f"`{inst.label or inst.name}` is one network, and is used here with other sizes than before",
+                    span,
+                    notes=(f"before: {known.region.signature}", f"here: {region.signature}"),
+                    suggestion=f"make a second instance, as in `{inst.target.name}(...)`, for the other sizes",
+                )
+            return known
+        bindings = {} if shared else self.bind_shared(inst, region, span)
+        child = Child(inst.name, region, shared, bindings)
+        self.region.children[inst.name] = child
+        return child
+
+    def bind_shared(self, inst: Instance, region: Region, span: Span) -> dict[str, str]:
+        """For each shared child that `region` expects, the child of this body that it gets."""
+        bindings: dict[str, str] = {}
+        given = self.elab.shared_arguments(inst)
+        for name, child in region.children.items():
+            if child.shared:
+                outer = given.get(name)
+                if outer is None:
+                    continue
+                outer = self.capture(outer)
+                bindings[name] = self.adopt(outer, child.region, span).name
+        return bindings
+
+    # ---- expressions ----------------------------------------------------------------------------
+
+    def ev(self, expr: tree.Expr) -> Any:
+        """The value of an expression; POISON after a reported error."""
+        self.depth += 1
+        try:
+            if self.depth > limits.EXPRESSION_DEPTH:
+                raise self.fail("FL0901", "expression nested too deeply: limit reached", expr.span)
+            return self._ev(expr)
+        except Fail as e:
+            self.report(e.diagnostic)
+            return POISON
+        except Poisoned:
+            return POISON
+        except OpProblem as e:
+            self.report(self.diagnostic(e.code, e.message, expr.span, suggestion=e.suggestion, notes=e.notes))
+            return POISON
+        finally:
+            self.depth -= 1
+
+    def _ev(self, expr: tree.Expr) -> Any:
+        match expr:
+            case tree.Name():
+                return self.lookup(expr.id, expr.span)
+            case tree.Number():
+                return expr.value
+            case tree.String():
+                return expr.value
+            case tree.Unary():
+                return self.unary(expr)
+            case tree.Binary(op="|>"):
+                return self.pipe(expr)
+            case tree.Binary():
+                return self.binary(expr)
+            case tree.Attribute():
+                return self.attribute(expr)
+            case tree.Call():
+                return make_call(self, expr)
+            case tree.Brackets():
+                return self.brackets(expr)
+            case tree.Paren():
+                return self.paren(expr)
+            case tree.ListExpr():
+                values = [self.ev(e) for e in expr.items]
+                return POISON if any(isinstance(v, Poison) for v in values) else values
+            case tree.Comprehension():
+                return self.comprehension(expr)
+            case tree.Range():
+                start = self.static_int(expr.start) if expr.start is not None else None
+                stop = self.static_int(expr.stop) if expr.stop is not None else None
+                return RangeValue(start, stop)
+            case tree.Ellipsis():
+                raise self.fail("FL0307", "`..` stands for axes and has no value here", expr.span)
+            case _:
+                raise self.fail("FL0306", "this is a type, where a value is needed", expr.span)
+
+    def tensor(self, value: Any, span: Span) -> int:
+        """The node id of a value used as a tensor (numbers become constants)."""
+        if isinstance(value, Pending):
+            if value.fallback is not None:
+                return self.tensor(value.fallback(), span)
+            raise self.fail(
+                "FL0304",
+                f"the output size of `{value.name}` is open",
+                value.span,
+                suggestion="declare the result where it is bound, as in `h: R[D] = net(x)`",
+            )
+        if isinstance(value, Tensor):
+            return value.id if value.body is self else self.capture(value).id
+        if isinstance(value, bool | int | float):
+            return self.b.const(value)
+        if isinstance(value, Absent):
+            raise self.fail(
+                "FL0309", "an absent optional value is used here", span, suggestion="guard it with `if present(..)`"
+            )
+        if isinstance(value, Poison):
+            raise Poisoned
+        raise self.fail("FL0306", f"a tensor is needed here, and this is {describe(value)}", span)
+
+    def wrap(self, id: int) -> Tensor:
+        return Tensor(id, self)
+
+    def node(self, op: str, *inputs: int, span: Span | None = None, **attrs: Any) -> Tensor:
+        return Tensor(self.b.op(op, *inputs, span=span, **attrs), self)
+
+    def unary(self, expr: tree.Unary) -> Any:
+        value = self.ev(expr.operand)
+        if isinstance(value, Poison):
+            return POISON
+        if expr.op == "not":
+            if isinstance(value, bool):
+                return not value
+            return self.node("not", self.tensor(value, expr.operand.span), span=expr.span)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value
+        if isinstance(value, Pending):
+            return self.later(value, lambda v: self.node("neg", self.tensor(v, expr.span), span=expr.span))
+        return self.node("neg", self.tensor(value, expr.operand.span), span=expr.span)
+
+    def later(self, pending: Pending, f: Any) -> Pending:
+        """An elementwise function of an open network result stays open."""
+        fallback = pending.fallback
+        return Pending(
+            lambda wanted: [f(v) for v in pending.resolve(wanted)],
+            pending.span,
+            pending.name,
+            None if fallback is None else (lambda: f(fallback())),
+        )
+
+    def binary(self, expr: tree.Binary) -> Any:
+        # Long chains `a + b + c ...` lean left: walk them with a loop, not by recursion.
+        chain: list[tree.Binary] = []
+        e: tree.Expr = expr
+        while isinstance(e, tree.Binary) and e.op != "|>":
+            chain.append(e)
+            e = e.left
+        value = self.ev(e)
+        left_span = e.span
+        for node in reversed(chain):
+            right = self.ev(node.right)
+            try:
+                value = self.binary_values(node, value, right, left_span)
+            except Poisoned:
+                value = POISON
+            left_span = node.span
+        return value
+
+    def binary_values(self, expr: tree.Binary, left: Any, right: Any, left_span: Span) -> Any:
+        if isinstance(left, Poison) or isinstance(right, Poison):
+            return POISON
+        op = expr.op
+        if is_static(left) and is_static(right):
+            return self.static_binary(expr, left, right)
+        if op in ("and", "or"):
+            return self.node(
+                op, self.tensor(left, left_span), self.tensor(right, expr.right.span), span=expr.span
+            )
+        name = ARITHMETIC.get(op) or COMPARE[op]
+        # An open network result takes the other operand's type in a sum, and stays open beside a number.
+        if isinstance(left, Pending) or isinstance(right, Pending):
+            if isinstance(left, Pending) and isinstance(right, Pending):
+                both_l, both_r = left, right
+                return Pending(
+                    lambda wanted: [
+                        self.combine(name, a, b, expr)
+                        for a, b in zip(both_l.resolve(wanted), both_r.resolve(wanted), strict=True)
+                    ],
+                    expr.span,
+                    both_l.name,
+                )
+            pending, other = (left, right) if isinstance(left, Pending) else (right, left)
+            assert isinstance(pending, Pending)
+            first = pending is left
+            if isinstance(other, Tensor) and op in ("+", "-"):
+                value = pending.resolve([other.type])[0]
+                if isinstance(value, Poison):
+                    return POISON
+                return self.combine(name, value if first else other, other if first else value, expr)
+            if is_static(other) or (isinstance(other, Tensor) and not other.type.axes):
+                return self.later(pending, lambda v: self.combine(name, v if first else other, other if first else v, expr))
+            value = Tensor(self.tensor(pending, pending.span), self)
+            left, right = (value, other) if first else (other, value)
+        return self.combine(name, left, right, expr)
+
+    def combine(self, name: str, left: Any, right: Any, expr: tree.Binary) -> Any:
+        if isinstance(left, Poison) or isinstance(right, Poison):
+            return POISON
+        a, b = self.tensor(left, expr.left.span), self.tensor(right, expr.right.span)
+        self.check_axes(a, b, expr)
+        return self.node(name, a, b, span=expr.span)
+
+    def check_axes(self, a: int, b: int, expr: tree.Binary) -> None:
+        """Sizes agree by name; operands that each lack an axis of the other need a licence."""
+        ta, tb = self.b.type(a), self.b.type(b)
+        for axis in ta.axes:
+            if tb.has(axis.name) and tb.size(axis.name) != axis.size:
+                raise self.fail(
+                    "FL0301",
+                    f"axis `{axis.name}` has size {axis.size} on the left and {tb.size(axis.name)} on the right",
+                    expr.span,
+                    notes=(f"left: `{ta}`", f"right: `{tb}`"),
+                    suggestion=f"rename one of them, as in `x[{axis.name} -> E]`, if they are different axes",
+                )
+        only_a = [n for n in ta.names if not tb.has(n)]
+        only_b = [n for n in tb.names if not ta.has(n)]
+        if only_a and only_b and not self.outer_typed:
+            shared = {n for n in ta.names if tb.has(n)}
+            if not (self.outer_axes and shared & self.outer_axes):
+                raise self.fail(
+                    "FL0303",
+                    f"the operands have unrelated axes: `{only_a[0]}` on the left, `{only_b[0]}` on the right",
+                    expr.span,
+                    notes=(f"left: `{ta}`", f"right: `{tb}`"),
+                    suggestion="write the result's type where it is bound to ask for an outer product, or rename an axis",
+                )
+
+    def static_binary(self, expr: tree.Binary, a: Any, b: Any) -> Any:
+        op = expr.op
+        try:
+            match op:
+                case "and":
+                    return bool(a) and bool(b)
+                case "or":
+                    return bool(a) or bool(b)
+                case "==" | "!=":
+                    same = (a.word if isinstance(a, Option) else a) == (b.word if isinstance(b, Option) else b)
+                    return same if op == "==" else not same
+            if not all(isinstance(v, int | float) for v in (a, b)):
+                if op == "+" and isinstance(a, list) and isinstance(b, list):
+                    return a + b
+                raise self.fail("FL0306", f"`{op}` does not apply to {describe(a)} and {describe(b)}", expr.span)
+            match op:
+                case "+":
+                    value = a + b
+                case "-":
+                    value = a - b
+                case "*":
+                    value = a * b
+                case "/":
+                    value = a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
+                case "^":
+                    if isinstance(a, int) and isinstance(b, int) and (abs(b) > 64 and abs(a) > 1):
+                        raise OverflowError
+                    value = a**b
+                case "<":
+                    return a < b
+                case "<=":
+                    return a <= b
+                case ">":
+                    return a > b
+                case _:
+                    return a >= b
+        except ZeroDivisionError:
+            raise self.fail("FL0305", "division by zero in a constant", expr.span) from None
+        except OverflowError:
+            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span) from None
+        if isinstance(value, complex):
+            raise self.fail("FL0305", "this power is not a real number", expr.span)
+        if isinstance(value, int) and abs(value) > limits.INTEGER:
+            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.fail("FL0901", "this number exceeds the limit of a float", expr.span)
+        return value
+
+    def pipe(self, expr: tree.Binary) -> Any:
+        left = self.ev(expr.left)
+        fn = self.ev(expr.right)
+        if isinstance(left, Poison) or isinstance(fn, Poison):
+            return POISON
+        if isinstance(left, Pending) and isinstance(fn, Builtin):
+            return self.later(left, lambda v: apply(self, fn, [v], {}, expr.span))
+        return apply(self, fn, [left], {}, expr.span, arg_spans=[expr.left.span])
+
+    def attribute(self, expr: tree.Attribute) -> Any:
+        value = self.ev(expr.value)
+        if isinstance(value, Poison):
+            return POISON
+        if isinstance(value, Tensor):
+            t = value.type
+            if t.has(expr.name):
+                return t.size(expr.name)
+            if expr.name == "rank":
+                return t.rank
+            raise self.fail(
+                "FL0302",
+                f"this value has no axis `{expr.name}`; its axes are {axis_words(t)}",
+                expr.span,
+                suggestion=did_you_mean(expr.name, t.names),
+            )
+        if isinstance(value, ModuleScope):
+            if expr.name in value.names:
+                return value.names[expr.name]
+            raise self.fail(
+                "FL0201", f"unknown name `{expr.name}`", expr.span, suggestion=did_you_mean(expr.name, value.names)
+            )
+        if isinstance(value, Instance) and expr.name in value.arguments:
+            return value.arguments[expr.name]
+        raise self.fail("FL0306", f"{describe(value)} has no part `{expr.name}`", expr.span)
+
+    def brackets(self, expr: tree.Brackets) -> Any:
+        value = self.ev(expr.value)
+        if isinstance(value, Poison):
+            return POISON
+        if isinstance(value, Pending):
+            value = Tensor(self.tensor(value, expr.value.span), self)
+        if isinstance(value, Tensor):
+            return axis_rules.index_tensor(self, self.capture(value), expr.items)
+        if isinstance(value, list):
+            return self.index_list(value, expr)
+        if isinstance(value, Declared | Instance | Builtin | BuiltinNet | AppliedBuiltin):
+            return Bracketed(value, expr.items, expr.span)
+        raise self.fail("FL0306", f"brackets do not apply to {describe(value)}", expr.span)
+
+    def index_list(self, values: list[Any], expr: tree.Brackets) -> Any:
+        if len(expr.items) != 1 or expr.items[0].left is None:
+            raise self.fail("FL0307", "a list takes one index", expr.span)
+        index = self.ev(expr.items[0].left)
+        if isinstance(index, Poison):
+            return POISON
+        if isinstance(index, RangeValue):
+            return values[index.start : index.stop]
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise self.fail("FL0305", f"a list index is a whole number, and this is {describe(index)}", expr.span)
+        if not -len(values) <= index < len(values):
+            raise self.fail("FL0307", f"index {index} is outside a list of {len(values)}", expr.span)
+        return values[index]
+
+    def paren(self, expr: tree.Paren) -> Any:
+        if len(expr.items) == 1:
+            item = expr.items[0]
+            if item.left is None or item.eq is not None or item.arrow is not None:
+                raise self.fail("FL0307", "axes have no value here", expr.span)
+            if item.type is not None:
+                return self.typed(item.left, [item.type])[0]
+            return self.ev(item.left)
+        values = tuple(self.ev(i.left) for i in expr.items if i.left is not None)
+        return POISON if any(isinstance(v, Poison) for v in values) else Tuple(values)
+
+    def comprehension(self, expr: tree.Comprehension) -> Any:
+        out: list[Any] = []
+        saved = {n: self.names.get(n) for n in expr.names}
+        for value in self.iterate(expr.iterable):
+            self.bind_loop(expr.names, value, expr.span)
+            if expr.condition is None or self.static_bool(expr.condition):
+                out.append(self.ev(expr.value))
+        for n, v in saved.items():
+            if v is None:
+                self.names.pop(n, None)
+            else:
+                self.names[n] = v
+        return POISON if any(isinstance(v, Poison) for v in out) else out
+
+    def bind_loop(self, names: tuple[str, ...], value: Any, span: Span) -> None:
+        if len(names) == 1:
+            self.names[names[0]] = value
+            self.used.add(names[0])
+            return
+        items = value.items if isinstance(value, Tuple) else value if isinstance(value, list) else ()
+        if len(items) != len(names):
+            raise self.fail("FL0306", f"{len(names)} names for {describe(value)}", span)
+        for n, v in zip(names, items, strict=True):
+            self.names[n] = v
+            self.used.add(n)
+
+    def iterate(self, expr: tree.Expr) -> list[Any]:
+        value = self.ev(expr)
+        if isinstance(value, Poison):
+            raise Poisoned
+        if isinstance(value, RangeValue):
+            if value.stop is None:
+                raise self.fail("FL0305", "this range has no end", expr.span)
+            start = value.start or 0
+            if value.stop - start > limits.LIST_ITEMS:
+                raise self.fail(
+                    "FL0901", f"{value.stop - start} rounds exceed the limit of {limits.LIST_ITEMS}", expr.span
+                )
+            return list(range(start, value.stop))
+        if isinstance(value, list):
+            return value
+        raise self.fail("FL0305", f"a range or a list is needed here, and this is {describe(value)}", expr.span)
+
+    # ---- static values --------------------------------------------------------------------------
+
+    def static_int(self, expr: tree.Expr) -> int:
+        value = self.ev(expr)
+        if isinstance(value, Poison):
+            raise Poisoned
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.fail("FL0305", f"a whole number is needed here, and this is {describe(value)}", expr.span)
+        return value
+
+    def static_bool(self, expr: tree.Expr) -> bool:
+        value = self.ev(expr)
+        if isinstance(value, Poison):
+            raise Poisoned
+        if not isinstance(value, bool):
+            raise self.fail(
+                "FL0305",
+                f"`if` chooses by a static value, and this is {describe(value)}",
+                expr.span,
+                suggestion="use `where(condition, a, b)` for a choice that depends on data",
+            )
+        return value
+
+    # ---- typed values ---------------------------------------------------------------------------
+
+    def typed(self, expr: tree.Expr, types: list[tree.Expr]) -> list[Any]:
+        """The value of an expression whose result types are written."""
+        specs = [evaluate_type(self, t) for t in types]
+        for s, t in zip(specs, types, strict=True):
+            if isinstance(s, Static):
+                raise self.fail("FL0306", f"`{s.name}` is not a tensor type", t.span)
+        wanted = [s for s in specs if isinstance(s, TypeSpec)]
+        saved = self.outer_typed
+        self.outer_typed = True
+        try:
+            value = self.ev(expr)
+        finally:
+            self.outer_typed = saved
+        return self.fit(value, wanted, expr.span)
+
+    def fit(self, value: Any, wanted: list[TypeSpec], span: Span) -> list[Any]:
+        """Values brought to declared types: open networks are sized, axes checked and ordered."""
+        if isinstance(value, Poison):
+            return [POISON] * len(wanted)
+        if isinstance(value, Pending):
+            return value.resolve(list(wanted))
+        values = list(value.items) if isinstance(value, Tuple) else [value]
+        if len(values) != len(wanted):
+            raise self.fail("FL0308", f"{len(wanted)} types for {len(values)} values", span)
+        return [axis_rules.conform(self, v, w, span) for v, w in zip(values, wanted, strict=True)]
+
+    def record_axes(self, spec: TypeSpec) -> None:
+        for name, size in spec.axes:
+            if size is not None:
+                self.axes.setdefault(name, size)
+
+
+class Poisoned(Exception):
+    """A value that is already in error was needed."""
+
+
+def is_static(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | list | Option | Absent)
+
+
+def axis_words(t: TensorType) -> str:
+    return ", ".join(f"`{n}`" for n in t.names) or "none"
+
+
+__all__ = ["ABSENT", "Body", "DistributionValue", "Fail", "Local", "Poisoned", "axis_words", "is_static"]

@@ -1,0 +1,619 @@
+"""Functions of the language that are ops, or that make structure: nothing here knows a library entry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.calls import Arguments, apply
+from flowlang.elaborate.networks import NETWORKS
+from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.values import (
+    ABSENT,
+    POISON,
+    Absent,
+    AppliedBuiltin,
+    Bracketed,
+    Builtin,
+    Declared,
+    DistributionValue,
+    Instance,
+    Pending,
+    Poison,
+    Tensor,
+    Tuple,
+    describe,
+)
+from flowlang.ir.distributions import DISTRIBUTIONS
+from flowlang.ir.types import TensorType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+
+Fn = Callable[["Body", Arguments], Any]
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+
+def span(args: Arguments) -> Span:
+    assert args.span is not None
+    return args.span
+
+
+def expect(body: Body, args: Arguments, name: str, least: int, most: int | None = None, words: tuple[str, ...] = ()) -> None:
+    """Counts positional arguments and refuses unknown keywords."""
+    for k in args.keywords:
+        if k not in words:
+            raise body.fail(
+                "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
+                suggestion=did_you_mean(k, words) if words else None,
+            )  # fmt: skip
+    most = least if most is None else most
+    if not least <= len(args.positional) <= most:
+        wanted = str(least) if least == most else f"{least} to {most}"
+        raise body.fail("FL0203", f"`{name}` takes {wanted} values, and gets {len(args.positional)}", span(args))
+
+
+def axis_list(body: Body, args: Arguments) -> list[str]:
+    return [axis_rules.axis_name(body, i) for i in args.axes]
+
+
+def one_axis(body: Body, args: Arguments, t: TensorType, name: str) -> str:
+    names = axis_list(body, args)
+    if not names and t.rank == 1:
+        return t.names[0]
+    if len(names) != 1:
+        raise body.fail(
+            "FL0307", f"`{name}` works along one axis, and it must be named", span(args),
+            suggestion=f"as in `{name}[{t.names[0] if t.names else 'D'}](..)`",
+        )  # fmt: skip
+    axis_rules.need_axis(body, t, names[0], span(args))
+    return names[0]
+
+
+def operand(body: Body, args: Arguments, k: int = 0) -> int:
+    return body.tensor(args.positional[k], args.spans[k])
+
+
+# ---- elementwise --------------------------------------------------------------------------------
+
+UNARY = (
+    "exp log log1p expm1 sqrt abs sign square sin cos tan sinh cosh asinh tanh atanh atan sigmoid logit softplus "
+    "relu selu silu gelu erf erfinv floor round reciprocal"
+).split()
+
+STATIC_MATH: dict[str, Callable[[float], float]] = {
+    "exp": math.exp, "log": math.log, "log1p": math.log1p, "expm1": math.expm1, "sqrt": math.sqrt, "abs": abs,
+    "sin": math.sin, "cos": math.cos, "tan": math.tan, "sinh": math.sinh, "cosh": math.cosh, "tanh": math.tanh,
+    "floor": lambda v: math.floor(v), "round": lambda v: round(v), "square": lambda v: v * v,
+}  # fmt: skip
+
+
+def unary(name: str) -> Fn:
+    def call(body: Body, args: Arguments) -> Any:
+        expect(body, args, name, 1)
+        value = args.positional[0]
+        if isinstance(value, Pending):
+            return body.later(value, lambda v: body.node(name, body.tensor(v, args.spans[0]), span=span(args)))
+        if isinstance(value, int | float) and not isinstance(value, bool) and name in STATIC_MATH:
+            try:
+                return STATIC_MATH[name](value)
+            except (ValueError, OverflowError):
+                raise body.fail("FL0305", f"`{name}` is not defined at {value:g}", span(args)) from None
+        return body.node(name, operand(body, args), span=span(args))
+
+    return call
+
+
+def slope_function(name: str, attr: str, default: float) -> Fn:
+    """`leaky_relu(x)`, `leaky_relu(x, 0.1)`, or `leaky_relu(0.1)` waiting for its tensor."""
+
+    def call(body: Body, args: Arguments) -> Any:
+        numbers = [v for v in args.positional if isinstance(v, int | float)]
+        tensors = [(v, s) for v, s in zip(args.positional, args.spans, strict=True) if isinstance(v, Tensor | Pending)]
+        if not tensors:
+            return AppliedBuiltin(BUILTINS[name], tuple(args.positional), tuple(args.keywords.items()), args.axes, span(args))
+        expect(body, args, name, 1, 2, (attr,))
+        value = float(args.keywords.get(attr, numbers[0] if numbers else default))
+        x, where = tensors[0]
+        if isinstance(x, Pending):
+            return body.later(x, lambda v: body.node(name, body.tensor(v, where), span=span(args), **{attr: value}))
+        return body.node(name, body.tensor(x, where), span=span(args), **{attr: value})
+
+    return call
+
+
+def clamp(body: Body, args: Arguments) -> Any:
+    expect(body, args, "clamp", 3)
+    lo, hi = args.positional[1:]
+    if not all(isinstance(v, int | float) for v in (lo, hi)):
+        raise body.fail("FL0305", "`clamp` takes two numbers after its value", span(args))
+    return body.node("clamp", operand(body, args), lo=float(lo), hi=float(hi), span=span(args))
+
+
+def where(body: Body, args: Arguments) -> Any:
+    expect(body, args, "where", 3)
+    a, b, c = (operand(body, args, k) for k in range(3))
+    return body.node("where", a, b, c, span=span(args))
+
+
+def binary(name: str) -> Fn:
+    def call(body: Body, args: Arguments) -> Any:
+        expect(body, args, name, 2)
+        a, b = args.positional
+        if isinstance(a, int | float) and isinstance(b, int | float):
+            if name == "mod":
+                if b == 0:
+                    raise body.fail("FL0305", "`mod` by zero", span(args))
+                return a % b
+            return min(a, b) if name == "min" else max(a, b)
+        return body.node(name, operand(body, args), operand(body, args, 1), span=span(args))
+
+    return call
+
+
+def extremum(name: str) -> Fn:
+    """`max(a, b)` elementwise; `max[D](x)` reduces; `max(list)` of numbers."""
+
+    def call(body: Body, args: Arguments) -> Any:
+        if args.axes or (len(args.positional) == 1 and isinstance(args.positional[0], Tensor)):
+            return reduction(f"reduce_{name}")(body, args)
+        if len(args.positional) == 1 and isinstance(args.positional[0], list):
+            return (max if name == "max" else min)(args.positional[0])
+        return binary(name)(body, args)
+
+    return call
+
+
+# ---- reductions ---------------------------------------------------------------------------------
+
+
+def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple[str, ...]:
+    if not args.axes:
+        return t.names
+    names: list[str] = []
+    for item in args.axes:
+        if isinstance(item.left, tree.Ellipsis):
+            names.extend(a.name for a in body.rest)
+            continue
+        if not isinstance(item.left, tree.Name):
+            raise body.fail("FL0902", "statistics within groups have no meaning yet", item.span)
+        if item.left.id == "B":
+            raise body.fail("FL0902", "statistics over the batch have no meaning yet", item.span)
+        names.append(item.left.id)
+    for n in names:
+        axis_rules.need_axis(body, t, n, span(args))
+    return tuple(names)
+
+
+def reduction(op: str) -> Fn:
+    shown = op.removeprefix("reduce_")
+
+    def call(body: Body, args: Arguments) -> Any:
+        expect(body, args, shown, 1, 1, ("ddof",) if op in ("var", "std") else ())
+        x = operand(body, args)
+        t = body.b.type(x)
+        names = reduced_axes(body, args, t, shown)
+        if op == "sum":
+            return sum_of(body, x, names, span(args))
+        extra = {"ddof": int(args.keywords.get("ddof", 0))} if op in ("var", "std") else {}
+        if op == "std":
+            return body.node("sqrt", body.b.op("var", x, axes=names, span=span(args), **extra), span=span(args))
+        return body.node(op, x, axes=names, span=span(args), **extra)
+
+    return call
+
+
+def sum_of(body: Body, x: int, names: tuple[str, ...], where: Span) -> Tensor:
+    """A sum; the sum of a product over axes that both factors have is a contraction."""
+    node = body.graph[x]
+    if node.op == "mul" and names and node.label is None:
+        a, b = node.inputs
+        ta, tb = body.b.type(a), body.b.type(b)
+        if all(ta.has(n) and tb.has(n) for n in names):
+            value = body.b.op("contract", a, b, axes=names, span=where)
+            return primed(body, value, names, where)
+    value = body.b.op("sum", x, axes=names, span=where) if names else x
+    return primed(body, value, names, where)
+
+
+def primed(body: Body, id: int, names: tuple[str, ...], where: Span) -> Tensor:
+    """A reduction over D turns `D'` into `D`."""
+    t = body.b.type(id)
+    pairs = tuple((f"{n}'", n) for n in names if t.has(f"{n}'") and not t.has(n))
+    if pairs:
+        id = body.b.op("rename", id, pairs=pairs, span=where)
+    return Tensor(id, body)
+
+
+def with_licence(fn: Fn) -> Fn:
+    """A reduction whose argument may be an outer product over the axes that it removes."""
+    return fn
+
+
+def along(op: str, **defaults: Any) -> Fn:
+    def call(body: Body, args: Arguments) -> Any:
+        expect(body, args, op, 1, 1, tuple(defaults))
+        x = operand(body, args)
+        axis = one_axis(body, args, body.b.type(x), op)
+        return body.node(op, x, axis=axis, span=span(args), **{**defaults, **args.keywords})
+
+    return call
+
+
+def softmax(op: str) -> Fn:
+    def call(body: Body, args: Arguments) -> Any:
+        expect(body, args, op, 1, 1, ("causal",))
+        x = operand(body, args)
+        t = body.b.type(x)
+        axis = one_axis(body, args, t, op)
+        query = args.keywords.get("causal")
+        if query is None:
+            return body.node(op, x, axis=axis, span=span(args))
+        if not isinstance(query, str) or not t.has(query) or t.size(query) != t.size(axis):
+            raise body.fail(
+                "FL0307", "`causal` names the axis of queries, of the same size", span(args),
+                suggestion='as in `softmax[S](a, causal = "T")`',
+            )  # fmt: skip
+        return body.node(op, x, axis=axis, causal=query, span=span(args))
+
+    return call
+
+
+# ---- structure ----------------------------------------------------------------------------------
+
+
+def halves(body: Body, args: Arguments) -> Any:
+    expect(body, args, "halves", 1)
+    x = operand(body, args)
+    t = body.b.type(x)
+    axis = one_axis(body, args, t, "halves")
+    n = t.size(axis)
+    if n < 2:
+        raise body.fail("FL0307", f"axis `{axis}` of size {n} has no halves", span(args))
+    cut = (n + 1) // 2  # the larger half first
+    first = body.node("slice", x, axis=axis, start=0, stop=cut, span=span(args))
+    second = body.node("slice", x, axis=axis, start=cut, stop=n, span=span(args))
+    return Tuple((first, second))
+
+
+def join(body: Body, args: Arguments) -> Any:
+    if args.keywords:
+        expect(body, args, "join", 1, None)
+    values = args.positional
+    if len(values) == 1 and isinstance(values[0], list):
+        if not args.axes and all(not isinstance(v, Tensor) for v in values[0]):
+            return values[0]
+        args = Arguments(list(values[0]), [args.spans[0]] * len(values[0]), {}, {}, args.axes, args.span)
+        values = args.positional
+    if values and all(isinstance(v, list) for v in values):
+        return [x for v in values for x in v]
+    present = [(v, s) for v, s in zip(values, args.spans, strict=True) if not isinstance(v, Absent)]
+    if not present:
+        raise body.fail("FL0203", "`join` needs values", span(args))
+    ids = [body.tensor(v, s) for v, s in present]
+    types = [body.b.type(i) for i in ids]
+    names = axis_list(body, args)
+    if names:
+        axis = names[0]
+    elif all(t.rank <= 1 for t in types) and any(t.rank == 1 for t in types):
+        axis = next(t.names[0] for t in types if t.rank == 1)
+    else:
+        raise body.fail("FL0307", "`join` needs its axis", span(args), suggestion="as in `join[D](a, b)`")
+    frame: dict[str, int] = {}
+    for t, (_, s) in zip(types, present, strict=True):
+        for a in t.axes:
+            if a.name != axis and frame.setdefault(a.name, a.size) != a.size:
+                raise body.fail(
+                    "FL0301",
+                    f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in the parts of a join",
+                    s,
+                )
+    lead = next((t for t in types if t.has(axis)), types[0])
+    order = [n for n in lead.names if n == axis or n in frame]
+    order += [n for n in frame if n not in order]
+    if axis not in order:
+        order.append(axis)
+    out: list[int] = []
+    for i, t in zip(ids, types, strict=True):
+        if not t.has(axis) and t.rank == 1 and len(frame) == 1 and t.names[0] in frame and lead.rank == 1:
+            # Vectors of different names: join along the first one's axis.
+            i = body.b.op("rename", i, pairs=((t.names[0], axis),))
+            frame.pop(t.names[0], None)
+            order = [n for n in order if n == axis or n in frame]
+            t = body.b.type(i)
+        full = tuple((n, t.size(n) if t.has(n) else (1 if n == axis else frame[n])) for n in order)
+        i = body.b.op("expand", i, axes=full)
+        out.append(body.b.op("order", i, names=tuple(order)))
+    if len(out) == 1:
+        return Tensor(out[0], body)
+    return body.node("join", *out, axis=axis, span=span(args))
+
+
+def stack(body: Body, args: Arguments) -> Any:
+    values = args.positional
+    if len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    if not values:
+        raise body.fail("FL0203", "`stack` needs values", span(args))
+    names = axis_list(body, args)
+    if len(names) != 1:
+        raise body.fail("FL0307", "`stack` needs the new axis", span(args), suggestion="as in `stack[K](a, b)`")
+    ids = [body.tensor(v, span(args)) for v in values]
+    frame: dict[str, int] = {}
+    for i in ids:
+        for a in body.b.type(i).axes:
+            if frame.setdefault(a.name, a.size) != a.size:
+                raise body.fail("FL0301", f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in a stack", span(args))
+    if names[0] in frame:
+        raise body.fail("FL0307", f"axis `{names[0]}` is there already", span(args))
+    full = tuple(frame.items())
+    out = [body.b.op("order", body.b.op("expand", i, axes=full), names=tuple(frame)) for i in ids]
+    return body.node("stack", *out, axis=names[0], span=span(args))
+
+
+def reverse(body: Body, args: Arguments) -> Any:
+    expect(body, args, "reverse", 1)
+    x = operand(body, args)
+    t = body.b.type(x)
+    if not args.axes and t.rank > 1:
+        for n in t.names:
+            x = body.b.op("reverse", x, axis=n, span=span(args))
+        return Tensor(x, body)
+    return body.node("reverse", x, axis=one_axis(body, args, t, "reverse"), span=span(args))
+
+
+def shift(body: Body, args: Arguments) -> Any:
+    expect(body, args, "shift", 2)
+    x = operand(body, args)
+    k = args.positional[1]
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise body.fail("FL0305", "`shift` takes a whole number of places", span(args))
+    return body.node("shift", x, axis=one_axis(body, args, body.b.type(x), "shift"), k=k, span=span(args))
+
+
+def permute(body: Body, args: Arguments) -> Any:
+    """A fixed permutation along an axis: given by a list, or drawn once from `seed`."""
+    import random
+
+    tensors = [v for v in args.positional if isinstance(v, Tensor)]
+    if not tensors:
+        return AppliedBuiltin(BUILTINS["permute"], tuple(args.positional), tuple(args.keywords.items()), args.axes, span(args))
+    expect(body, args, "permute", 1, 2, ("order", "seed"))
+    x = body.tensor(tensors[0], span(args))
+    axis = one_axis(body, args, body.b.type(x), "permute")
+    n = body.b.type(x).size(axis)
+    given = next((v for v in args.positional if isinstance(v, list)), args.keywords.get("order"))
+    if given is None:
+        order = list(range(n))
+        random.Random(int(args.keywords.get("seed", 0))).shuffle(order)
+    else:
+        order = list(given)
+    if sorted(order) != list(range(n)):
+        raise body.fail("FL0305", f"an order of axis `{axis}` names each of 0..{n} once", span(args))
+    return body.node("permute", x, axis=axis, order=tuple(order), span=span(args))
+
+
+def constant_like(value: float) -> Fn:
+    name = "zeros" if value == 0 else "ones"
+
+    def call(body: Body, args: Arguments) -> Any:
+        if args.axes and not args.positional:
+            axes = []
+            for item in args.axes:
+                if not isinstance(item.left, tree.Name):
+                    raise body.fail("FL0307", "an axis is a name", item.span)
+                size = body.static_int(item.eq) if item.eq is not None else body.axes.get(item.left.id)
+                if size is None:
+                    raise body.fail("FL0310", f"the size of axis `{item.left.id}` is open", item.span)
+                axes.append((item.left.id, size))
+            return body.node("expand", body.b.const(value), axes=tuple(axes), span=span(args))
+        expect(body, args, name, 1)
+        t = body.b.type(operand(body, args))
+        return body.node("expand", body.b.const(value), axes=tuple((a.name, a.size) for a in t.axes), span=span(args))
+
+    return call
+
+
+def index(body: Body, args: Arguments) -> Any:
+    expect(body, args, "index", 1)
+    t = body.b.type(operand(body, args))
+    axis = one_axis(body, args, t, "index")
+    return body.node("index", axis=axis, size=t.size(axis), span=span(args))
+
+
+def checker(body: Body, args: Arguments) -> Any:
+    """1, 0, 1, ... along an axis."""
+    expect(body, args, "checker", 1)
+    t = body.b.type(operand(body, args))
+    axis = one_axis(body, args, t, "checker")
+    i = body.b.op("index", axis=axis, size=t.size(axis))
+    odd = body.b.op("mod", i, body.b.const(2))
+    return body.node("sub", body.b.const(1.0), odd, span=span(args))
+
+
+def size(body: Body, args: Arguments) -> Any:
+    expect(body, args, "size", 1)
+    value = args.positional[0]
+    if isinstance(value, list):
+        return len(value)
+    t = body.b.type(operand(body, args))
+    if not args.axes:
+        return t.count
+    return t.size(one_axis(body, args, t, "size"))
+
+
+def present(body: Body, args: Arguments) -> Any:
+    expect(body, args, "present", 1)
+    return not isinstance(args.positional[0], Absent)
+
+
+def spline(op: str, shapes: tuple[str, ...]) -> Fn:
+    """Monotone splines, elementwise in x with raw parameters along one axis: `rqs[K](x, widths, heights, slopes, bound)`."""
+
+    def call(body: Body, args: Arguments) -> Any:
+        words = ("bound", "min_width", "min_height", "min_slope")
+        tensors = [v for v in args.positional if isinstance(v, Tensor)]
+        numbers = [v for v in args.positional if isinstance(v, int | float)]
+        for k in args.keywords:
+            if k not in words:
+                raise body.fail(
+                    "FL0202", f"`{op}` has no argument `{k}`", args.keyword_spans[k], suggestion=did_you_mean(k, words)
+                )
+        if len(tensors) != 1 + len(shapes):
+            raise body.fail("FL0203", f"`{op}` takes x and {len(shapes)} parameters: {', '.join(shapes)}", span(args))
+        names = axis_list(body, args)
+        if len(names) != 1:
+            raise body.fail("FL0307", f"`{op}` needs the axis of its bins", span(args), suggestion=f"as in `{op}[K](..)`")
+        ids = [body.tensor(t, span(args)) for t in tensors]
+        attrs: dict[str, Any] = {k: float(v) for k, v in args.keywords.items()}
+        if numbers:
+            attrs["bound"] = float(numbers[0])
+        return body.node(op, *ids, axis=names[0], span=span(args), **attrs)
+
+    return call
+
+
+# ---- steps and higher-order functions -----------------------------------------------------------
+
+
+def rearrange(body: Body, args: Arguments) -> Any:
+    tensors = [v for v in args.positional if isinstance(v, Tensor)]
+    if len(tensors) != 1 or len(args.positional) != 1:
+        raise body.fail("FL0202", "`rearrange` takes only axes, as in `rearrange[D -> (h = 2, d)]`", span(args))
+    return axis_rules.index_tensor(body, tensors[0], args.axes)
+
+
+def elementwise(body: Body, args: Arguments) -> Any:
+    """`elementwise(f)` as a step: f applied to every coordinate."""
+    tensors = [v for v in args.positional if isinstance(v, Tensor)]
+    functions = [v for v in args.positional if not isinstance(v, Tensor)]
+    if len(functions) != 1:
+        raise body.fail("FL0203", "`elementwise` takes one function, as in `elementwise(softplus)`", span(args))
+    if not tensors:
+        return AppliedBuiltin(BUILTINS["elementwise"], tuple(functions), (), args.axes, span(args))
+    return apply(body, functions[0], [tensors[0]], {}, span(args))
+
+
+def inverse(body: Body, args: Arguments) -> Any:
+    """`inverse(b)`: the bijector the other way round."""
+    expect(body, args, "inverse", 1)
+    value = args.positional[0]
+    axes: tuple[tree.Item, ...] = ()
+    if isinstance(value, Bracketed):
+        value, axes = value.fn, value.items
+    if isinstance(value, Declared):
+        alias = body.elab.resolve_alias(value)
+        value = alias if alias is not None else value
+    if isinstance(value, Declared):
+        value = Instance(value, {}, span(args), axes)
+    if isinstance(value, Poison):
+        return POISON
+    if isinstance(value, Instance) and value.kind == "bijector":
+        return Instance(
+            value.target, value.arguments, span(args), axes or value.axes, value.owner, value.name, value.label,
+            inverted=not value.inverted,
+        )  # fmt: skip
+    raise body.fail("FL0211", f"`inverse` takes a bijector, and this is {describe(value)}", span(args))
+
+
+def stop(body: Body, args: Arguments) -> Any:
+    expect(body, args, "stop", 1)
+    return body.node("stop", operand(body, args), span=span(args))
+
+
+def not_yet(name: str, what: str) -> Fn:
+    def call(body: Body, args: Arguments) -> Any:
+        raise body.fail("FL0902", f"`{name}` has no meaning yet: {what}", span(args))
+
+    return call
+
+
+def distribution(name: str) -> Fn:
+    def call(body: Body, args: Arguments) -> Any:
+        table = DISTRIBUTIONS[name]
+        names = list(table.parameters)
+        values: dict[str, Any] = {}
+        for k, v in args.keywords.items():
+            if k not in names:
+                raise body.fail(
+                    "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
+                    suggestion=did_you_mean(k, names) or f"its arguments are {', '.join(f'`{n}`' for n in names)}",
+                )  # fmt: skip
+            values[k] = v
+        free = [n for n in names if n not in values]
+        if len(args.positional) > len(free):
+            raise body.fail("FL0202", f"`{name}` takes {len(names)} arguments", span(args))
+        values.update(zip(free, args.positional, strict=False))
+        for k, v in values.items():
+            if not isinstance(v, Tensor | int | float | Pending):
+                raise body.fail("FL0306", f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}", span(args))
+        ordered = tuple((n, values[n]) for n in names if n in values)
+        return DistributionValue(name, ordered, span(args))
+
+    return call
+
+
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = {}
+
+    def put(name: str, fn: Fn, *, step: bool = False, kind: str = "function") -> None:
+        assert name not in table, name
+        table[name] = Builtin(name, fn, kind, step)
+
+    for name in UNARY:
+        put(name, unary(name))
+    put("leaky_relu", slope_function("leaky_relu", "slope", 0.01))
+    put("elu", slope_function("elu", "alpha", 1.0))
+    put("clamp", clamp)
+    put("where", where)
+    put("mod", binary("mod"))
+    put("min", extremum("min"))
+    put("max", extremum("max"))
+    for name in ("sum", "mean", "var", "std", "prod", "logsumexp", "argmax", "any", "all"):
+        put(name, reduction(name))
+    put("softmax", softmax("softmax"))
+    put("log_softmax", softmax("log_softmax"))
+    put("cumsum", along("cumsum", exclusive=False, reverse=False))
+    put("sort", along("sort"))
+    put("halves", halves)
+    put("join", join)
+    put("stack", stack)
+    put("reverse", reverse, step=True)
+    put("shift", shift)
+    put("permute", permute, step=True)
+    put("zeros", constant_like(0.0))
+    put("ones", constant_like(1.0))
+    put("index", index)
+    put("checker", checker)
+    put("size", size)
+    put("present", present)
+    put("rqs", spline("rqs", ("widths", "heights", "slopes")))
+    put("linear_spline", spline("linear_spline", ("heights",)))
+    put("quadratic_spline", spline("quadratic_spline", ("widths", "heights")))
+    put("cubic_spline", spline("cubic_spline", ("widths", "heights", "ends")))
+    put("rearrange", rearrange, step=True)
+    put("elementwise", elementwise, step=True)
+    put("inverse", inverse)
+    put("stop", stop)
+    for name, what in {
+        "running": "running statistics", "integrate": "solvers", "grad": "gradients of functions",
+        "jvp": "derivatives of functions", "vjp": "derivatives of functions", "divergence": "derivatives of functions",
+        "derivative": "derivatives of functions", "ema": "copies of networks", "frozen": "copies of networks",
+        "copy": "copies of networks", "surrogate": "custom gradients", "onehot": "integer values", "resize": "images",
+        "cnf": "continuous flows",
+    }.items():  # fmt: skip
+        put(name, not_yet(name, what))
+    for name in DISTRIBUTIONS:
+        put(name, distribution(name), kind="distribution")
+    table.update(NETWORKS)
+    table.update({"true": True, "false": False, "π": math.pi, "pi": math.pi, "none": ABSENT, "inf": math.inf})
+    return table
+
+
+BUILTINS = _table()

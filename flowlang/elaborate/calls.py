@@ -1,0 +1,758 @@
+"""Calls: arguments to parameters, axes of the caller to axes of the callee, instances to regions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.scope import close_names, did_you_mean, item_name
+from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words
+from flowlang.elaborate.values import (
+    ABSENT,
+    POISON,
+    Absent,
+    AppliedBuiltin,
+    Bracketed,
+    Builtin,
+    BuiltinNet,
+    Declared,
+    Instance,
+    Local,
+    Option,
+    Pending,
+    Poison,
+    Tensor,
+    Tuple,
+    TypeSpec,
+    describe,
+)
+from flowlang.ir.graph import Emission, Region
+from flowlang.ir.types import TensorType, TupleType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+
+
+@dataclass
+class Arguments:
+    """Evaluated arguments of one call, with the places they stand at."""
+
+    positional: list[Any] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    keywords: dict[str, Any] = field(default_factory=dict)
+    keyword_spans: dict[str, Span] = field(default_factory=dict)
+    axes: tuple[tree.Item, ...] = ()
+    span: Span | None = None
+
+    @property
+    def poisoned(self) -> bool:
+        return any(isinstance(v, Poison) for v in (*self.positional, *self.keywords.values()))
+
+
+def make_call(body: Body, expr: tree.Call) -> Any:
+    fn = body.ev(expr.fn)
+    axes: tuple[tree.Item, ...] = ()
+    if isinstance(fn, Bracketed):
+        fn, axes = fn.fn, fn.items
+    args = evaluate_arguments(body, fn, expr.items)
+    args.axes, args.span = axes, expr.span
+    if isinstance(fn, Poison) or args.poisoned:
+        return POISON
+    return dispatch(body, fn, args)
+
+
+def apply(
+    body: Body, fn: Any, values: list[Any], keywords: dict[str, Any], span: Span, arg_spans: list[Span] | None = None
+) -> Any:
+    """A call with values instead of syntax (pipes, chains, higher-order builtins)."""
+    axes: tuple[tree.Item, ...] = ()
+    if isinstance(fn, Bracketed):
+        fn, axes = fn.fn, fn.items
+    args = Arguments(values, arg_spans or [span] * len(values), keywords, dict.fromkeys(keywords, span), axes, span)
+    if isinstance(fn, Poison) or args.poisoned:
+        return POISON
+    return dispatch(body, fn, args)
+
+
+def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arguments:
+    args = Arguments()
+    words = option_words(fn)
+    for item in items:
+        name = item_name(item)
+        if name is not None and item.arrow is None:
+            assert item.eq is not None
+            if name in words and isinstance(item.eq, tree.Name) and item.eq.id in words[name]:
+                args.keywords[name] = Option(item.eq.id)
+            elif name in words:
+                choices = ", ".join(f"`{w}`" for w in words[name])
+                raise body.fail(
+                    "FL0306", f"`{name}` is one of {choices}", item.eq.span,
+                    suggestion=did_you_mean(item.eq.id, words[name]) if isinstance(item.eq, tree.Name) else None,
+                )  # fmt: skip
+            else:
+                args.keywords[name] = body.ev(item.eq)
+            args.keyword_spans[name] = item.span
+        elif item.left is not None and item.eq is None and item.arrow is None:
+            if item.type is not None:
+                args.positional.append(body.typed(item.left, [item.type])[0])
+            else:
+                args.positional.append(body.ev(item.left))
+            args.spans.append(item.span)
+        else:
+            raise body.fail("FL0202", "an argument is a value or `name = value`", item.span)
+    return args
+
+
+def option_words(fn: Any) -> dict[str, tuple[str, ...]]:
+    target = fn.target if isinstance(fn, Instance) else fn
+    if not isinstance(target, Declared):
+        return {}
+    found = {p.name: one_of_words(p.type) for ps in target.declaration.parameters for p in ps}
+    return {n: w for n, w in found.items() if w}
+
+
+def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
+    assert args.span is not None
+    match fn:
+        case Builtin():
+            return fn.fn(body, args)
+        case AppliedBuiltin():
+            merged = Arguments(
+                [*args.positional, *fn.positional],
+                [*args.spans, *([fn.span] * len(fn.positional))],
+                {**dict(fn.keywords), **args.keywords},
+                {**dict.fromkeys(dict(fn.keywords), fn.span), **args.keyword_spans},
+                args.axes or fn.items,
+                args.span,
+            )
+            return fn.builtin.fn(body, merged)
+        case Declared():
+            if fn.kind == "const":
+                return dispatch(body, body.elab.constant(fn), args)
+            return call_target(body, Instance(fn, {}, args.span), args)
+        case BuiltinNet():
+            return call_target(body, Instance(fn, {}, args.span), args)
+        case Instance():
+            return call_target(body, fn, args)
+        case Local():
+            return call_local(body, fn, args)
+        case _:
+            raise body.fail("FL0306", f"{describe(fn)} cannot be called", args.span)
+
+
+# ---- arguments to parameters --------------------------------------------------------------------
+
+
+def parameters_of(inst: Instance) -> list[tree.Parameter]:
+    assert isinstance(inst.target, Declared)
+    return [p for ps in inst.target.declaration.parameters for p in ps]
+
+
+def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
+    """A declaration or an instance with arguments: a fuller instance, or its result on tensors."""
+    assert args.span is not None
+    if isinstance(inst.target, BuiltinNet):
+        return inst.target.build(body, inst, args)
+    alias = body.elab.resolve_alias(inst.target)
+    if alias is not None and not isinstance(alias, Declared):
+        if isinstance(alias, Poison):
+            return POISON
+        if not args.positional and not args.keywords:
+            return alias
+        return dispatch(body, alias, args)
+    body.elab.check_kind(body, inst.target, args.span)
+    params = parameters_of(inst)
+    by_name = {p.name: p for p in params}
+    statics: dict[str, Any] = dict(inst.arguments)
+    tensors: dict[str, tuple[Any, Span]] = {}
+    extras: list[tuple[Any, Span]] = []
+    for name, value in args.keywords.items():
+        p = by_name.get(name)
+        if p is None:
+            where = args.keyword_spans[name]
+            raise body.fail(
+                "FL0202",
+                f"`{inst.target.name}` has no argument `{name}`",
+                where,
+                suggestion=did_you_mean(name, by_name)
+                or (f"its arguments are {', '.join(f'`{n}`' for n in by_name)}" if by_name else "it takes none"),
+            )
+        if is_tensor_type(p.type) and is_tensor_like(value):
+            tensors[name] = (value, args.keyword_spans[name])
+        else:
+            statics[name] = value
+    free_tensors = [p for p in params if is_tensor_type(p.type) and p.name not in tensors]
+    free_statics = [p for p in params if not is_tensor_type(p.type) and p.name not in statics]
+    for value, span in zip(args.positional, args.spans, strict=True):
+        flat = list(value.items) if isinstance(value, Tuple) else [value]
+        for v in flat:
+            place_argument(body, inst, v, span, free_tensors, free_statics, statics, tensors, extras)
+    mapped = [p for p in params if is_tensor_type(p.type) and not p.given]
+    if not tensors and not extras:
+        return partial(body, inst, statics, args)
+    first = mapped[0].name if mapped else None
+    if first is not None and first not in tensors:
+        # Only context was given: it waits with the static arguments for the mapped value.
+        statics.update({n: v for n, (v, _) in tensors.items()})
+        return partial(body, inst, statics, args)
+    for p in params:
+        # Context that was bound when the instance was made.
+        if is_tensor_type(p.type) and p.name in statics and p.name not in tensors:
+            tensors[p.name] = (statics[p.name], args.span)
+    statics = {n: v for n, v in statics.items() if not is_tensor_type(by_name[n].type)}
+    if statics == inst.arguments:
+        full = inst
+    else:
+        full = Instance(
+            inst.target, statics, inst.span, inst.axes, inst.owner, inst.name, inst.label, inverted=inst.inverted
+        )
+    axes = args.axes or inst.axes
+    return call_instance(body, full, tensors, extras, axes, args.span)
+
+
+def is_tensor_like(value: Any) -> bool:
+    if isinstance(value, list):
+        return False
+    return isinstance(value, Tensor | Pending | Absent | Tuple) or (
+        isinstance(value, int | float) and not isinstance(value, bool)
+    )
+
+
+def place_argument(
+    body: Body,
+    inst: Instance,
+    value: Any,
+    span: Span,
+    free_tensors: list[tree.Parameter],
+    free_statics: list[tree.Parameter],
+    statics: dict[str, Any],
+    tensors: dict[str, tuple[Any, Span]],
+    extras: list[tuple[Any, Span]],
+) -> None:
+    if isinstance(value, Tensor | Pending | Absent):
+        if free_tensors:
+            p = free_tensors.pop(0)
+            tensors[p.name] = (value, span)
+        else:
+            extras.append((value, span))
+        return
+    if free_statics:
+        p = free_statics[0]
+        if p.variadic:
+            statics.setdefault(p.name, [])
+            statics[p.name] = [*statics[p.name], value]
+        else:
+            statics[p.name] = value
+            free_statics.pop(0)
+        return
+    if free_tensors and isinstance(value, int | float):
+        tensors[free_tensors.pop(0).name] = (value, span)
+        return
+    raise body.fail(
+        "FL0202",
+        f"`{inst.target.name}` takes no further argument",
+        span,
+        notes=(f"this is {describe(value)}",),
+    )
+
+
+def partial(body: Body, inst: Instance, statics: dict[str, Any], args: Arguments) -> Instance:
+    assert args.span is not None
+    return Instance(
+        inst.target, statics, args.span, args.axes or inst.axes, label=None, inverted=inst.inverted
+    )
+
+
+def call_local(body: Body, fn: Local, args: Arguments) -> Any:
+    """A `def`: its body is evaluated here, with its owner's names in sight."""
+    from flowlang.elaborate.statements import run_statements
+
+    assert args.span is not None
+    declaration = fn.declaration
+    params = [p for ps in declaration.parameters for p in ps]
+    values: dict[str, Any] = {}
+    names = {p.name for p in params}
+    for name, value in args.keywords.items():
+        if name not in names:
+            raise body.fail(
+                "FL0202", f"`{declaration.name}` has no argument `{name}`", args.keyword_spans[name],
+                suggestion=did_you_mean(name, names),
+            )  # fmt: skip
+        values[name] = value
+    free = [p for p in params if p.name not in values]
+    if len(args.positional) > len(free):
+        raise body.fail("FL0202", f"`{declaration.name}` takes {len(params)} arguments", args.span)
+    for p, v in zip(free, args.positional, strict=False):
+        values[p.name] = v
+    for p in params:
+        if p.name not in values:
+            if p.default is None:
+                raise body.fail("FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span)
+            values[p.name] = body.ev(p.default)
+    body.elab.enter(body, f"def:{id(declaration)}", declaration.name, args.span)
+    saved = dict(body.names)
+    try:
+        body.names.update(values)
+        result = run_statements(body, declaration.body or ())
+    finally:
+        body.names = saved
+        body.elab.leave()
+    return result
+
+
+# ---- axes of the caller to axes of the callee ---------------------------------------------------
+
+
+@dataclass
+class Formal:
+    """A tensor parameter's axes as declared: names with fixed sizes or None, and whether `..` follows."""
+
+    name: str
+    axes: list[tuple[str, tree.Item]]
+    rest: bool
+    kind: str
+    given: bool
+    optional: bool
+
+
+def formal_of(body: Body, p: tree.Parameter) -> Formal:
+    expr = p.type
+    optional = is_optional(expr)
+    if isinstance(expr, tree.Optional):
+        expr = expr.type
+    items = expr.items if isinstance(expr, tree.Brackets) else ()
+    axes: list[tuple[str, tree.Item]] = []
+    rest = False
+    for item in items:
+        if isinstance(item.left, tree.Ellipsis):
+            rest = True
+        elif isinstance(item.left, tree.Name):
+            axes.append((item.left.id, item))
+        else:
+            raise body.fail("FL0307", "a parameter's axis is a name", item.span)
+    return Formal(p.name, axes, rest, "real", p.given, optional)
+
+
+@dataclass
+class Binding:
+    """How one argument's axes became the parameter's: formal -> actual, captured and lifted axes."""
+
+    id: int
+    pairs: dict[str, str]
+    rest: tuple[tuple[str, int], ...]
+    lifted: tuple[tuple[str, int], ...]
+
+
+def bind_axes(
+    body: Body, formal: Formal, id: int, explicit: dict[str, str], span: Span, callee: str, taken: set[str]
+) -> Binding:
+    t = body.b.type(id)
+    pairs: dict[str, str] = {}
+    left = list(t.names)
+    for name, _ in formal.axes:
+        actual = explicit.get(name)
+        if actual is not None and t.has(actual):
+            pairs[name] = actual
+            if actual in left:
+                left.remove(actual)
+    for name, _ in formal.axes:
+        if name not in pairs and name in left:
+            pairs[name] = name
+            left.remove(name)
+    free = [n for n, _ in formal.axes if n not in pairs]
+    if free:
+        if len(free) > len(left) or (len(free) < len(left) and not formal.rest):
+            have = ", ".join(f"`{n}`" for n in t.names) or "none"
+            raise body.fail(
+                "FL0307",
+                f"`{callee}` takes axes {', '.join(f'`{n}`' for n, _ in formal.axes)} for `{formal.name}`, "
+                f"and this value has {have}",
+                span,
+                suggestion=f"say which axis is meant, as in `{callee}[{t.names[0] if t.names else 'D'}](..)`",
+            )
+        for name in free:
+            pairs[name] = left.pop(0)
+    others = tuple((n, t.size(n)) for n in left)
+    if formal.rest:
+        return Binding(id, pairs, others, ())
+    return Binding(id, pairs, (), others)
+
+
+def explicit_axes(body: Body, items: tuple[tree.Item, ...], formals: Sequence[Formal]) -> dict[str, str]:
+    """`f[T, D]`: explicit axes bind the formal ones in the order in which the declaration names them."""
+    order: list[str] = []
+    for f in formals:
+        order.extend(n for n, _ in f.axes if n not in order)
+    out: dict[str, str] = {}
+    k = 0
+    for item in items:
+        if item.left is None:
+            continue
+        name = axis_rules.axis_name(body, tree.Item(item.left, span=item.span))
+        if k < len(order):
+            out[order[k]] = name
+        k += 1
+    return out
+
+
+def call_instance(
+    body: Body,
+    inst: Instance,
+    tensors: dict[str, tuple[Any, Span]],
+    extras: list[tuple[Any, Span]],
+    axes: tuple[tree.Item, ...],
+    span: Span,
+) -> Any:
+    """Applies an instance to tensors. A network whose result size is open stays pending."""
+    target = inst.target
+    assert isinstance(target, Declared)
+    params = [p for p in parameters_of(inst) if is_tensor_type(p.type)]
+    formals = [formal_of(body, p) for p in params]
+    values: dict[str, int] = {}
+    for p in params:
+        if p.name in tensors:
+            value, where = tensors[p.name]
+            if isinstance(value, Absent):
+                if not is_optional(p.type):
+                    if extras:
+                        value, where = extras.pop(0)
+                    else:
+                        raise body.fail("FL0309", f"`{target.name}` needs `{p.name}`, which is absent here", where)
+                else:
+                    continue
+            values[p.name] = body.tensor(value, where)
+        elif not is_optional(p.type):
+            if p.default is not None:
+                values[p.name] = body.tensor(body.ev(p.default), span)
+                continue
+            raise body.fail(
+                "FL0203",
+                f"`{target.name}` needs the argument `{p.name}`",
+                span,
+                suggestion=f"give it by name, as in `{p.name} = ...`" if p.given else None,
+            )
+    first = formals[0]
+    left_names = [i for i in axes if i.left is not None]
+    if len(left_names) > sum(len(f.axes) for f in formals) and len(first.axes) == 1 and first.name in values:
+        # `mlp[T, D](x)` flattens the named axes into the one that the network consumes.
+        names = [axis_rules.axis_name(body, tree.Item(i.left, span=i.span)) for i in left_names]
+        merged = axis_rules.merge(body, Tensor(values[first.name], body), names, names[-1], span)
+        values[first.name] = merged.id
+        axes = (tree.Item(tree.Name(names[-1], span=span), span=span),)
+    explicit = explicit_axes(body, axes, formals)
+    if extras and first.axes:
+        values[first.name] = join_inputs(body, first, values[first.name], extras, explicit, span, target.name)
+    taken: set[str] = set()
+    bindings: dict[str, Binding] = {}
+    for f in formals:
+        if f.name in values:
+            where = tensors[f.name][1] if f.name in tensors else span
+            bindings[f.name] = bind_axes(body, f, values[f.name], explicit, where, target.name, taken)
+    return finish_call(body, inst, formals, bindings, axes, span)
+
+
+def join_inputs(
+    body: Body,
+    first: Formal,
+    value: int,
+    extras: list[tuple[Any, Span]],
+    explicit: dict[str, str],
+    span: Span,
+    callee: str,
+) -> int:
+    """A network of several inputs joins them on its consumed axis; missing axes broadcast."""
+    formal = first.axes[0][0]
+    t = body.b.type(value)
+    axis = explicit.get(formal) or (formal if t.has(formal) else (t.names[0] if t.names else formal))
+    present = [(v, s) for v, s in extras if not isinstance(v, Absent)]
+    if not present:
+        return value
+    ids: list[int] = [value] if t.rank else [body.b.op("expand", value, axes=((axis, 1),))]
+    frame = {a.name: a.size for a in body.b.type(ids[0]).axes if a.name != axis}
+    for v, s in present:
+        id = body.tensor(v, s)
+        tv = body.b.type(id)
+        if not tv.has(axis):
+            own = [n for n in tv.names if n not in frame]
+            if len(own) == 1:
+                id = body.b.op("rename", id, pairs=((own[0], axis),))
+            elif not own:
+                id = body.b.op("expand", id, axes=(*((a.name, a.size) for a in tv.axes), (axis, 1)))
+            else:
+                raise body.fail(
+                    "FL0307", f"`{callee}` joins its inputs along `{axis}`, and this one has {axis_rules.words(tv)}", s
+                )
+        for a in body.b.type(id).axes:
+            if a.name != axis:
+                frame.setdefault(a.name, a.size)
+        ids.append(id)
+    order = [n for n in body.b.type(ids[0]).names]
+    order += [n for n in frame if n not in order]
+    out = []
+    for id in ids:
+        full = tuple((n, body.b.type(id).size(axis) if n == axis else frame[n]) for n in order)
+        id = body.b.op("expand", id, axes=full)
+        out.append(body.b.op("order", id, names=tuple(order)))
+    return body.b.op("join", *out, axis=axis, span=span)
+
+
+def finish_call(
+    body: Body,
+    inst: Instance,
+    formals: list[Formal],
+    bindings: dict[str, Binding],
+    axes: tuple[tree.Item, ...],
+    span: Span,
+) -> Any:
+    target = inst.target
+    assert isinstance(target, Declared)
+    sizes: dict[str, int] = {}
+    for f in formals:
+        if f.name not in bindings:
+            continue
+        t = body.b.type(bindings[f.name].id)
+        for name, _ in f.axes:
+            size = t.size(bindings[f.name].pairs[name])
+            if sizes.setdefault(name, size) != size:
+                raise body.fail(
+                    "FL0301",
+                    f"axis `{name}` of `{target.name}` would have size {sizes[name]} and size {size}",
+                    span,
+                    notes=(f"`{f.name}`: `{t}`",),
+                )
+    lifted: dict[str, int] = {}
+    for b in bindings.values():
+        for n, s in b.lifted:
+            if lifted.setdefault(n, s) != s:
+                raise body.fail("FL0301", f"axis `{n}` has sizes {lifted[n]} and {s} in the arguments", span)
+    if lifted and target.kind in ("bijector", "flow"):
+        pass  # a bijector may be lifted: it acts on each index of the other axes alike
+    inputs: dict[str, tuple[int, TensorType]] = {}
+    back: dict[str, str] = {}
+    rest_frame: set[str] = set()
+    for f in formals:
+        if f.name not in bindings:
+            continue
+        bound = bindings[f.name]
+        id, type_ = prepare_input(body, f, bound, tuple(lifted.items()), set(sizes), rest_frame)
+        inputs[f.name] = (id, type_)
+        for formal, actual in bound.pairs.items():
+            back.setdefault(formal, actual)
+        if not f.given and f is formals[0]:
+            rest_frame = {n for n, _ in bound.rest}
+    results = body.elab.result_shape(target, inst, sizes)
+    if results is not None and results.open_axes:
+        first = bindings[formals[0].name]
+        arrow = next((i for i in axes if i.arrow is not None), None)
+        pending = Pending(
+            lambda wanted: sized(body, inst, inputs, lifted, back, results, wanted, span),
+            span,
+            target.name,
+            None,
+        )
+        if arrow is not None and isinstance(arrow.arrow, tree.Name):
+            size = body.static_int(arrow.arrow_eq) if arrow.arrow_eq is not None else body.axes.get(arrow.arrow.id)
+            if size is not None:
+                keep = [(n, s) for n, s in lifted.items()]
+                fixed = [(back.get(n, n), s) for n, s in results.fixed]
+                spec = TypeSpec(results.domain, (*keep, *fixed, (arrow.arrow.id, size)))
+                return pending.resolve([spec])[0]
+        del first
+        return pending
+    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span)
+    if region is None:
+        return POISON
+    return emit_call(body, inst, region, inputs, lifted, back, span)
+
+
+def prepare_input(
+    body: Body,
+    f: Formal,
+    bound: Binding,
+    lifted: tuple[tuple[str, int], ...],
+    formal_names: set[str],
+    rest_frame: set[str],
+) -> tuple[int, TensorType]:
+    """The argument under the parameter's axis names: lifted axes in front, then formal axes, then `..`."""
+    t = body.b.type(bound.id)
+    own = {actual: formal for formal, actual in bound.pairs.items()}
+    rename: dict[str, str] = {a: f for a, f in own.items() if a != f}
+    here = {n for n, _ in bound.lifted}
+    for n, _ in bound.rest:
+        if n in formal_names and n not in rest_frame:
+            rename[n] = n + "_"
+    # Rename in two moves when names cross (D -> C while C -> D).
+    id = bound.id
+    clash = {new for new in rename.values() if t.has(new)}
+    if clash:
+        middle = {old: f"{new}~" for old, new in rename.items()}
+        front = tuple(n for n, _ in lifted if n in here)
+        for n in front:
+            if n in clash:
+                middle[n] = f"{n}~lifted"
+        id = body.b.op("rename", id, pairs=tuple(middle.items()))
+        undo = {m: rename.get(old, m) for old, m in middle.items() if not m.endswith("~lifted")}
+        id = body.b.op("rename", id, pairs=tuple(undo.items()))
+    elif rename:
+        id = body.b.op("rename", id, pairs=tuple(rename.items()))
+    final = body.b.type(id)
+    formal_order = [n for n, _ in f.axes]
+    rest = [rename.get(n, n) for n, _ in bound.rest]
+    front = [n for n in final.names if n not in formal_order and n not in rest]
+    lifted_order = [n for n, _ in lifted]
+    front.sort(key=lambda n: lifted_order.index(n.removesuffix("~lifted")) if n.removesuffix("~lifted") in lifted_order else 0)
+    order = (*front, *formal_order, *rest)
+    if order != final.names:
+        id = body.b.op("order", id, names=order)
+    full = body.b.type(id)
+    return id, TensorType(full.axes[len(front) :], full.kind)
+
+
+@dataclass
+class ResultShape:
+    """What a network's declared results say before it is sized."""
+
+    domain: Any
+    fixed: list[tuple[str, int]]
+    open_axes: list[str]
+    count: int
+
+
+def sized(
+    body: Body,
+    inst: Instance,
+    inputs: dict[str, tuple[int, TensorType]],
+    lifted: dict[str, int],
+    back: dict[str, str],
+    results: ResultShape,
+    wanted: list[Any],
+    span: Span,
+) -> list[Any]:
+    """Sizes an open network by what is wanted of it, calls it, and cuts the result apart."""
+    open_name = results.open_axes[0]
+    fixed = [(back.get(n, n), s) for n, s in results.fixed]
+    keep = set(lifted) | {n for n, _ in fixed}
+    pieces: list[tuple[list[tuple[str, int]], list[str]]] = []
+    total = 0
+    for w in wanted:
+        axes = wanted_axes(body, w)
+        part: list[tuple[str, int]] = []
+        for n, s in axes:
+            if n in keep:
+                continue
+            if s is None:
+                raise body.fail("FL0310", f"the size of axis `{n}` is open", span, suggestion=f"write `{n} = ...`")
+            part.append((n, s))
+        count = 1
+        for _, s in part:
+            count *= s
+        pieces.append((part, [n for n, _ in axes]))
+        total += count
+    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {open_name: total}, span)
+    if region is None:
+        return [POISON] * len(wanted)
+    value = emit_call(body, inst, region, inputs, lifted, back, span)
+    if isinstance(value, Poison):
+        return [POISON] * len(wanted)
+    out: list[Any] = []
+    start = 0
+    for (part, order), w in zip(pieces, wanted, strict=True):
+        count = 1
+        for _, s in part:
+            count *= s
+        id = body.tensor(value, span)
+        if len(pieces) > 1:
+            id = body.b.op("slice", id, axis=open_name, start=start, stop=start + count, span=span)
+        start += count
+        if not part:
+            id = body.b.op("pick", id, axis=open_name, index=0, span=span)
+        elif len(part) == 1:
+            if part[0][0] != open_name:
+                id = body.b.op("rename", id, pairs=((open_name, part[0][0]),), span=span)
+        else:
+            id = body.b.op("split", id, axis=open_name, into=tuple(part), span=span)
+        have = body.b.type(id).names
+        names = tuple(n for n in order if n in have) + tuple(n for n in have if n not in order)
+        if names != have:
+            id = body.b.op("order", id, names=names, span=span)
+        out.append(axis_rules.conform(body, Tensor(id, body), w, span) if isinstance(w, TypeSpec) else Tensor(id, body))
+    return out
+
+
+def wanted_axes(body: Body, w: Any) -> list[tuple[str, int | None]]:
+    if isinstance(w, TensorType):
+        return [(a.name, a.size) for a in w.axes]
+    assert isinstance(w, TypeSpec)
+    axes = list(w.axes)
+    if w.rest:
+        axes[w.rest_at : w.rest_at] = [(a.name, a.size) for a in body.rest]
+    return axes
+
+
+def emit_call(
+    body: Body,
+    inst: Instance,
+    region: Region,
+    inputs: dict[str, tuple[int, TensorType]],
+    lifted: dict[str, int],
+    back: dict[str, str],
+    span: Span,
+) -> Any:
+    """The call node; results get the caller's axis names back."""
+    if region.broken:
+        body.region.broken = True
+        return POISON
+    child = body.adopt(inst, region, span)
+    front = tuple(lifted.items())
+    outs = [TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in call_results(region, inst.inverted)]
+    type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
+    attrs = {
+        "child": child.name,
+        "region": region,
+        "method": "inverse" if inst.inverted else "forward",
+        "lifted": front,
+    }
+    ids = tuple(id for id, _ in inputs.values())
+    node = body.graph.add("call", ids, type_, attrs, span=span, label=None)
+    if any(d for d in region.draws):
+        node = body.graph[node.id]
+    values: list[int] = (
+        [node.id] if len(outs) == 1 else [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(outs)]
+    )
+    main = len(region.outputs) if not inst.inverted else len(region.inputs)
+    for id in values[main:]:
+        body.region.emissions.append(Emission(id, None, (), span))
+    named = []
+    for id in values[:main]:
+        t = body.b.type(id)
+        pairs = {n: back[n] for n in t.names if n in back and back[n] != n and n not in lifted}
+        if pairs:
+            taken = set(t.names) - set(pairs)
+            pairs = {o: n for o, n in pairs.items() if n not in taken}
+            clash = {n for n in pairs.values() if t.has(n)}
+            if clash:
+                id = body.b.op("rename", id, pairs=tuple((o, f"{n}~") for o, n in pairs.items()), span=span)
+                id = body.b.op("rename", id, pairs=tuple((f"{n}~", n) for n in pairs.values()), span=span)
+            elif pairs:
+                id = body.b.op("rename", id, pairs=tuple(pairs.items()), span=span)
+        named.append(Tensor(id, body))
+    return named[0] if len(named) == 1 else Tuple(tuple(named))
+
+
+def lifted_axes(front: tuple[tuple[str, int], ...]) -> Any:
+    from flowlang.ir.types import Axis
+
+    return [Axis(n, s) for n, s in front]
+
+
+def call_results(region: Region, inverted: bool) -> list[TensorType]:
+    if inverted:
+        return region.input_types()
+    return [*region.output_types(), *(region.graph[e.value].tensor for e in region.emissions)]
+
+
+__all__ = ["ABSENT", "Arguments", "apply", "close_names", "dispatch", "make_call"]

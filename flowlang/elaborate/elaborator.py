@@ -1,0 +1,762 @@
+"""From modules to regions: instantiation, the prelude, limits, and what is asked of every declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from flowlang import limits
+from flowlang.diagnostics import Diagnostic, Report
+from flowlang.elaborate.body import Body, Fail, Poisoned
+from flowlang.elaborate.builtins import BUILTINS
+from flowlang.elaborate.calls import ResultShape, parameters_of
+from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean
+from flowlang.elaborate.statements import NOTHING, run_statements
+from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type
+from flowlang.elaborate.values import (
+    ABSENT,
+    POISON,
+    AppliedBuiltin,
+    Bracketed,
+    Builtin,
+    BuiltinNet,
+    Declared,
+    DistributionValue,
+    Instance,
+    Option,
+    Pending,
+    Poison,
+    Static,
+    Tensor,
+    Tuple,
+    TypeSpec,
+    describe,
+)
+from flowlang.ir.graph import Graph, Region
+from flowlang.ir.types import Axis, TensorType
+from flowlang.source import Loader, Source, Span
+from flowlang.syntax import tree
+from flowlang.syntax.parser import parse
+
+WITNESS_SIZES = (3, 2, 5)
+
+
+class Elaborator:
+    """One run over one program. Diagnostics go to `report`; nothing is raised for a bad spec."""
+
+    def __init__(
+        self, report: Report, loader: Loader, library: Library, sets: Mapping[str, Any] | None = None
+    ):
+        self.report = report
+        self.loader = loader
+        self.library = library
+        self.sets = dict(sets or {})
+        self.used_sets: set[str] = set()
+        self.witness = 3
+        self.regions: dict[Hashable, Region] = {}
+        self.requirements: dict[int, list[tuple[tree.Require, Body]]] = {}
+        self.used_names: set[tuple[int, str]] = set()
+        self.aliases: dict[int, Any] = {}
+        self.modules: dict[str, ModuleScope] = {}
+        self.instantiated: set[int] = set()
+        self.witnessed: set[int] = set()
+        self._stack: list[tuple[str, str]] = []
+        self._factor = 1
+        self._rounds = 0
+        self._quiet_free = False
+
+    # ---- modules and names ----------------------------------------------------------------------
+
+    def add_module(self, source: Source, chain: tuple[str, ...] = ()) -> ModuleScope:
+        if source.name in self.modules:
+            return self.modules[source.name]
+        result = parse(source, self.report)
+        scope = ModuleScope(source, result.module, broken=result.broken)
+        self.modules[source.name] = scope
+        for item in result.module.items:
+            if isinstance(item, tree.Import):
+                self.run_import(scope, item, (*chain, source.name))
+            elif isinstance(item, tree.Declaration):
+                self.declare(scope, item)
+        return scope
+
+    def declare(self, scope: ModuleScope, item: tree.Declaration) -> None:
+        span = item.name_span or item.span
+        known = scope.names.get(item.name)
+        if isinstance(known, Declared) and known.module is scope:
+            self.report.add(
+                Diagnostic("FL0204", f"`{item.name}` is declared twice", span, suggestion="rename one of them")
+            )
+            return
+        if item.kind not in KINDS and item.kind not in LATER_KINDS:
+            self.report.add(
+                Diagnostic(
+                    "FL0211",
+                    f"unknown kind of declaration `{item.kind}`",
+                    Span(item.span.source, item.span.start, item.span.start + len(item.kind)),
+                    suggestion=did_you_mean(item.kind, (*KINDS, *LATER_KINDS)),
+                )
+            )
+            return
+        if not scope.source.library and item.name in self.library.names():
+            self.report.add(
+                Diagnostic(
+                    "FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note"
+                )
+            )
+        scope.names[item.name] = Declared(item, scope)
+
+    def run_import(self, scope: ModuleScope, item: tree.Import, chain: tuple[str, ...]) -> None:
+        if len(chain) > limits.IMPORT_DEPTH:
+            self.report.add(Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span))
+            return
+        source = self.loader.load(item.path, scope.source)
+        if source is None:
+            self.report.add(
+                Diagnostic(
+                    "FL0207",
+                    f"nothing to import at `{'.'.join(item.path)}`",
+                    item.span,
+                    suggestion="paths resolve in the spec's folder, the folders given, then the library (`std. ..`)",
+                )
+            )
+            return
+        if source.name in chain:
+            self.report.add(
+                Diagnostic("FL0208", f"`{'.'.join(item.path)}` imports itself in a cycle", item.span)
+            )
+            return
+        other = self.add_module(source, chain)
+        if not item.names:
+            scope.names.setdefault(item.path[-1], other)
+            return
+        for name in item.names:
+            if name in other.names:
+                scope.names.setdefault(name, other.names[name])
+            elif name not in other.broken:
+                self.report.add(
+                    Diagnostic(
+                        "FL0207", f"`{'.'.join(item.path)}` has no `{name}`", item.span,
+                        suggestion=did_you_mean(name, other.names),
+                    )
+                )  # fmt: skip
+
+    def global_name(self, name: str) -> Any:
+        if name in BUILTINS:
+            return BUILTINS[name]
+        source = self.library.find(name)
+        if source is None:
+            return None
+        return self.add_module(source).names.get(name)
+
+    def global_names(self) -> set[str]:
+        return set(BUILTINS) | set(self.library.names())
+
+    # ---- aliases, kinds, constants --------------------------------------------------------------
+
+    def resolve_alias(self, target: Declared) -> Any:
+        """For `KIND name = expression`: its value; None for a declaration with a body."""
+        declaration = target.declaration
+        if declaration.alias is None:
+            return None
+        key = id(declaration)
+        if key not in self.aliases:
+            self.aliases[key] = POISON
+            region = Region(declaration.name, declaration.kind, Graph(), span=declaration.span)
+            body = Body(self, region, target.module)
+            self.aliases[key] = body.ev(declaration.alias)
+        value = self.aliases[key]
+        if isinstance(value, Instance):  # every use is an instance of its own
+            return Instance(value.target, value.arguments, value.span, value.axes, inverted=value.inverted)
+        return value
+
+    def constant(self, target: Declared) -> Any:
+        return self.resolve_alias(target)
+
+    def check_kind(self, body: Body, target: Declared, span: Span) -> None:
+        if target.kind in LATER_KINDS:
+            raise body.fail(
+                "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet", span
+            )
+
+    # ---- limits ---------------------------------------------------------------------------------
+
+    def enter(self, body: Body, key: str, name: str, span: Span) -> None:
+        if any(k == key for k, _ in self._stack):
+            names = [n for _, n in self._stack[[k for k, _ in self._stack].index(key) :]] + [name]
+            raise body.fail(
+                "FL0205",
+                f"`{name}` uses itself",
+                span,
+                notes=("the cycle: " + " -> ".join(f"`{n}`" for n in names),),
+                suggestion="a declaration cannot recur; use `repeat` or `for`",
+            )
+        if len(self._stack) >= limits.INSTANTIATION_DEPTH:
+            raise body.fail(
+                "FL0901", f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}", span
+            )
+        self._stack.append((key, name))
+
+    def leave(self) -> None:
+        self._stack.pop()
+
+    def multiply(self, body: Body, count: int, span: Span) -> None:
+        if self._factor * max(count, 1) > limits.REPEAT_COUNT:
+            raise body.fail(
+                "FL0901",
+                f"{self._factor * count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}",
+                span,
+                suggestion="fewer copies, or one copy inside the other",
+            )
+        self._factor *= max(count, 1)
+
+    def unmultiply(self, count: int) -> None:
+        self._factor //= max(count, 1)
+
+    def count_round(self, body: Body, span: Span) -> None:
+        self._rounds += 1
+        if self._rounds > limits.ROUNDS or len(body.graph) > limits.GRAPH_NODES:
+            raise body.fail("FL0901", f"the graph exceeds the limit of {limits.GRAPH_NODES:,} nodes", span)
+
+    def note_shared(self, body: Body, inst: Instance, count: int) -> None:
+        if count > 1 and not body.region.library:
+            self.report.add(
+                Diagnostic(
+                    "FL0214",
+                    f"the network `{inst.label or inst.target.name}` is shared by {count} copies",
+                    inst.span,
+                    severity="note",
+                    suggestion="write it as an argument inside the `repeat` to give each copy its own",
+                )
+            )
+
+    def size_override(self, body: Body, name: str, size: int | None, entry: tree.Entry) -> int:
+        """A size of a flow's input: set from outside, its default, or a witness."""
+        if name in self.sets and isinstance(self.sets[name], int):
+            self.used_sets.add(name)
+            value = self.sets[name]
+            if value < 0 or value > limits.AXIS_SIZE:
+                raise body.fail("FL0901", f"an axis of size {value} is outside the limits", entry.span)
+            return int(value)
+        if size is not None:
+            return size
+        if self._quiet_free:
+            raise body.fail(
+                "FL0310",
+                f"the size of axis `{name}` is open",
+                entry.span,
+                suggestion=f"give a default, as in `{name} = 2`, or set it: `--set {name}=2`, `compile(.., {name}=2)`",
+            )
+        self.witnessed.add(id(body.region))
+        return self.witness
+
+    # ---- instantiation --------------------------------------------------------------------------
+
+    def static_key(self, value: Any) -> Hashable:
+        match value:
+            case Instance():
+                named = value.owner is not None
+                return (
+                    "instance", id(value.target.declaration) if isinstance(value.target, Declared) else value.target.name,
+                    tuple((k, self.static_key(v)) for k, v in sorted(value.arguments.items())),
+                    named, value.inverted, tuple(i.span.text for i in value.axes),
+                )  # fmt: skip
+            case Declared():
+                return ("declared", id(value.declaration))
+            case Builtin() | BuiltinNet():
+                return ("builtin", value.name)
+            case AppliedBuiltin():
+                return (
+                    "applied", value.builtin.name, tuple(self.static_key(v) for v in value.positional),
+                    tuple((k, self.static_key(v)) for k, v in value.keywords), tuple(i.span.text for i in value.items),
+                )  # fmt: skip
+            case Bracketed():
+                return ("bracketed", self.static_key(value.fn), tuple(i.span.text for i in value.items))
+            case DistributionValue():
+                return ("distribution", value.name, tuple((k, self.static_key(v)) for k, v in value.arguments))
+            case list():
+                return ("list", tuple(self.static_key(v) for v in value))
+            case bool() | int() | float() | str():
+                return (type(value).__name__, value)
+            case Option():
+                return ("option", value.word)
+            case Tensor():
+                return ("tensor", value.id, id(value.body))
+            case _:
+                return repr(value)
+
+    def shared_arguments(self, inst: Instance) -> dict[str, Instance]:
+        """The named (shared) instances among an instance's arguments, under the callee's child names."""
+        found: dict[str, Instance] = {}
+
+        def visit(name: str, value: Any) -> None:
+            if isinstance(value, Instance):
+                if value.owner is not None:
+                    found[name] = value
+                else:
+                    for k, v in value.arguments.items():
+                        visit(f"{name}_{k}", v)
+            elif isinstance(value, list):
+                for k, v in enumerate(value):
+                    visit(f"{name}_{k}", v)
+
+        for k, v in inst.arguments.items():
+            visit(k, v)
+        return found
+
+    def import_argument(self, body: Body, name: str, value: Any) -> Any:
+        """An argument as the callee holds it: fresh networks become its own, named ones stay shared."""
+        if isinstance(value, Instance):
+            inner = Instance(
+                value.target, value.arguments, value.span, value.axes, owner=body, name=body.fresh_child_name(name),
+                label=value.label or name, inverted=value.inverted,
+            )  # fmt: skip
+            if value.owner is not None:
+                inner.shared = True  # type: ignore[attr-defined]
+            else:
+                inner.arguments = {
+                    k: self.import_argument(body, f"{name}_{k}", v) if holds_instance(v) else v
+                    for k, v in value.arguments.items()
+                }
+            return inner
+        if isinstance(value, list) and any(holds_instance(v) for v in value):
+            return [self.import_argument(body, f"{name}_{k}", v) for k, v in enumerate(value)]
+        return value
+
+    def signature(self, inst: Instance) -> str:
+        parts = []
+        for k, v in inst.arguments.items():
+            if isinstance(v, bool):
+                parts.append(f"{k} = {str(v).lower()}")
+            elif isinstance(v, int | float | str):
+                parts.append(f"{k} = {v}")
+            elif isinstance(v, list) and all(isinstance(x, int | float) for x in v):
+                parts.append(f"{k} = {v}")
+            elif isinstance(v, Instance):
+                parts.append(f"{k} = {self.signature(v)}")
+            elif isinstance(v, Builtin):
+                parts.append(f"{k} = {v.name}")
+        return f"{inst.target.name}({', '.join(parts)})" if parts else inst.target.name
+
+    def instantiate(
+        self,
+        caller: Body,
+        inst: Instance,
+        inputs: Mapping[str, TensorType],
+        open_sizes: Mapping[str, int],
+        span: Span,
+    ) -> Region | None:
+        """The region of an instance for these input types; equal ones share it. None after an error."""
+        target = inst.target
+        assert isinstance(target, Declared)
+        key = (
+            id(target.declaration),
+            tuple((k, self.static_key(v)) for k, v in sorted(inst.arguments.items())),
+            tuple(inputs.items()),
+            tuple(sorted(open_sizes.items())),
+            inst.inverted,
+        )
+        if key in self.regions:
+            return self.regions[key]
+        if len(self.regions) > limits.REGIONS:
+            raise caller.fail("FL0901", f"more than {limits.REGIONS:,} distinct instances: limit reached", span)
+        self.enter(caller, f"decl:{id(target.declaration)}", target.name, span)
+        self.instantiated.add(id(target.declaration))
+        self.used_names.add((id(target.module), target.name))
+        library = target.module.source.library
+        anchor = (caller.anchor if caller.module.source.library else span) if library else None
+        declaration = target.declaration
+        region = Region(
+            declaration.name, declaration.kind, Graph(), span=declaration.span, doc=declaration.doc, library=library
+        )
+        region.signature = self.signature(inst)
+        body = Body(self, region, target.module, anchor=anchor)
+        try:
+            self.build(body, inst, inputs, open_sizes, span, caller)
+        except Fail as e:
+            body.report(e.diagnostic)
+        except Poisoned:
+            region.broken = True
+        finally:
+            self.leave()
+        self.regions[key] = region
+        if region.broken:
+            caller.region.broken = True
+        return region
+
+    def build(
+        self,
+        body: Body,
+        inst: Instance,
+        inputs: Mapping[str, TensorType],
+        open_sizes: Mapping[str, int],
+        span: Span,
+        caller: Body,
+    ) -> None:
+        declaration = inst.target.declaration  # type: ignore[union-attr]
+        params = parameters_of(inst)
+        self.bind_statics(body, inst, params, span, caller)
+        tensor_params = [p for p in params if is_tensor_type(p.type)]
+        if not tensor_params:
+            self.build_chain(body, declaration, inputs, span)
+            return
+        for p in tensor_params:
+            self.bind_tensor(body, p, inputs.get(p.name), span, caller)
+        for n, s in open_sizes.items():
+            body.axes.setdefault(n, s)
+        specs = [evaluate_type(body, r.type) for r in declaration.results]
+        body.result_spec = [s for s in specs if isinstance(s, TypeSpec)]
+        value = run_statements(body, declaration.body or ())
+        body.b.span = declaration.span
+        self.finish(body, declaration, value, span)
+        self.warn_unused(body)
+
+    def bind_statics(
+        self, body: Body, inst: Instance, params: list[tree.Parameter], span: Span, caller: Body
+    ) -> None:
+        for p in params:
+            if is_tensor_type(p.type):
+                continue
+            given = p.name in inst.arguments
+            if given:
+                value = self.import_argument(body, p.name, inst.arguments[p.name])
+            elif p.default is not None:
+                value = body.ev(p.default)
+                if isinstance(value, Instance) and value.owner is None:
+                    value.owner, value.name, value.label = body, body.fresh_child_name(p.name), p.name
+            elif is_optional(p.type):
+                value = ABSENT
+            elif p.variadic:
+                value = []
+            else:
+                raise caller.fail(
+                    "FL0203",
+                    f"`{inst.target.name}` needs the argument `{p.name}`",
+                    span,
+                    suggestion=f"as in `{inst.target.name}({p.name} = ..)`",
+                )
+            if p.variadic and not isinstance(value, list):
+                value = [value]
+            self.check_static(body if not given else caller, p, value, inst, span)
+            body.names[p.name] = value
+            body.used.add(p.name)
+
+    def check_static(self, body: Body, p: tree.Parameter, value: Any, inst: Instance, span: Span) -> None:
+        if p.type is None or isinstance(value, Poison) or value is ABSENT:
+            return
+        spec = evaluate_type(body, p.type)
+        if not isinstance(spec, Static):
+            return
+        values = value if p.variadic or spec.name == "list" else [value]
+        kind = spec.element if spec.name == "list" and spec.element else spec
+        if spec.name == "list" and not isinstance(value, list):
+            raise body.fail(
+                "FL0306", f"`{p.name}` of `{inst.target.name}` is a list, and this is {describe(value)}", span,
+                suggestion=f"as in `{p.name} = [64, 64]`",
+            )  # fmt: skip
+        for v in values:
+            if not fits_static(kind, v):
+                raise body.fail(
+                    "FL0306",
+                    f"`{p.name}` of `{inst.target.name}` is {static_words(kind)}, and this is {describe(v)}",
+                    span,
+                )
+
+    def bind_tensor(
+        self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body
+    ) -> None:
+        if type_ is None:
+            body.names[p.name] = ABSENT
+            body.used.add(p.name)
+            return
+        expr = p.type.type if isinstance(p.type, tree.Optional) else p.type
+        items = expr.items if isinstance(expr, tree.Brackets) else ()
+        formal = [i for i in items if isinstance(i.left, tree.Name)]
+        named = {i.left.id for i in formal if isinstance(i.left, tree.Name)}
+        for item in formal:
+            assert isinstance(item.left, tree.Name)
+            name = item.left.id
+            size = type_.size(name)
+            if item.eq is not None:
+                written = body.static_int(item.eq)
+                if written != size:
+                    raise caller.fail(
+                        "FL0301",
+                        f"axis `{name}` of `{p.name}` has size {written} in `{body.region.name}`, and {size} here",
+                        span,
+                    )
+            else:
+                known = body.find(name)
+                if isinstance(known, int) and known != size:
+                    raise caller.fail(
+                        "FL0301",
+                        f"axis `{name}` of `{p.name}` has size {known} in `{body.region.name}`, and {size} here",
+                        span,
+                    )
+            body.axes[name] = size
+        rest = tuple(a for a in type_.axes if a.name not in named)
+        if rest and not p.given:
+            body.rest = rest
+        spec = evaluate_type(body, p.type) if p.type is not None else None
+        domain = spec.domain if isinstance(spec, TypeSpec) else None
+        role = "context" if p.given else "map"
+        id_ = body.b.leaf(
+            "input", TensorType(type_.axes, type_.kind), batched=True, span=p.span, label=p.name, name=p.name,
+            role=role, domain=domain,
+        )  # fmt: skip
+        (body.region.context if p.given else body.region.inputs).append(id_)
+        body.names[p.name] = Tensor(id_, body)
+        body.used.add(p.name)
+
+    def build_chain(self, body: Body, declaration: tree.Declaration, inputs: Mapping[str, TensorType], span: Span) -> None:
+        """A bijector without a tensor parameter: a chain, as in a flow."""
+        if declaration.kind == "flow":
+            run_statements(body, declaration.body or ())
+            if body.chain_value is not None:
+                body.region.outputs = [body.chain_value.id]
+            return
+        type_ = next(iter(inputs.values()))
+        id_ = body.b.leaf("input", type_, batched=True, span=span, label="x", name="x", role="map")
+        body.region.inputs = [id_]
+        for a in type_.axes:
+            body.axes.setdefault(a.name, a.size)
+        body.chain_value = Tensor(id_, body)
+        run_statements(body, declaration.body or ())
+        body.region.outputs = [body.chain_value.id]
+
+    def finish(self, body: Body, declaration: tree.Declaration, value: Any, span: Span) -> None:
+        if isinstance(value, Poison):
+            body.region.broken = True
+            return
+        if value is NOTHING:
+            body.report(
+                body.diagnostic(
+                    "FL0308",
+                    f"`{declaration.name}` has no result",
+                    declaration.name_span or declaration.span,
+                    suggestion="end its body with an expression",
+                )
+            )
+            return
+        where = body_result_span(declaration)
+        try:
+            if body.result_spec:
+                specs = body.result_spec
+                if isinstance(value, Pending):
+                    values = value.resolve(list(specs))
+                else:
+                    values = body.fit(value, specs, where)
+            else:
+                values = list(value.items) if isinstance(value, Tuple) else [value]
+            body.region.outputs = [body.tensor(v, where) for v in values]
+            if body.region.kind == "bijector" and len(body.region.outputs) != len(body.region.inputs):
+                raise body.fail(
+                    "FL0308",
+                    f"a bijector gives as many values as it maps: {len(body.region.inputs)}, "
+                    f"and this gives {len(body.region.outputs)}",
+                    where,
+                )
+        except Fail as e:
+            body.report(e.diagnostic)
+        except Poisoned:
+            body.region.broken = True
+
+    def warn_unused(self, body: Body) -> None:
+        if body.region.broken or body.region.library:
+            return
+        for name, where in body.bound_spans.items():
+            if name not in body.used and not name.startswith("_"):
+                value = body.names.get(name)
+                if isinstance(value, Tensor) and value.id in body.region.outputs:
+                    continue
+                self.report.add(
+                    Diagnostic(
+                        "FL0210", f"`{name}` is never read", where, severity="warning",
+                        suggestion="remove it, or use it",
+                    )
+                )  # fmt: skip
+
+    def result_shape(self, target: Declared, inst: Instance, sizes: Mapping[str, int]) -> ResultShape | None:
+        """A network's declared single result, with the axes whose sizes only its use can tell."""
+        declaration = target.declaration
+        if len(declaration.results) != 1:
+            return None
+        scratch = Body(self, Region(target.name, target.kind, Graph()), target.module)
+        scratch.axes.update(sizes)
+        for p in parameters_of(inst):
+            if not is_tensor_type(p.type):
+                value = inst.arguments.get(p.name)
+                if value is None and p.default is not None:
+                    quiet = self.report
+                    self.report = Report()
+                    try:
+                        value = scratch.ev(p.default)
+                    finally:
+                        self.report = quiet
+                if value is not None:
+                    scratch.names[p.name] = value
+        spec = evaluate_type(scratch, declaration.results[0].type)
+        if not isinstance(spec, TypeSpec):
+            return None
+        open_axes = [n for n, s in spec.axes if s is None]
+        fixed = [(n, s) for n, s in spec.axes if s is not None]
+        return ResultShape(spec.domain, fixed, open_axes, 1)
+
+    # ---- whole declarations ---------------------------------------------------------------------
+
+    def root(self, target: Declared, arguments: Mapping[str, Any]) -> Region | None:
+        """The region of a flow, from its defaults and what was set from outside."""
+        scope = Body(self, Region(target.name, target.kind, Graph(), span=target.declaration.span), target.module)
+        inst: Any = Instance(target, dict(arguments), target.declaration.name_span or target.declaration.span)
+        alias = self.resolve_alias(target)
+        if isinstance(alias, Poison):
+            return None
+        if isinstance(alias, Instance):
+            merged = {**alias.arguments, **arguments}
+            inst = Instance(alias.target, merged, inst.span)
+            name = target.name
+            region = self.guarded(scope, inst, {}, inst.span)
+            if region is not None:
+                region.name = name
+            return region
+        if isinstance(alias, Declared):
+            return self.root(alias, arguments)
+        return self.guarded(scope, inst, {}, inst.span)
+
+    def guarded(self, scope: Body, inst: Instance, inputs: Mapping[str, TensorType], span: Span) -> Region | None:
+        try:
+            return self.instantiate(scope, inst, inputs, {}, span)
+        except Fail as e:
+            self.report.add(e.diagnostic)
+        except Poisoned:
+            pass
+        return None
+
+    def witness_region(self, target: Declared, size: int) -> Region | None:
+        """A declaration that nothing uses, at a witness size for each free axis."""
+        declaration = target.declaration
+        scope = Body(self, Region(target.name, target.kind, Graph(), span=declaration.span), target.module)
+        span = declaration.name_span or declaration.span
+        arguments: dict[str, Any] = {}
+        for ps in declaration.parameters:
+            for p in ps:
+                if not is_tensor_type(p.type) and p.default is None and not is_optional(p.type) and not p.variadic:
+                    value = self.witness_static(scope, p, span)
+                    if value is None:
+                        return None
+                    arguments[p.name] = value
+        inst = Instance(target, arguments, span)
+        inputs: dict[str, TensorType] = {}
+        try:
+            scratch = Body(self, scope.region, target.module)
+            for p in parameters_of(inst):
+                if not is_tensor_type(p.type):
+                    value = arguments.get(p.name)
+                    if value is None and p.default is not None:
+                        value = scratch.ev(p.default)
+                    if value is not None:
+                        scratch.names[p.name] = value
+            for k, p in enumerate(parameters_of(inst)):
+                if not is_tensor_type(p.type) or is_optional(p.type) or p.default is not None:
+                    continue
+                assert p.type is not None
+                spec = evaluate_type(scratch, p.type)
+                if not isinstance(spec, TypeSpec):
+                    return None
+                axes = [Axis(n, s if s is not None else scratch.axes.setdefault(n, size)) for n, s in spec.axes]
+                if spec.rest and not axes:
+                    axes = [Axis("D", size)]
+                for a in axes:
+                    scratch.axes.setdefault(a.name, a.size)
+                inputs[p.name] = TensorType(tuple(axes), spec.domain.kind)
+                del k
+            open_sizes: dict[str, int] = {}
+            if declaration.results:
+                shape = self.result_shape(target, inst, scratch.axes)
+                if shape is not None and shape.open_axes:
+                    open_sizes = dict.fromkeys(shape.open_axes, size)
+            if not inputs and declaration.kind == "bijector":
+                inputs = {"x": TensorType((Axis("D", max(size, 2)),))}
+            return self.instantiate(scope, inst, inputs, open_sizes, span)
+        except Fail as e:
+            self.report.add(e.diagnostic)
+        except Poisoned:
+            pass
+        return None
+
+    def witness_static(self, scope: Body, p: tree.Parameter, span: Span) -> Any:
+        spec = evaluate_type(scope, p.type) if p.type is not None else None
+        if not isinstance(spec, Static):
+            return None
+        match spec.name:
+            case "int":
+                return 2
+            case "real":
+                return 0.5
+            case "bool":
+                return True
+            case "net":
+                target = self.global_name("mlp")
+                return Instance(target, {"hidden": [8]}, span) if isinstance(target, Declared) else None
+            case "bijector":
+                target = self.global_name("affine_elementwise")
+                return Instance(target, {}, span) if isinstance(target, Declared) else None
+            case "distribution":
+                return BUILTINS.get("normal")
+            case "list" if spec.element is not None and spec.element.name == "int":
+                return [8]
+        return None
+
+
+class Library:
+    """The standard library: names to sources, found without parsing."""
+
+    def __init__(self, sources: Mapping[str, Source], index: Mapping[str, str]):
+        self._sources, self._index = sources, index
+
+    def names(self) -> set[str]:
+        return set(self._index)
+
+    def find(self, name: str) -> Source | None:
+        return self._sources[self._index[name]] if name in self._index else None
+
+
+def holds_instance(value: Any) -> bool:
+    return isinstance(value, Instance) or (isinstance(value, list) and any(holds_instance(v) for v in value))
+
+
+def fits_static(kind: Static, value: Any) -> bool:
+    match kind.name:
+        case "int":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "real":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case "bool":
+            return isinstance(value, bool)
+        case "net" | "fn" | "norm":
+            return isinstance(value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed) and (
+                getattr(value, "kind", "net") not in ("bijector", "flow", "distribution")
+            )
+        case "bijector":
+            return isinstance(value, Instance | Declared | Builtin | AppliedBuiltin | Bracketed)
+        case "distribution":
+            return isinstance(value, DistributionValue) or (isinstance(value, Builtin) and value.kind == "distribution")
+        case "one_of":
+            return isinstance(value, Option) and value.word in kind.options
+        case "text":
+            return isinstance(value, str)
+        case _:
+            return True
+
+
+def static_words(kind: Static) -> str:
+    names = {"int": "a whole number", "real": "a number", "bool": "`true` or `false`", "net": "a network",
+             "fn": "a function", "bijector": "a bijector", "distribution": "a distribution", "text": "a text"}  # fmt: skip
+    return names.get(kind.name, f"of type `{kind.name}`")
+
+
+def body_result_span(declaration: tree.Declaration) -> Span:
+    if declaration.body:
+        last = declaration.body[-1]
+        return last.span
+    return declaration.span

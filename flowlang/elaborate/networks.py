@@ -1,0 +1,391 @@
+"""Networks that make parameters in Python: `linear`, `conv`, `autoregressive_mlp`.
+
+All others (`mlp`, `transformer`, `conv_net`, ...) are library entries written in the language.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from flowlang import limits
+from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.calls import Arguments, Formal, join_inputs, wanted_axes
+from flowlang.elaborate.values import (
+    Absent,
+    BuiltinNet,
+    Instance,
+    Option,
+    Pending,
+    Tensor,
+    TypeSpec,
+)
+from flowlang.ir.domains import R
+from flowlang.ir.types import TensorType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+
+Piece = tuple[list[tuple[str, int]], list[str]]
+
+
+def free_name(t: TensorType, base: str) -> str:
+    name = base
+    while t.has(name):
+        name += "_"
+    return name
+
+
+def pieces_of(body: Body, wanted: list[Any], keep: set[str], span: Span) -> tuple[list[Piece], int]:
+    """For each wanted result, its axes that the network makes; and the number of values in all."""
+    pieces: list[Piece] = []
+    total = 0
+    for w in wanted:
+        axes = wanted_axes(body, w)
+        part: list[tuple[str, int]] = []
+        for n, s in axes:
+            if n in keep:
+                continue
+            if s is None:
+                raise body.fail("FL0310", f"the size of axis `{n}` is open", span, suggestion=f"write `{n} = ...`")
+            part.append((n, s))
+        pieces.append((part, [n for n, _ in axes]))
+        total += math.prod(s for _, s in part)
+    return pieces, total
+
+
+def cut(body: Body, id: int, axis: str, pieces: list[Piece], wanted: list[Any], span: Span) -> list[Any]:
+    """Cuts a flat result along `axis` into the wanted values."""
+    out: list[Any] = []
+    start = 0
+    for (part, order), w in zip(pieces, wanted, strict=True):
+        count = math.prod(s for _, s in part)
+        v = id
+        if len(pieces) > 1:
+            v = body.b.op("slice", v, axis=axis, start=start, stop=start + count, span=span)
+        start += count
+        if not part:
+            v = body.b.op("pick", v, axis=axis, index=0, span=span)
+        elif len(part) == 1:
+            if part[0][0] != axis:
+                v = body.b.op("rename", v, pairs=((axis, part[0][0]),), span=span)
+        else:
+            v = body.b.op("split", v, axis=axis, into=tuple(part), span=span)
+        have = body.b.type(v).names
+        names = tuple(n for n in order if n in have) + tuple(n for n in have if n not in order)
+        if names != have:
+            v = body.b.op("order", v, names=names, span=span)
+        out.append(axis_rules.conform(body, Tensor(v, body), w, span) if isinstance(w, TypeSpec) else Tensor(v, body))
+    return out
+
+
+def make_param(body: Body, name: str, axes: tuple[tuple[str, int], ...], init: Any, span: Span) -> int:
+    type_ = TensorType.of(*axes)
+    if type_.count > limits.PARAMETERS:
+        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {limits.PARAMETERS:,}", span)
+    return body.b.leaf("param", type_, batched=False, span=span, label=name, name=name, domain=R, init=init)
+
+
+def start_of(body: Body, value: Any, fan_in: int, span: Span) -> Any:
+    """The start of a weight: `zeros`, a number (its scale relative to the usual), or the usual uniform."""
+    bound = 1 / math.sqrt(max(fan_in, 1))
+    if value is None:
+        return ("uniform", -bound, bound)
+    if getattr(value, "name", None) == "zeros" or value == 0:
+        return 0.0
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return ("uniform", -bound * value, bound * value)
+    raise body.fail("FL0306", "`weight` is `zeros` or a number that scales the usual start", span)
+
+
+def split_arguments(args: Arguments) -> tuple[list[tuple[Any, Span]], list[tuple[Any, Span]]]:
+    pairs = list(zip(args.positional, args.spans, strict=True))
+    tensors = [(v, s) for v, s in pairs if isinstance(v, Tensor | Pending | Absent)]
+    return tensors, [p for p in pairs if p not in tensors]
+
+
+def keywords(body: Body, inst: Instance, args: Arguments, known: tuple[str, ...]) -> dict[str, Any]:
+    from flowlang.elaborate.scope import did_you_mean
+
+    for k in args.keywords:
+        if k not in known:
+            raise body.fail(
+                "FL0202", f"`{inst.target.name}` has no argument `{k}`", args.keyword_spans[k],
+                suggestion=did_you_mean(k, known),
+            )  # fmt: skip
+    merged = {**inst.arguments, **args.keywords}
+    return {k: (v.word if isinstance(v, Option) else v) for k, v in merged.items()}
+
+
+def flag(value: Any) -> bool:
+    return not (value is False or isinstance(value, Absent))
+
+
+# ---- linear -------------------------------------------------------------------------------------
+
+
+def linear(body: Body, inst: Instance, args: Arguments) -> Any:
+    """`linear[D -> E](x)`: consumes D, or the only axis absent from the declared result."""
+    assert args.span is not None
+    span = args.span
+    options = keywords(body, inst, args, ("bias", "weight"))
+    tensors, rest = split_arguments(args)
+    if rest:
+        raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1])
+    items = args.axes or inst.axes
+    if not tensors:
+        return Instance(inst.target, options, span, items, inst.owner, inst.name, inst.label)
+    value, where = tensors[0]
+    x = body.tensor(value, where)
+    item = items[0] if items else None
+    source = axis_rules.axis_name(body, tree.Item(item.left, span=item.span)) if item and item.left is not None else None
+    if len(tensors) > 1:
+        first = source or (body.b.type(x).names[0] if body.b.type(x).rank else "D")
+        formal = Formal("x", [(first, tree.Item(None, span=span))], False, "real", False, False)
+        x = join_inputs(body, formal, x, tensors[1:], {first: first}, span, "linear")
+    t = body.b.type(x)
+    if source is not None:
+        axis_rules.need_axis(body, t, source, span)
+
+    def resolve(wanted: list[Any]) -> list[Any]:
+        axis = source
+        if axis is None:
+            named = {n for w in wanted for n, _ in wanted_axes(body, w)}
+            absent = [n for n in t.names if n not in named]
+            if len(absent) != 1:
+                if t.rank == 1:
+                    absent = list(t.names)
+                else:
+                    raise body.fail(
+                        "FL0307", "`linear` must be told which axis it consumes", span,
+                        suggestion=f"as in `linear[{t.names[-1] if t.names else 'D'}](..)`",
+                    )  # fmt: skip
+            axis = absent[0]
+        keep = set(t.names) - {axis}
+        pieces, total = pieces_of(body, wanted, keep, span)
+        flat = linear_node(body, inst, x, axis, total, options, span)
+        return cut(body, flat, free_name(t, "out"), pieces, wanted, span)
+
+    if item is not None and item.arrow is not None:
+        if isinstance(item.arrow, tree.Paren) and not item.arrow.items:
+            axis = source or t.names[-1]
+            return resolve([TensorType(t.without([axis]).axes)])[0]
+        if not isinstance(item.arrow, tree.Name):
+            raise body.fail("FL0307", "`linear` makes one axis", item.span)
+        size: int | None
+        if item.arrow_eq is not None:
+            size = body.static_int(item.arrow_eq)
+        elif item.arrow.id == source:
+            size = t.size(source)
+        else:
+            known = body.find(item.arrow.id)
+            size = known if isinstance(known, int) else body.axes.get(item.arrow.id)
+        if size is not None:
+            axis = source or (t.names[-1] if t.rank else "D")
+            if not t.rank:
+                x = body.b.op("expand", x, axes=(("D", 1),))
+                t = body.b.type(x)
+            # The new axis stands where the consumed one stood.
+            names = [(item.arrow.id if a.name == axis else a.name, size if a.name == axis else a.size) for a in t.axes]
+            if len({n for n, _ in names}) != len(names):
+                raise body.fail("FL0307", f"axis `{item.arrow.id}` is there already", item.span)
+            keep = set(t.names) - {axis}
+            pieces = [([(item.arrow.id, size)], [n for n, _ in names])]
+            flat = linear_node(body, inst, x, axis, size, options, span)
+            return cut(body, flat, free_name(t, "out"), pieces, [TensorType.of(*names)], span)[0]
+
+    def same() -> Any:
+        axis = source or (t.names[-1] if t.rank == 1 else None)
+        if axis is None:
+            raise body.fail("FL0304", "the output size of `linear` is open", span, suggestion="as in `linear[D -> E = 64]`")
+        return resolve([TensorType(t.axes)])[0] if source is None else resolve_same(axis)
+
+    def resolve_same(axis: str) -> Any:
+        flat = linear_node(body, inst, x, axis, t.size(axis), options, span)
+        pieces = [([(axis, t.size(axis))], list(t.names))]
+        return cut(body, flat, free_name(t, "out"), pieces, [TensorType(t.axes)], span)[0]
+
+    return Pending(resolve, span, "linear", same if t.rank else None)
+
+
+def linear_node(body: Body, inst: Instance, x: int, axis: str, total: int, options: dict[str, Any], span: Span) -> int:
+    """Σ_axis x · W + b with a flat result axis `out`; the parameters stand in the enclosing body."""
+    t = body.b.type(x)
+    out = free_name(t, "out")
+    made: dict[int, tuple[int, int | None]] = body.__dict__.setdefault("linear_params", {})
+    if id(inst) not in made or inst.owner is None:
+        name = inst.name or body.fresh_child_name("linear")
+        fan = t.size(axis)
+        w = make_param(body, f"{name}_weight", ((out, total), (axis, fan)), start_of(body, options.get("weight"), fan, span), span)
+        b = None
+        if flag(options.get("bias", True)):
+            start = 0.0 if options.get("weight") is not None else start_of(body, None, fan, span)
+            b = make_param(body, f"{name}_bias", ((out, total),), start, span)
+        made[id(inst)] = (w, b)
+    w, b = made[id(inst)]
+    if body.b.type(w).shape != (total, t.size(axis)):
+        raise body.fail("FL0301", "this `linear` is one network, and is used here with other sizes than before", span)
+    y = body.b.op("contract", x, w, axes=(axis,), span=span)
+    return body.b.op("add", y, b, span=span) if b is not None else y
+
+
+# ---- autoregressive MLP -------------------------------------------------------------------------
+
+
+def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
+    """Masked MLP (MADE, Germain et al. 2015): the result at index i of the axis depends on x before i only.
+
+    Every hidden unit has a degree d and sees inputs 0..d; outputs at i see hidden units of degree < i.
+    Context joins unmasked.
+    """
+    assert args.span is not None
+    span = args.span
+    options = keywords(body, inst, args, ("hidden", "act", "weight"))
+    tensors, rest = split_arguments(args)
+    for v, where in rest:
+        if isinstance(v, list):
+            options["hidden"] = v
+        elif isinstance(v, int) and not isinstance(v, bool):
+            options["hidden"] = [*options.get("hidden", []), v]
+        else:
+            raise body.fail("FL0306", "`autoregressive_mlp` takes the widths of its hidden layers", where)
+    items = args.axes or inst.axes
+    if not tensors:
+        return Instance(inst.target, options, span, items, inst.owner, inst.name, inst.label)
+    x = body.tensor(*tensors[0])
+    t = body.b.type(x)
+    axis = axis_rules.axis_name(body, items[0]) if items else t.names[0] if t.rank == 1 else None
+    if axis is None:
+        raise body.fail("FL0307", "`autoregressive_mlp` must be told its axis", span, suggestion="as in `autoregressive_mlp[D](x)`")
+    size = axis_rules.need_axis(body, t, axis, span)
+    context = [body.tensor(v, s) for v, s in tensors[1:] if not isinstance(v, Absent)]
+    hidden = options.get("hidden", [64, 64])
+    if not isinstance(hidden, list) or not all(isinstance(h, int) and h > 0 for h in hidden):
+        raise body.fail("FL0306", "`hidden` is a list of widths, as in `[64, 64]`", span)
+
+    def resolve(wanted: list[Any]) -> list[Any]:
+        from flowlang.elaborate.calls import apply
+
+        keep = set(t.names)
+        pieces, total = pieces_of(body, wanted, keep, span)
+        name = inst.name or body.fresh_child_name("made")
+        degrees = tuple(range(size))
+        h, before, n_before = x, axis, size
+        for k, width in enumerate(hidden):
+            unit = free_name(body.b.type(h), f"H{k + 1}")
+            own = tuple(j * max(size - 1, 1) // width for j in range(width))
+            w = make_param(body, f"{name}_weight{k + 1}", ((unit, width), (before, n_before)),
+                           start_of(body, None, n_before, span), span)  # fmt: skip
+            w = body.b.op("masked", w, row=unit, col=before, row_degrees=own, col_degrees=degrees, strict=False)
+            b = make_param(body, f"{name}_bias{k + 1}", ((unit, width),), start_of(body, None, n_before, span), span)
+            h = body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
+            if k == 0:
+                for j, c in enumerate(context):
+                    h = add_context(body, h, c, unit, width, f"{name}_context{j + 1}", span)
+            act = options.get("act") or body.elab.global_name("silu")
+            h = body.tensor(apply(body, act, [Tensor(h, body)], {}, span), span)
+            degrees, before, n_before = own, unit, width
+        made = body.b.type(h)
+        out, per = free_name(made, f"{axis}^"), free_name(made, "out")
+        scale = options.get("weight")
+        w = make_param(body, f"{name}_weight_out", ((out, size), (per, total), (before, n_before)),
+                       start_of(body, scale, n_before, span), span)  # fmt: skip
+        w = body.b.op("masked", w, row=out, col=before, row_degrees=tuple(range(size)), col_degrees=degrees, strict=True)
+        b = make_param(body, f"{name}_bias_out", ((out, size), (per, total)), 0.0, span)
+        y = body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
+        if not hidden:
+            for j, c in enumerate(context):
+                y = add_context(body, y, c, per, total, f"{name}_context{j + 1}", span)
+        y = body.b.op("rename", y, pairs=((out, axis),), span=span)
+        return cut(body, y, per, pieces, wanted, span)
+
+    return Pending(resolve, span, "autoregressive_mlp", lambda: resolve([TensorType(t.axes)])[0])
+
+
+def add_context(body: Body, h: int, c: int, unit: str, width: int, name: str, span: Span) -> int:
+    """h plus an unmasked linear map of the context."""
+    tc = body.b.type(c)
+    shared = {n for n in tc.names if body.b.type(h).has(n)}
+    own = [n for n in tc.names if n not in shared]
+    if not own:
+        if tc.rank:  # the context has the same axis names: it enters as a vector of its own
+            pairs = tuple((n, f"{n}_given") for n in tc.names)
+            return add_context(body, h, body.b.op("rename", c, pairs=pairs), unit, width, name, span)
+        c = body.b.op("expand", c, axes=(("given", 1),))
+        own, tc = ["given"], body.b.type(c)
+    fan = math.prod(tc.size(n) for n in own)
+    w = make_param(body, name, ((unit, width), *((n, tc.size(n)) for n in own)), start_of(body, None, fan, span), span)
+    return body.b.op("add", h, body.b.op("contract", c, w, axes=tuple(own), span=span), span=span)
+
+
+# ---- convolution --------------------------------------------------------------------------------
+
+
+def conv(body: Body, inst: Instance, args: Arguments) -> Any:
+    """`conv(x, out, kernel = 3)`: over the last two axes, channels first; pads with zeros to keep the size."""
+    assert args.span is not None
+    span = args.span
+    options = keywords(body, inst, args, ("out", "kernel", "stride", "bias", "weight", "groups", "dilation"))
+    tensors, rest = split_arguments(args)
+    for v, where in rest:
+        if isinstance(v, int) and not isinstance(v, bool) and v > 0:
+            options["out"] = v
+        else:
+            raise body.fail("FL0306", "`conv` takes the number of its output channels", where)
+    items = args.axes or inst.axes
+    if not tensors:
+        return Instance(inst.target, options, span, items, inst.owner, inst.name, inst.label)
+    for k in ("kernel", "stride", "groups", "dilation", "out"):
+        v = options.get(k, 1)
+        if not isinstance(v, int) or isinstance(v, bool) or v < 1:
+            raise body.fail("FL0306", f"`{k}` of `conv` is a whole number above 0", span)
+    x = body.tensor(*tensors[0])
+    t = body.b.type(x)
+    if t.rank < 3:
+        raise body.fail("FL0307", f"`conv` takes channels and two axes of space, and this value has {axis_rules.words(t)}", span)
+    channel, *space = [axis_rules.axis_name(body, i) for i in items] if items else list(t.names[-3:])
+    if len(space) != 2:
+        raise body.fail("FL0307", "`conv` takes a channel axis and two axes of space", span)
+    for n in (channel, *space):
+        axis_rules.need_axis(body, t, n, span)
+    stride, kernel = int(options.get("stride", 1)), int(options.get("kernel", 3))
+    groups = int(options.get("groups", 1))
+    if t.size(channel) % groups:
+        raise body.fail("FL0301", f"{t.size(channel)} channels do not split into {groups} groups", span)
+
+    def build(total: int) -> int:
+        name = inst.name or body.fresh_child_name("conv")
+        fan = t.size(channel) // groups * kernel * kernel
+        out = free_name(t, f"{channel}^")
+        if total % groups:
+            raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span)
+        w = make_param(
+            body, f"{name}_weight", ((out, total), (channel, t.size(channel) // groups), ("kh", kernel), ("kw", kernel)),
+            start_of(body, options.get("weight"), fan, span), span,
+        )  # fmt: skip
+        inputs = [x, w]
+        if flag(options.get("bias", True)):
+            start = 0.0 if options.get("weight") is not None else start_of(body, None, fan, span)
+            inputs.append(make_param(body, f"{name}_bias", ((out, total),), start, span))
+        return body.b.op(
+            "conv", *inputs, channel=channel, space=tuple(space), stride=stride, groups=groups,
+            dilation=int(options.get("dilation", 1)), span=span,
+        )  # fmt: skip
+
+    if "out" in options:
+        return Tensor(build(int(options["out"])), body)
+
+    def resolve(wanted: list[Any]) -> list[Any]:
+        pieces, total = pieces_of(body, wanted, set(t.names) - {channel}, span)
+        return cut(body, build(total), channel, pieces, wanted, span)
+
+    return Pending(resolve, span, "conv", lambda: resolve([TensorType(t.axes)])[0])
+
+
+NETWORKS: dict[str, Any] = {
+    "linear": BuiltinNet("linear", ("x",), linear, doc="linear[D -> E](x)"),
+    "autoregressive_mlp": BuiltinNet("autoregressive_mlp", ("x", "hidden"), autoregressive_mlp),
+    "conv": BuiltinNet("conv", ("x", "out", "kernel"), conv),
+}

@@ -1,0 +1,693 @@
+"""Statements of bodies and chains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flowlang import limits
+from flowlang.diagnostics import Label
+from flowlang.elaborate.axes import words
+from flowlang.elaborate.calls import apply
+from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.types import evaluate_type
+from flowlang.elaborate.values import (
+    ABSENT,
+    POISON,
+    AppliedBuiltin,
+    Bracketed,
+    Builtin,
+    BuiltinNet,
+    Declared,
+    DistributionValue,
+    Instance,
+    Local,
+    Poison,
+    Static,
+    Tensor,
+    Tuple,
+    TypeSpec,
+    describe,
+)
+from flowlang.ir.distributions import DISTRIBUTIONS
+from flowlang.ir.domains import Domain
+from flowlang.ir.graph import BaseDistribution, Child, Draw, Emission, Graph, Region, Step
+from flowlang.ir.ops.base import OpProblem
+from flowlang.ir.types import SCALAR, TensorType, TupleType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+
+NOTHING = object()
+
+
+def run_statements(body: Body, statements: tuple[tree.Statement, ...]) -> Any:
+    """Runs a body; its result is the value of the last expression, named or not."""
+    result: Any = NOTHING
+    for k, statement in enumerate(statements):
+        value = run_one(body, statement, last=k == len(statements) - 1)
+        if value is not NOTHING:
+            result = value
+    return result
+
+
+def run_one(body: Body, statement: tree.Statement, *, last: bool) -> Any:
+    from flowlang.elaborate.body import Fail, Poisoned
+
+    try:
+        return run(body, statement, last=last)
+    except Fail as e:
+        body.report(e.diagnostic)
+    except Poisoned:
+        body.region.broken = True
+    except OpProblem as e:
+        body.report(body.diagnostic(e.code, e.message, statement.span, suggestion=e.suggestion, notes=e.notes))
+    if isinstance(statement, tree.Bind):
+        for t in statement.targets:
+            body.names[t.name] = POISON
+            body.used.add(t.name)
+    return POISON
+
+
+def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
+    match statement:
+        case tree.Bind():
+            return bind(body, statement)
+        case tree.ExprStatement():
+            return expression(body, statement, last)
+        case tree.Declare():
+            declare(body, statement)
+        case tree.Base():
+            base(body, statement)
+        case tree.Emit():
+            emit(body, statement)
+        case tree.Require():
+            body.elab.requirements.setdefault(id(body.region), []).append((statement, body))
+        case tree.If():
+            if isinstance(statement.condition, tree.Name) and statement.condition.id == "training":
+                raise body.fail("FL0902", "`if training` has no meaning yet", statement.condition.span)
+            branch = statement.then if body.static_bool(statement.condition) else statement.orelse
+            if body.chain_value is not None:
+                run_statements(body, branch)
+                return NOTHING
+            return run_statements(body, branch)
+        case tree.For():
+            return run_for(body, statement)
+        case tree.Repeat():
+            return run_repeat(body, statement)
+        case tree.Declaration():
+            body.names[statement.name] = Local(statement, body)
+            body.used.add(statement.name)
+        case tree.Scan():
+            raise body.fail("FL0902", "`scan` has no meaning yet", statement.span)
+        case tree.Tableau():
+            raise body.fail("FL0902", "a tableau has no meaning yet", statement.span)
+        case tree.Import():
+            raise body.fail("FL0106", "`import` stands at the top of a file", statement.span)
+    return NOTHING
+
+
+# ---- bindings -----------------------------------------------------------------------------------
+
+
+def target_types(body: Body, statement: tree.Bind) -> list[tree.Expr] | None:
+    """A type covers every name since the last typed one."""
+    types: list[tree.Expr | None] = [t.type for t in statement.targets]
+    if not any(t is not None for t in types):
+        return None
+    for k in range(len(types) - 2, -1, -1):
+        if types[k] is None:
+            types[k] = types[k + 1]
+    if types[-1] is None:
+        raise body.fail("FL0306", f"`{statement.targets[-1].name}` has no type", statement.targets[-1].span)
+    return [t for t in types if t is not None]
+
+
+def bind(body: Body, statement: tree.Bind) -> Any:
+    targets = statement.targets
+    if any(t.index for t in targets):
+        raise body.fail("FL0902", "assigning to a part of a value has no meaning yet", statement.span)
+    if statement.op == "~":
+        return draw(body, statement)
+    if statement.op == ":=":
+        for t in targets:
+            if body.find(t.name) is None:
+                raise body.fail(
+                    "FL0201",
+                    f"`{t.name}` is updated before it is bound",
+                    t.span,
+                    suggestion=did_you_mean(t.name, body.names) or f"bind it first: `{t.name} = ...`",
+                )
+    else:
+        for t in targets:
+            if t.name in body.axes and body.find(t.name) is None:
+                raise body.fail(
+                    "FL0206",
+                    f"`{t.name}` is an axis here, and cannot name a value as well",
+                    t.span,
+                    suggestion="choose another name",
+                )
+    types = target_types(body, statement)
+    if len(statement.values) == 1:
+        expr = statement.values[0]
+        if types is not None:
+            values = body.typed(expr, types)
+        else:
+            value = body.ev(expr)
+            if len(targets) == 1:
+                values = [value]
+            elif isinstance(value, Poison):
+                values = [POISON] * len(targets)
+            elif isinstance(value, Tuple | list):
+                values = list(value.items) if isinstance(value, Tuple) else list(value)
+            else:
+                raise body.fail("FL0308", f"{len(targets)} names for {describe(value)}", statement.span)
+    else:
+        values = []
+        for k, e in enumerate(statement.values):
+            values.extend(body.typed(e, [types[k]]) if types is not None and k < len(types) else [body.ev(e)])
+    if len(values) != len(targets):
+        raise body.fail("FL0308", f"{len(targets)} names for {len(values)} values", statement.span)
+    for t, v in zip(targets, values, strict=True):
+        bind_name(body, t, v, statement.op)
+    return values[0] if len(values) == 1 else Tuple(tuple(values))
+
+
+def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
+    name = target.name
+    if isinstance(value, Instance) and value.owner is None:
+        value.owner = body
+        value.label = name
+        value.name = body.fresh_child_name(name)
+    if isinstance(value, Tensor):
+        value = body.capture(value)
+        body.graph.relabel(value.id, name)
+    if op == "=" and name in body.names:
+        body.used.add(name)
+    body.names[name] = value
+    if op == "=":
+        body.bound_spans[name] = target.span
+        body.used.discard(name)
+
+
+def draw(body: Body, statement: tree.Bind) -> Any:
+    if len(statement.targets) != 1 or len(statement.values) != 1:
+        raise body.fail("FL0308", "one name is drawn at a time", statement.span)
+    target = statement.targets[0]
+    dist = distribution(body, statement.values[0])
+    if dist is None:
+        return POISON
+    spec = evaluate_type(body, target.type) if target.type is not None else None
+    arguments = distribution_arguments(body, dist)
+    type_ = draw_type(body, spec, arguments, statement.span)
+    value = body.b.leaf("input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw")
+    body.region.draws.append(Draw(value, dist.name, arguments, statement.span))
+    result = Tensor(value, body)
+    bind_name(body, target, result, "=")
+    return result
+
+
+def draw_type(body: Body, spec: Any, arguments: tuple[tuple[str, int], ...], span: Span) -> TensorType:
+    if isinstance(spec, TypeSpec):
+        axes = list(spec.axes)
+        if spec.rest:
+            axes[spec.rest_at : spec.rest_at] = [(a.name, a.size) for a in body.rest]
+        for n, s in axes:
+            if s is None:
+                raise body.fail("FL0310", f"the size of axis `{n}` is open", span)
+        return TensorType.of(*((n, s) for n, s in axes if s is not None))
+    best = SCALAR
+    for _, id in arguments:
+        if body.b.type(id).rank > best.rank:
+            best = body.b.type(id)
+    return best.as_kind("real")
+
+
+def distribution(body: Body, expr: tree.Expr) -> DistributionValue | None:
+    """The distribution an expression names; None after a reported error."""
+    value = body.ev(expr)
+    if isinstance(value, Poison):
+        return None
+    if isinstance(value, Builtin) and value.kind == "distribution":
+        return DistributionValue(value.name, (), expr.span)
+    if isinstance(value, DistributionValue):
+        return value
+    raise body.fail(
+        "FL0211",
+        f"a distribution is needed here, and this is {describe(value)}",
+        expr.span,
+        suggestion=f"distributions are {', '.join(f'`{d}`' for d in sorted(DISTRIBUTIONS))}",
+    )
+
+
+def distribution_arguments(body: Body, dist: DistributionValue) -> tuple[tuple[str, int], ...]:
+    return tuple((n, body.tensor(body.capture(v), dist.span)) for n, v in dist.arguments)
+
+
+def expression(body: Body, statement: tree.ExprStatement, last: bool) -> Any:
+    if body.chain_value is not None:
+        for e in statement.values:
+            run_step(body, e)
+        return NOTHING
+    if not last:
+        for e in statement.values:
+            body.ev(e)
+        raise body.fail(
+            "FL0209",
+            "the value of this expression goes nowhere",
+            statement.span,
+            suggestion="bind it to a name, or remove it; a line that begins with `-` begins a new statement",
+        )
+    values = [body.ev(e) for e in statement.values]
+    return values[0] if len(values) == 1 else Tuple(tuple(values))
+
+
+# ---- declarations inside bodies -----------------------------------------------------------------
+
+
+def declare(body: Body, statement: tree.Declare) -> None:
+    from flowlang.elaborate.body import Fail
+
+    for entry in statement.entries:
+        try:
+            if statement.word in ("data", "given"):
+                declare_input(body, statement.word, entry)
+            else:
+                declare_param(body, statement.word, entry)
+        except Fail as e:
+            body.report(e.diagnostic)
+            body.names[entry.name] = POISON
+
+
+def check_new(body: Body, name: str, span: Span) -> None:
+    if name in body.bound_spans:
+        raise body.fail(
+            "FL0204", f"`{name}` is declared twice", span, labels=(Label(body.bound_spans[name], "first here"),)
+        )
+    body.bound_spans[name] = span
+    body.used.add(name)
+
+
+def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
+    if body.region.kind != "flow":
+        raise body.fail(
+            "FL0106",
+            f"`{word}` belongs in a flow",
+            entry.span,
+            suggestion="a bijector's inputs stand in its parameter list: `bijector b(x: R[D]) { .. }`",
+        )
+    check_new(body, entry.name, entry.span)
+    if entry.type is None:
+        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `{word} {entry.name}: R[D = 2]`", entry.span)
+    if word == "data" and body.region.inputs:
+        raise body.fail("FL0902", "a flow with several `data` has no meaning yet", entry.span)
+    spec = evaluate_type(body, entry.type)
+    if isinstance(spec, Static):
+        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span)
+    axes: list[tuple[str, int]] = []
+    for n, s in spec.axes:
+        size = body.elab.size_override(body, n, s, entry)
+        axes.append((n, size))
+        if word == "data" or n not in body.axes:
+            body.axes[n] = size
+    if spec.rest:
+        raise body.fail("FL0307", "`..` cannot stand in a flow's inputs", entry.type.span)
+    type_ = TensorType.of(*axes, kind=spec.domain.kind)
+    role = "map" if word == "data" else "context"
+    id = body.b.leaf(
+        "input", type_, batched=True, span=entry.span, label=entry.name, name=entry.name, role=role, domain=spec.domain
+    )
+    value = Tensor(id, body)
+    if word == "data":
+        body.region.inputs.append(id)
+        body.chain_value = value
+        body.names[entry.name] = value
+    else:
+        body.region.context.append(id)
+        body.names[entry.name] = value
+
+
+def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
+    check_new(body, entry.name, entry.span)
+    if entry.type is None:
+        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `param {entry.name}: R[D] = 0`", entry.span)
+    spec = evaluate_type(body, entry.type)
+    if isinstance(spec, Static):
+        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span)
+    axes = [*spec.axes]
+    if spec.rest:
+        axes[spec.rest_at : spec.rest_at] = [(a.name, a.size) for a in body.rest]
+    for n, s in axes:
+        if s is None:
+            raise body.fail(
+                "FL0310", f"the size of axis `{n}` is open", entry.type.span, suggestion=f"write `{n} = ...` in the type"
+            )
+    type_ = TensorType.of(*((n, s) for n, s in axes if s is not None), kind=spec.domain.kind)
+    if type_.count > limits.PARAMETERS:
+        raise body.fail(
+            "FL0901",
+            f"`{entry.name}` would have {type_.count:,} elements, above the limit of {limits.PARAMETERS:,}",
+            entry.span,
+        )
+    check_matrix(body, spec.domain, type_, entry)
+    init = initial_value(body, spec.domain, entry)
+    id = body.b.leaf(
+        "param" if word == "param" else "state", type_, batched=False, span=entry.span, label=entry.name,
+        name=entry.name, domain=spec.domain, init=init,
+    )  # fmt: skip
+    for n, s in axes:
+        if s is not None and n not in body.axes and not n.endswith("'"):
+            body.axes[n] = s
+    body.names[entry.name] = Tensor(id, body)
+
+
+def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entry) -> None:
+    from flowlang.ir.domains import SQUARE_STRUCTURES
+
+    if domain.structure in SQUARE_STRUCTURES:
+        if type_.rank < 2:
+            raise body.fail("FL0311", f"`{domain.name}` is a matrix and needs two axes, as in `[D', D]`", entry.span)
+        a, b = type_.axes[-2], type_.axes[-1]
+        if a.size != b.size:
+            raise body.fail(
+                "FL0311", f"`{domain.name}` is square, and this has {a.size} x {b.size}", entry.span
+            )
+
+
+def initial_value(body: Body, domain: Domain, entry: tree.Entry) -> Any:
+    if entry.value is None:
+        return default_start(domain)
+    if entry.op == "=":
+        value = body.ev(entry.value)
+        if isinstance(value, Poison):
+            return 0.0
+        if isinstance(value, bool | int | float):
+            if domain.structure is None and not domain.interval.contains(float(value)):
+                raise body.fail("FL0311", f"{value:g} is not in `{domain}`", entry.value.span)
+            return float(value)
+        if isinstance(value, list):
+            return ("values", tuple(value))
+        if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
+            return 0.0 if value.name == "zeros" else 1.0
+        raise body.fail("FL0305", f"a start is a number or a list, and this is {describe(value)}", entry.value.span)
+    name, args = start_call(body, entry.value)
+    return (name, *args)
+
+
+STARTS = {
+    "normal": (0.0, 1.0),
+    "uniform": (0.0, 1.0),
+    "unit_normal": (),
+    "orthogonal": (),
+    "identity": (),
+    "kaiming_uniform": (),
+    "kaiming_normal": (),
+    "lecun_normal": (),
+    "xavier_uniform": (),
+}
+
+
+def start_call(body: Body, expr: tree.Expr) -> tuple[str, tuple[float, ...]]:
+    name_expr = expr.fn if isinstance(expr, tree.Call) else expr
+    if not isinstance(name_expr, tree.Name) or name_expr.id not in STARTS:
+        raise body.fail(
+            "FL0201",
+            "unknown start of a parameter",
+            expr.span,
+            suggestion=f"starts are {', '.join(f'`{s}`' for s in STARTS)}",
+        )
+    args: list[float] = []
+    if isinstance(expr, tree.Call):
+        for item in expr.items:
+            value = body.ev(item.left) if item.left is not None else None
+            if not isinstance(value, int | float):
+                raise body.fail("FL0305", "a start takes numbers", item.span)
+            args.append(float(value))
+    return name_expr.id, tuple(args) + STARTS[name_expr.id][len(args) :]
+
+
+def default_start(domain: Domain) -> Any:
+    match domain.structure:
+        case "plu" | "dense" | "orthogonal" | "stiefel":
+            return ("orthogonal",)
+        case "lower" | "unit_lower" | "spd":
+            return ("identity",)
+        case "simplex":
+            return None
+        case "sphere":
+            return ("normal", 0.0, 1.0)
+    iv = domain.interval
+    if iv.contains(0.0):
+        return 0.0
+    if iv.finite:
+        return (iv.lo + iv.hi) / 2
+    return 1.0
+
+
+def emit(body: Body, statement: tree.Emit) -> None:
+    value = body.ev(statement.value)
+    dist = distribution(body, statement.distribution)
+    if isinstance(value, Poison) or dist is None:
+        raise_poison()
+    assert dist is not None
+    id = body.tensor(value, statement.value.span)
+    body.region.emissions.append(Emission(id, dist.name, distribution_arguments(body, dist), statement.span))
+
+
+def raise_poison() -> None:
+    from flowlang.elaborate.body import Poisoned
+
+    raise Poisoned
+
+
+def base(body: Body, statement: tree.Base) -> None:
+    if body.region.kind != "flow":
+        raise body.fail("FL0106", "`base` belongs in a flow", statement.span)
+    if body.region.base is not None:
+        raise body.fail("FL0204", "a flow has one `base`", statement.span)
+    if body.chain_value is None:
+        raise body.fail("FL0212", "a flow needs `data` before its base", statement.span)
+    dist = distribution(body, statement.value)
+    if dist is None:
+        return
+    body.region.base = BaseDistribution(dist.name, distribution_arguments(body, dist), statement.span)
+
+
+# ---- chains -------------------------------------------------------------------------------------
+
+
+def run_step(body: Body, expr: tree.Expr) -> None:
+    """One expression of a chain: a bijector applied to the chain's value."""
+    if body.region.base is not None:
+        raise body.fail("FL0106", "a step after `base` is never reached", expr.span, suggestion="move it above `base`")
+    assert body.chain_value is not None
+    x = body.chain_value
+    fn = body.ev(expr)
+    if isinstance(fn, Poison) or isinstance(x, Poison):
+        body.region.broken = True
+        return
+    before = len(body.region.emissions)
+    result = apply(body, step_function(body, fn, expr), [x], context_for(body, fn), expr.span, [expr.span])
+    del before
+    if isinstance(result, Poison):
+        body.region.broken = True
+        return
+    if not isinstance(result, Tensor):
+        raise body.fail("FL0211", f"a step gives one value, and this gives {describe(result)}", expr.span)
+    result = body.capture(result)
+    body.chain_value = result
+    body.region.steps.append(Step(expr.span.text, x.id, result.id, span=expr.span))
+
+
+def step_function(body: Body, fn: Any, expr: tree.Expr) -> Any:
+    inner = fn.fn if isinstance(fn, Bracketed) else fn
+    if isinstance(inner, AppliedBuiltin):
+        inner = inner.builtin
+    if isinstance(inner, Builtin) and not inner.step:
+        raise body.fail(
+            "FL0211",
+            f"{describe(inner)} is not a step",
+            expr.span,
+            suggestion=f"`elementwise({inner.name})` applies an elementwise function to every coordinate",
+        )
+    if isinstance(inner, Declared | Instance | BuiltinNet):
+        kind = inner.kind
+        if kind not in ("bijector", "const"):
+            raise body.fail(
+                "FL0211",
+                f"{describe(inner)} cannot stand in a chain, which needs bijectors",
+                expr.span,
+                suggestion="use it inside a bijector, for instance as the network of a coupling",
+            )
+        return fn
+    if isinstance(inner, Builtin):
+        return fn
+    raise body.fail("FL0211", f"a step is a bijector, and this is {describe(fn)}", expr.span)
+
+
+def context_for(body: Body, fn: Any) -> dict[str, Any]:
+    """The flow's `given` inputs that a step takes by name."""
+    inner = fn.fn if isinstance(fn, Bracketed) else fn
+    target = inner.target if isinstance(inner, Instance) else inner
+    bound = inner.arguments if isinstance(inner, Instance) else {}
+    if not isinstance(target, Declared):
+        return {}
+    out: dict[str, Any] = {}
+    for ps in target.declaration.parameters:
+        for p in ps:
+            if p.given and p.name not in bound:
+                value = body.find(p.name)
+                if isinstance(value, Tensor) and body.graph[value.id].attrs.get("role") == "context":
+                    out[p.name] = value
+    return out
+
+
+def run_for(body: Body, statement: tree.For) -> Any:
+    if statement.until is not None:
+        raise body.fail("FL0902", "`until` has no meaning yet", statement.until.span)
+    for value in body.iterate(statement.iterable):
+        body.elab.count_round(body, statement.span)
+        body.bind_loop(statement.names, value, statement.span)
+        run_statements(body, statement.body)
+        if body.region.broken:
+            break
+    return NOTHING
+
+
+def run_repeat(body: Body, statement: tree.Repeat) -> Any:
+    if statement.until is not None:
+        raise body.fail("FL0902", "`until` has no meaning yet", statement.until.span)
+    count = body.static_int(statement.count)
+    if count < 0:
+        raise body.fail("FL0305", f"{count} copies make no sense", statement.count.span)
+    if count > limits.REPEAT_COUNT:
+        raise body.fail(
+            "FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span
+        )
+    body.elab.multiply(body, count, statement.count.span)
+    try:
+        if body.chain_value is not None:
+            repeat_chain(body, statement, count)
+            return NOTHING
+        return repeat_body(body, statement, count)
+    finally:
+        body.elab.unmultiply(count)
+
+
+def inner_body(body: Body, statement: tree.Repeat, kind: str) -> Body:
+    from flowlang.elaborate.body import Body as MakeBody
+
+    region = Region(f"{body.region.name}_block", kind, Graph(), span=statement.span, library=body.region.library)
+    region.signature = f"repeat in {body.region.signature or body.region.name}"
+    return MakeBody(body.elab, region, body.module, parent=body, anchor=body.anchor)
+
+
+def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
+    """`repeat n { steps }`: one region for all copies when a copy gives back the type it takes."""
+    assert body.chain_value is not None
+    x = body.chain_value
+    if isinstance(x, Poison) or count == 0:
+        return
+    if count > 1:
+        inner = inner_body(body, statement, "chain")
+        inner.chain_value = new_input(inner, "x", x.type, body.graph[x.id].batched, statement.span)
+        inner.region.inputs = [inner.chain_value.id]
+        run_statements(inner, statement.body)
+        if inner.region.broken:
+            body.region.broken = True
+            return
+        out = inner.chain_value
+        if out.type == x.type and not inner.region.emissions:
+            inner.region.outputs = [out.id]
+            ids = repeat_node(body, inner, [x.id], count, statement.span)
+            body.chain_value = Tensor(ids[0], body)
+            first = statement.body[0].span.until(statement.body[-1].span)
+            body.region.steps.append(
+                Step(first.text, x.id, ids[0], count, inner.region, statement.span)
+            )
+            return
+    for _ in range(count):
+        body.elab.count_round(body, statement.span)
+        run_statements(body, statement.body)
+        if body.region.broken:
+            return
+
+
+def new_input(body: Body, name: str, type_: TensorType, batched: bool, span: Span) -> Tensor:
+    return Tensor(body.b.leaf("input", type_, batched=batched, span=span, label=name, name=name, role="map"), body)
+
+
+def repeat_node(body: Body, inner: Body, carried: list[int], count: int, span: Span) -> list[int]:
+    """The `repeat` node for a finished inner body, its captures wired to this body's values."""
+    region = inner.region
+    region.context = list(inner.captures.values())
+    name = body.fresh_child_name("blocks" if "blocks" not in body.region.children else "more_blocks")
+    bindings: dict[str, str] = {}
+    for shared, outer in inner.captured_instances.values():
+        assert shared.name is not None
+        child = region.children.get(shared.name)
+        if child is not None:
+            bindings[shared.name] = body.adopt(outer, child.region, span).name
+            body.elab.note_shared(body, outer, count)
+    body.region.children[name] = Child(name, region, False, bindings, count)
+    types = tuple(region.graph[i].tensor for i in region.outputs)
+    attrs = {"child": name, "region": region, "count": count, "method": "forward", "carried": len(carried)}
+    type_: Any = types[0] if len(types) == 1 else TupleType(types)
+    inputs = (*carried, *inner.captures.keys())
+    node = body.graph.add("repeat", inputs, type_, attrs, span=span)
+    if len(types) == 1:
+        return [node.id]
+    return [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(types)]
+
+
+def repeat_body(body: Body, statement: tree.Repeat, count: int) -> Any:
+    """`repeat n { h := .. }` in a net: a loop over copies when the carried values keep their types."""
+    updated = [n for n in updated_names(statement.body) if body.find(n) is not None]
+    tensors = [n for n in updated if isinstance(body.find(n), Tensor)]
+    if count > 1 and updated and updated == tensors:
+        inner = inner_body(body, statement, "net")
+        before: dict[str, Tensor] = {}
+        for n in tensors:
+            outer = body.capture(body.find(n))
+            before[n] = outer
+            inner.names[n] = new_input(inner, n, outer.type, body.graph[outer.id].batched, statement.span)
+            inner.region.inputs.append(inner.names[n].id)
+        run_statements(inner, statement.body)
+        if inner.region.broken:
+            body.region.broken = True
+            return NOTHING
+        after = [inner.names[n] for n in tensors]
+        if all(isinstance(v, Tensor) and v.type == before[n].type for n, v in zip(tensors, after, strict=True)):
+            inner.region.outputs = [v.id for v in after]
+            ids = repeat_node(body, inner, [before[n].id for n in tensors], count, statement.span)
+            for n, id in zip(tensors, ids, strict=True):
+                body.names[n] = Tensor(id, body)
+                body.graph.relabel(id, n)
+            last = body.names[tensors[-1]]
+            return last if len(tensors) == 1 else NOTHING
+    result: Any = NOTHING
+    for _ in range(count):
+        body.elab.count_round(body, statement.span)
+        result = run_statements(body, statement.body)
+        if body.region.broken:
+            break
+    return result
+
+
+def updated_names(statements: tuple[tree.Statement, ...]) -> list[str]:
+    names: list[str] = []
+    for s in statements:
+        found: list[str] = []
+        match s:
+            case tree.Bind(op=":="):
+                found = [t.name for t in s.targets]
+            case tree.If():
+                found = updated_names(s.then) + updated_names(s.orelse)
+            case tree.Repeat() | tree.For() | tree.Scan():
+                found = updated_names(s.body)
+        names.extend(n for n in found if n not in names)
+    return names
+
+
+__all__ = ["ABSENT", "NOTHING", "run_statements", "words"]

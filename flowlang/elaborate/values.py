@@ -1,0 +1,254 @@
+"""What names stand for while a spec is elaborated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flowlang.ir.domains import Domain
+from flowlang.ir.graph import Region
+from flowlang.ir.types import Axis, TensorType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+    from flowlang.elaborate.scope import ModuleScope
+
+
+class Poison:
+    """Stands for a value whose making was reported as an error; whatever touches it becomes it."""
+
+    def __repr__(self) -> str:
+        return "<error>"
+
+
+POISON = Poison()
+
+
+class Absent:
+    """`none`: an optional argument that was not given."""
+
+    def __repr__(self) -> str:
+        return "none"
+
+
+ABSENT = Absent()
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A node of the region under construction (`body` owns it; inner bodies capture it)."""
+
+    id: int
+    body: Body = field(compare=False, repr=False)
+
+    @property
+    def type(self) -> TensorType:
+        return self.body.b.type(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuple:
+    """Several values: the result of a call with several results."""
+
+    items: tuple[Value, ...]
+
+
+@dataclass(eq=False)
+class Declared:
+    """A declaration seen through its module: not yet an instance."""
+
+    declaration: tree.Declaration
+    module: ModuleScope
+
+    @property
+    def name(self) -> str:
+        return self.declaration.name
+
+    @property
+    def kind(self) -> str:
+        return self.declaration.kind
+
+
+@dataclass(eq=False)
+class Instance:
+    """A declaration (or builtin network) with its static arguments: a place that owns parameters.
+
+    `owner` is the body whose child it is once it has a name there or is used there; None while it is
+    a fresh argument, which the callee will own. The region is fixed by the first use with tensors.
+    """
+
+    target: Declared | BuiltinNet
+    arguments: dict[str, Any]
+    span: Span
+    axes: tuple[tree.Item, ...] = ()
+    bracket_axes: tuple[Any, ...] = ()
+    owner: Body | None = None
+    name: str | None = None  # the child's name in the owner
+    label: str | None = None  # the name the spec binds it to
+    region: Region | None = None
+    region_key: Any = None
+    inverted: bool = False  # the instance is `inverse(b)`
+
+    @property
+    def kind(self) -> str:
+        return self.target.kind
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A function of the language written in Python: structure, reductions, elementwise, domains."""
+
+    name: str
+    fn: Callable[..., Any]
+    kind: str = "function"
+    step: bool = False  # may stand alone in a chain and is applied to the chain's value
+    signature: str = ""
+
+
+@dataclass(frozen=True)
+class BuiltinNet:
+    """A network that only Python can write: it makes parameters (`linear`, `conv`)."""
+
+    name: str
+    parameters: tuple[str, ...]
+    build: Callable[..., Any]
+    kind: str = "net"
+    doc: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bracketed:
+    """A callee with axes: `halves[D]`, `linear[D -> E]`."""
+
+    fn: Any
+    items: tuple[tree.Item, ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedBuiltin:
+    """A builtin with static arguments only, waiting for its tensor: `squeeze(2)`, `leaky_relu(0.1)`."""
+
+    builtin: Builtin
+    positional: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+    items: tuple[tree.Item, ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A `def` inside a body: evaluated inline where it is called."""
+
+    declaration: tree.Declaration
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class DistributionValue:
+    """A distribution with its arguments, tensors or numbers; `name` is a key of ir.distributions."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...]
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class TypeSpec:
+    """An evaluated type: a domain with axes; a size is None where the type leaves it open."""
+
+    domain: Domain
+    axes: tuple[tuple[str, int | None], ...] = ()
+    rest: bool = False
+    optional: bool = False
+    rest_at: int = 0
+
+    @property
+    def sized(self) -> bool:
+        return not self.rest and all(size is not None for _, size in self.axes)
+
+    def tensor(self) -> TensorType:
+        return TensorType(tuple(Axis(n, s or 0) for n, s in self.axes), self.domain.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Static:
+    """A static type: `int`, `real`, `bool`, `net`, `[int]`, `one_of(..)`, ..."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    element: Static | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A word of an enumeration (`exact`)."""
+
+    word: str
+
+
+@dataclass(frozen=True, slots=True)
+class RangeValue:
+    start: int | None
+    stop: int | None
+
+
+@dataclass(eq=False)
+class Pending:
+    """A network call whose result size waits for its use: a declared output or the other operand of a sum."""
+
+    resolve: Callable[[list[TypeSpec | TensorType]], list[Any]]
+    span: Span
+    name: str
+    fallback: Callable[[], Any] | None = None
+
+
+Value = Any
+
+
+def describe(value: Value) -> str:
+    """The value in the spec's words, for messages."""
+    match value:
+        case Tensor():
+            return f"a tensor `{value.type}`"
+        case bool():
+            return f"`{str(value).lower()}`"
+        case int() | float():
+            return f"the number {value:g}" if isinstance(value, float) else f"the number {value}"
+        case str():
+            return f'the text "{value}"'
+        case list():
+            return "a list"
+        case Declared():
+            return f"the {value.kind} `{value.name}`"
+        case Instance():
+            target = value.target
+            return f"the {target.kind} `{target.name}`"
+        case Builtin():
+            return f"the function `{value.name}`"
+        case BuiltinNet():
+            return f"the network `{value.name}`"
+        case AppliedBuiltin():
+            return f"the function `{value.builtin.name}`"
+        case Bracketed():
+            return describe(value.fn)
+        case DistributionValue():
+            return f"the distribution `{value.name}`"
+        case Tuple():
+            return f"{len(value.items)} values"
+        case Absent():
+            return "`none`"
+        case Pending():
+            return f"the result of `{value.name}`, whose size is open"
+        case Local():
+            return f"the local function `{value.declaration.name}`"
+        case Option():
+            return f"the word `{value.word}`"
+        case RangeValue():
+            return "a range"
+        case _:
+            return "a value"
