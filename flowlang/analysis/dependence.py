@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.ops import OPS
-from flowlang.ir.relation import Relation
+from flowlang.ir.relation import Relation, Support
 from flowlang.ir.types import Axis, TensorType, result_axes
 
 REPEAT_ROUNDS = 64  # beyond this many distinct rounds a repeated relation is taken as full
@@ -39,7 +39,7 @@ class Dependence:
         self.cut = frozenset(cut) - {entry}
         self.cols = graph[entry].tensor.axes
         self._known: dict[int, Relation | None] = {entry: Relation.equal(self.cols, self.cols)}
-        self._supports: dict[int, Relation | None] = {}
+        self._supports: dict[int, Support | None] = {}
 
     def all(self, ids: Sequence[int]) -> list[Relation | None]:
         return [self.of(i) for i in ids]
@@ -52,7 +52,7 @@ class Dependence:
                     self._known[i] = None if i < self.entry or i in self.cut else self.evaluate(self.graph[i])
         return self._known[id]
 
-    def support(self, id: int) -> Relation | None:
+    def support(self, id: int) -> Support | None:
         if id not in self._supports:
             node = self.graph[id]
             op = OPS.get(node.op)
@@ -98,7 +98,7 @@ class Dependence:
         return total
 
 
-def local_relation(graph: Graph, node: Node, slot: int, supports: Sequence[Relation | None]) -> Relation | None:
+def local_relation(graph: Graph, node: Node, slot: int, supports: Sequence[Support | None]) -> Relation | None:
     """How a result index depends on an index of one operand."""
     if "body" in node.attrs:
         return Relation.full(node.tensor.axes, graph[node.inputs[slot]].tensor.axes)

@@ -16,7 +16,7 @@ from flowlang.ir.types import TensorType, Type
 if TYPE_CHECKING:
     from flowlang.ir.build import Builder
     from flowlang.ir.graph import Node
-    from flowlang.ir.relation import Relation
+    from flowlang.ir.relation import Relation, Support
 
 Attrs = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ class Facts(Protocol):
 
 
 Infer = Callable[[Sequence[TensorType], Attrs], Type]
-DependRule = Callable[["Node", Sequence[TensorType], int, Sequence["Relation | None"]], "Relation"]
+DependRule = Callable[["Node", Sequence[TensorType], int, Sequence["Support | None"]], "Relation"]
 IntervalRule = Callable[[Sequence[Interval], Sequence[TensorType], "Node"], Interval]
 TotalRule = Callable[["Node", Sequence[TensorType]], Sequence[Need]]
 JvpRule = Callable[["Builder", "Node", Sequence[int], int, int, int], "int | None"]
@@ -94,7 +94,7 @@ class Op:
     invert      (b, node, slot, args, out) -> the operand from the result and the other operands
     needs       (node, slot, facts) -> the conditions of `invert`, or words that say why not
     log_det     (b, node, slot, args, out) -> log|d result / d operand|, other operands held fixed
-    log_det_cost  cost class of that term, one of "0", "1", "D", "D2", "D3" (matrix rules: by size, see cost)
+    log_det_cost  cost class of that term: "0" (absent), "1", "D", or "D3:n" for a dense n x n matrix
     cost        FLOPs for one sample
     lipschitz   (node, types, slot, intervals) -> l2 constant in that operand, others held fixed
     simplify    smart constructor: an equal, simpler node, or None
@@ -104,7 +104,7 @@ class Op:
     infer: Infer
     depend: DependRule
     elementwise: bool = False
-    support: Callable[[Node, Sequence[TensorType], Sequence[Relation | None]], Relation | None] | None = None
+    support: Callable[[Node, Sequence[TensorType], Sequence[Support | None]], Support | None] | None = None
     interval: IntervalRule | None = None
     total: TotalRule | None = None
     continuous: Callable[[int], bool] = lambda slot: True
@@ -112,7 +112,7 @@ class Op:
     invert: InvertRule | None = None
     needs: NeedsRule | None = None
     log_det: LogDetRule | None = None
-    log_det_cost: str = "D"
+    log_det_cost: str | Callable[[Node, int, Facts], str] = "D"
     cost: CostRule = lambda node, types: 0
     lipschitz: LipschitzRule | None = None
     simplify: SimplifyRule | None = None

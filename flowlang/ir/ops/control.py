@@ -1,0 +1,38 @@
+"""Ops that run other graphs: calls, copies, and the solvers that inversion makes.
+
+Their relations and bounds come from the regions they run; see `analysis`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flowlang.ir.ops.base import Attrs, Op
+from flowlang.ir.relation import Relation, Support
+from flowlang.ir.types import TensorType, Type
+
+if TYPE_CHECKING:
+    from flowlang.ir.graph import Node
+
+OPS: list[Op] = []
+
+
+def _made(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    raise AssertionError("made with its type")
+
+
+def _full(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+    return Relation.full(node.tensor.axes if isinstance(node.type, TensorType) else (), types[slot].axes)
+
+
+WHY = {
+    "infer": "made with its type", "interval": "from the region it runs", "invert": "the region's inverse",
+    "jvp": "the region is inlined", "lipschitz": "from the region it runs",
+}  # fmt: skip
+
+# call: an instance applied to tensors; repeat: equal copies one after the other; get: one of several results;
+# scan_solve: slice after slice along an axis; bracket_solve: a monotone scalar equation for each entry;
+# fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction.
+for _name in ("call", "repeat", "get", "scan_solve", "bracket_solve", "fixed_point_solve", "estimate_log_det", "random_like"):
+    OPS.append(Op(_name, _made, _full, pure=_name in ("get",), why_not=WHY))

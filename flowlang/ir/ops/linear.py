@@ -1,0 +1,169 @@
+"""Matrices: masks, structured solves and determinants, convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from flowlang.ir.domains import Domain
+from flowlang.ir.interval import REAL, Interval, point
+from flowlang.ir.ops.base import Attrs, Op, OpProblem
+from flowlang.ir.ops.shape import need
+from flowlang.ir.relation import MAX_BITS, Matrix, Relation, Support, compare, matrix
+from flowlang.ir.types import Axis, TensorType, Type
+
+if TYPE_CHECKING:
+    from flowlang.ir.build import Builder
+    from flowlang.ir.graph import Node
+
+OPS: list[Op] = []
+
+
+def _leaf_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+    raise AssertionError("leaves have no operands")
+
+
+def _param_support(node: Node, types: Sequence[TensorType], supports: Sequence[Support | None]) -> Support | None:
+    domain = node.attrs.get("domain")
+    if isinstance(domain, Domain) and domain.structure in ("lower", "unit_lower"):
+        row, col = node.tensor.axes[-2:]
+        lower = compare(row.size, ">=")
+        return Support.of({(row.name, col.name): lower}) if lower is not None else None
+    return None
+
+
+LEAF = {"invert": "a leaf", "jvp": "a leaf", "lipschitz": "a leaf", "infer": "made with its type"}
+
+
+def _no_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    raise AssertionError("leaves are made with their type")
+
+
+for _name in ("input", "param", "state", "const", "draw"):
+    OPS.append(Op(_name, _no_infer, _leaf_depend, support=_param_support if _name == "param" else None, why_not=LEAF))
+
+
+def _by_name(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+    return Relation.equal(node.tensor.axes, types[slot].axes)
+
+
+# ---- masks by degree (MADE) ---------------------------------------------------------------------
+
+
+def mask_rows(attrs: Attrs) -> Matrix | None:
+    """Row r sees column c when its degree is at least (strictly: above) the column's."""
+    rows, cols = attrs["row_degrees"], attrs["col_degrees"]
+    if len(rows) * len(cols) > MAX_BITS:
+        return None
+    memo: dict[int, int] = {}
+    for d in set(rows):
+        bits = 0
+        for j, c in enumerate(cols):
+            if d > c or (d == c and not attrs["strict"]):
+                bits |= 1 << j
+        memo[d] = bits
+    return matrix(len(rows), len(cols), (memo[d] for d in rows))
+
+
+def _mask_support(node: Node, types: Sequence[TensorType], supports: Sequence[Support | None]) -> Support | None:
+    found = mask_rows(node.attrs)
+    if found is None:
+        return supports[0]
+    return Support.of({(node.attrs["row"], node.attrs["col"]): found}).meet(supports[0])
+
+
+def _same_type(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    need(types[0], attrs["row"])
+    need(types[0], attrs["col"])
+    return types[0]
+
+
+OPS.append(Op(
+    "masked", _same_type, _by_name, support=_mask_support, interval=lambda ivs, types, node: ivs[0].union(point(0.0)),
+    jvp=lambda b, node, args, out, slot, t: b.op("masked", t, **dict(node.attrs)),
+    lipschitz=lambda node, types, slot, ivs: 1.0, cost=lambda node, types: node.tensor.count,
+    why_not={"invert": "a mask forgets what it hides"},
+))  # fmt: skip
+
+
+# ---- structured solves (made by the inverse of a contraction) -----------------------------------
+
+
+def _solve_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    w, y = types
+    axes = [Axis(attrs["axis"], w.size(attrs["axis"])) if a.name == attrs["given"] else a for a in y.axes]
+    return TensorType(tuple(axes))
+
+
+def _solve_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+    return Relation.equal(node.tensor.axes, types[slot].axes, but=(node.attrs["axis"],))
+
+
+OPS.append(Op(
+    "matrix_solve", _solve_infer, _solve_depend, interval=lambda ivs, types, node: REAL,
+    cost=lambda node, types: node.tensor.count * node.tensor.size(node.attrs["axis"]),
+    why_not={"invert": "made by inversion only", "jvp": "made by inversion only", "lipschitz": "no bound is known"},
+))  # fmt: skip
+
+
+def _det_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    return TensorType(types[0].axes[:-2])
+
+
+OPS.append(Op(
+    "matrix_log_det", _det_infer, _by_name, interval=lambda ivs, types, node: REAL,
+    cost=lambda node, types: types[0].axes[-1].size,
+    why_not={"invert": "a determinant forgets its matrix", "jvp": "parameters only", "lipschitz": "parameters only"},
+))  # fmt: skip
+
+
+# ---- convolution --------------------------------------------------------------------------------
+
+
+def _conv_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    x, w = types[0], types[1]
+    channel, space, stride = attrs["channel"], attrs["space"], attrs["stride"]
+    if need(x, channel) != w.axes[1].size * attrs["groups"]:
+        raise OpProblem("FL0301", f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {w.axes[1].size}")
+    out = x.resized(channel, w.axes[0].size)
+    for s in space:
+        out = out.resized(s, (need(x, s) + stride - 1) // stride)
+    return out
+
+
+def _conv_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+    if slot:
+        return Relation.full(node.tensor.axes, types[slot].axes)
+    space, stride = node.attrs["space"], node.attrs["stride"]
+    extra: dict[tuple[str | None, str | None], Matrix | None] = {}
+    for k, s in enumerate(space):
+        n, m = node.tensor.size(s), types[0].size(s)
+        reach = (types[1].axes[2 + k].size - 1) * node.attrs["dilation"]
+        before = reach // 2
+        if n * m <= MAX_BITS:
+            rows = []
+            for i in range(n):
+                bits = 0
+                for j in range(max(i * stride - before, 0), min(i * stride - before + reach + 1, m)):
+                    bits |= 1 << j
+                rows.append(bits)
+            extra[(s, s)] = matrix(n, m, rows)
+    return Relation.equal(node.tensor.axes, types[0].axes, but=(node.attrs["channel"], *space), extra=extra)
+
+
+def _conv_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
+    return REAL
+
+
+def _conv_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
+    if slot == 0:
+        return b.op("conv", t, args[1], **dict(node.attrs))
+    return None
+
+
+OPS.append(Op(
+    "conv", _conv_infer, _conv_depend, interval=_conv_bounds, jvp=_conv_jvp,
+    cost=lambda node, types: 2 * node.tensor.count * prod(a.size for a in types[1].axes[1:]),
+    why_not={"invert": "no structure of the kernel is known", "lipschitz": "no certified bound yet"},
+))  # fmt: skip
