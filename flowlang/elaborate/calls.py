@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
 
 
+REDUCTIONS = ("sum", "mean", "max", "min", "prod", "logsumexp")
+
+
 @dataclass
 class Arguments:
     """Evaluated arguments of one call, with the places they stand at."""
@@ -58,7 +61,14 @@ def make_call(body: Body, expr: tree.Call) -> Any:
     axes: tuple[tree.Item, ...] = ()
     if isinstance(fn, Bracketed):
         fn, axes = fn.fn, fn.items
-    args = evaluate_arguments(body, fn, expr.items)
+    licence = body.outer_axes
+    if isinstance(fn, Builtin) and fn.name in REDUCTIONS and axes:
+        # An outer product inside is licensed by the axis that this reduction removes.
+        body.outer_axes = {i.left.id for i in axes if isinstance(i.left, tree.Name)}
+    try:
+        args = evaluate_arguments(body, fn, expr.items)
+    finally:
+        body.outer_axes = licence
     args.axes, args.span = axes, expr.span
     if isinstance(fn, Poison) or args.poisoned:
         return POISON

@@ -717,6 +717,10 @@ class Library:
     def names(self) -> set[str]:
         return set(self._index)
 
+    def source(self, path: str) -> Source | None:
+        """The file at a dotted path (`std.flows.coupling`)."""
+        return self._sources.get(path)
+
     def find(self, name: str) -> Source | None:
         return self._sources[self._index[name]] if name in self._index else None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowlang.ir.graph import Graph, Node
 from flowlang.ir.ops import OPS
-from flowlang.ir.types import Axis, TensorType, Type
+from flowlang.ir.types import Axis, TensorType, TupleType, Type
 from flowlang.source import Span
 
 
@@ -87,6 +87,15 @@ class Builder:
         if node.label:
             self.graph.relabel(new, node.label)
         return new
+
+    def op_get(self, call: int, index: int, span: Span | None = None) -> int:
+        """One result of a call that has several."""
+        key = ("get", call, index)
+        if key not in self._known:
+            type_ = self.graph[call].type
+            assert isinstance(type_, TupleType)
+            self._known[key] = self.graph.add("get", (call,), type_.items[index], {"index": index}, span=span).id
+        return self._known[key]
 
     # Shorthands that rules use a lot.
 

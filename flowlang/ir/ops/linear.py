@@ -167,3 +167,14 @@ OPS.append(Op(
     cost=lambda node, types: 2 * node.tensor.count * prod(a.size for a in types[1].axes[1:]),
     why_not={"invert": "no structure of the kernel is known", "lipschitz": "no certified bound yet"},
 ))  # fmt: skip
+
+
+# ---- weights with a bounded spectral norm -------------------------------------------------------
+
+# W · min(1, bound / ‖W‖₂), the matrix being `out` against all other axes; the norm is exact (SVD).
+OPS.append(Op(
+    "norm_bounded", lambda types, attrs: types[0], _by_name, interval=lambda ivs, types, node: ivs[0].union(point(0.0)),
+    support=lambda node, types, supports: supports[0], lipschitz=None,
+    cost=lambda node, types: 4 * types[0].count,
+    why_not={"invert": "parameters only", "jvp": "parameters only", "lipschitz": "parameters only"},
+))  # fmt: skip

@@ -1,0 +1,82 @@
+"""Certified Lipschitz constants in the l2 norm over all axes but the batch (A7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod, sqrt
+
+from flowlang.ir.graph import Graph, Node, Region
+from flowlang.ir.interval import Interval
+from flowlang.ir.ops import OPS
+from flowlang.ir.types import TensorType
+
+Constants = dict[int, float | None]
+
+
+def constant(
+    graph: Graph, entry: int, target: int, interval: Callable[[int], Interval], of_region: Callable[[Region, int, int], float | None]
+) -> float | None:
+    """A bound on ‖Δtarget‖ / ‖Δentry‖; None where none is known, 0 where there is no dependence."""
+    known: Constants = {entry: 1.0}
+    for i in sorted(graph.reachable([target])):
+        if i < entry or i == entry:
+            known.setdefault(i, 0.0)
+            continue
+        known[i] = local(graph, graph[i], known, interval, of_region)
+    return known.get(target, 0.0)
+
+
+def local(
+    graph: Graph,
+    node: Node,
+    known: Constants,
+    interval: Callable[[int], Interval],
+    of_region: Callable[[Region, int, int], float | None],
+) -> float | None:
+    parts: list[float] = []
+    types: Sequence[TensorType] = [graph[j].tensor for j in node.inputs if isinstance(graph[j].type, TensorType)]
+    for slot, j in enumerate(node.inputs):
+        inner = known.get(j, 0.0)
+        if inner == 0.0:
+            continue
+        if inner is None:
+            return None
+        factor = slot_constant(graph, node, slot, types, interval, of_region)
+        if factor is None:
+            return None
+        parts.append(inner * factor)
+    if node.op in ("join", "stack"):
+        return sqrt(sum(p * p for p in parts))
+    return sum(parts)
+
+
+def slot_constant(
+    graph: Graph,
+    node: Node,
+    slot: int,
+    types: Sequence[TensorType],
+    interval: Callable[[int], Interval],
+    of_region: Callable[[Region, int, int], float | None],
+) -> float | None:
+    if node.op == "get":
+        call = graph[node.inputs[0]]
+        return None if call.op not in ("call",) else 1.0
+    if node.op == "call" and isinstance(node.type, TensorType):
+        region: Region = node.attrs["region"]
+        return of_region(region, slot, 0)
+    if node.op in ("call", "repeat"):
+        return None
+    if node.op == "contract":
+        weight = graph[node.inputs[1 - slot]]
+        if weight.op == "norm_bounded" and set(node.attrs["axes"]) <= set(weight.tensor.names):
+            return float(weight.attrs["bound"])
+        if weight.op == "param" and getattr(weight.attrs.get("domain"), "structure", None) in ("orthogonal", "stiefel"):
+            return 1.0
+    rule = OPS[node.op].lipschitz
+    if rule is None:
+        return None
+    return rule(node, types, slot, [interval(j) for j in node.inputs])
+
+
+def columns(t: TensorType, axes: Sequence[str]) -> int:
+    return prod(t.size(a) for a in axes)

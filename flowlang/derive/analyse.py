@@ -1,0 +1,314 @@
+"""Everything that is known about regions: bounds, plans, programs, cost classes; computed on demand, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flowlang.analysis.dependence import Summaries
+from flowlang.analysis.lipschitz import constant
+from flowlang.analysis.ranges import Ranges, Violation
+from flowlang.derive.invert import Inverter, mapped_slots
+from flowlang.derive.plan import (
+    CallInverse,
+    Failure,
+    FixedPoint,
+    LowRank,
+    Plan,
+    Scalar,
+    Scan,
+    Solve,
+    Step,
+)
+from flowlang.derive.programs import Program, build, is_map
+from flowlang.ir.domains import Domain
+from flowlang.ir.graph import Graph, Node, Region
+from flowlang.ir.interval import REAL, Interval
+from flowlang.ir.ops import OPS
+from flowlang.ir.ops.base import Need
+
+REPEAT_BOUND_ROUNDS = 4
+
+
+@dataclass
+class Evaluated:
+    """Bounds of a program's or region's results for given bounds of its inputs."""
+
+    outputs: tuple[Interval, ...]
+    violations: tuple[Violation, ...]
+
+
+@dataclass
+class Analyses:
+    """Facts about regions, shared by everything that asks."""
+
+    summaries: Summaries = field(default_factory=Summaries)
+    failed_calls: list[tuple[Region, Node]] = field(default_factory=list)
+    _ranges: dict[int, Ranges] = field(default_factory=dict)
+    _violations: dict[int, list[Violation]] = field(default_factory=dict)
+    _plans: dict[int, Plan | Failure] = field(default_factory=dict)
+    _programs: dict[tuple[int, str], Program] = field(default_factory=dict)
+    _bounds: dict[object, Evaluated] = field(default_factory=dict)
+    _lipschitz: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
+
+    # ---- bounds ---------------------------------------------------------------------------------
+
+    def ranges(self, region: Region) -> Ranges:
+        """Bounds in a region whose inputs lie anywhere in their declared domains."""
+        if id(region) not in self._ranges:
+            sink: list[Violation] = []
+            self._violations[id(region)] = sink
+            self._ranges[id(region)] = Ranges(region.graph, {}, lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink))
+        return self._ranges[id(region)]
+
+    def violations(self, region: Region) -> list[Violation]:
+        """Partial ops that the region's declared domains do not make total."""
+        ranges = self.ranges(region)
+        for o in [*region.outputs, *(e.value for e in region.emissions)]:
+            ranges.bounds(o)
+        for e in (*region.emissions, *region.draws):
+            for _, a in e.arguments:
+                ranges.bounds(a)
+        return [*ranges.violations, *self._violations[id(region)]]
+
+    def call_bounds(
+        self, graph: Graph, node: Node, operands: Sequence[Interval], sink: list[Violation]
+    ) -> tuple[Interval, ...]:
+        """Bounds of a call's results; a violation where an argument leaves its declared domain."""
+        if node.op in ("bracket_solve", "scan_solve", "fixed_point_solve", "estimate_log_det"):
+            return (self.solver_bounds(graph, node, operands, sink),)
+        region: Region = node.attrs["region"]
+        method = node.attrs.get("method", "forward")
+        if node.attrs.get("log_det"):
+            return self.program_call_bounds(graph, node, region, method, operands, sink)
+        if method == "inverse":
+            found = self.program_call_bounds(graph, node, region, "inverse", operands, sink)
+            return found[:-1]
+        arguments = [*region.inputs, *region.context]
+        for k, (a, iv) in enumerate(zip(arguments, operands, strict=False)):
+            domain = region.graph[a].attrs.get("domain")
+            if isinstance(domain, Domain) and not iv.within(domain.interval):
+                sink.append(Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), iv, graph))
+                operands = [domain.interval if j == k else o for j, o in enumerate(operands)]
+        if node.op == "repeat":
+            return self.repeat_bounds(region, int(node.attrs["carried"]), operands)
+        return self.region_bounds(region, operands).outputs
+
+    def region_bounds(self, region: Region, operands: Sequence[Interval]) -> Evaluated:
+        key = ("region", id(region), tuple(operands))
+        if key not in self._bounds:
+            inputs = dict(zip([*region.inputs, *region.context], operands, strict=False))
+            sink: list[Violation] = []
+            ranges = Ranges(region.graph, inputs, lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink))
+            outputs = tuple(ranges.interval(o) for o in [*region.outputs, *(e.value for e in region.emissions)])
+            self._bounds[key] = Evaluated(outputs, (*ranges.violations, *sink))
+        return self._bounds[key]
+
+    def repeat_bounds(self, region: Region, carried: int, operands: Sequence[Interval]) -> tuple[Interval, ...]:
+        now = list(operands)
+        for _ in range(REPEAT_BOUND_ROUNDS):
+            found = self.region_bounds(region, now).outputs
+            wider = [a.union(b) for a, b in zip(now[:carried], found, strict=True)]
+            if wider == now[:carried]:
+                return tuple(found)
+            now[:carried] = wider
+        return (REAL,) * carried
+
+    def program_call_bounds(
+        self, graph: Graph, node: Node, region: Region, method: str, operands: Sequence[Interval], sink: list[Violation]
+    ) -> tuple[Interval, ...]:
+        if isinstance(self.plan(region), Failure):
+            return (REAL,) * (len(region.inputs) + len(region.outputs) + len(region.emissions) + 1)
+        program = self.program(region, method)
+        rounds = REPEAT_BOUND_ROUNDS if node.op == "repeat" else 1
+        now = list(operands)
+        for k in range(rounds):
+            found = self.program_bounds(program, now)
+            for v in found.violations:
+                sink.append(Violation(node, v.need, v.found, graph) if v.graph is not graph else v)
+            if node.op != "repeat":
+                return found.outputs
+            carried = int(node.attrs["carried"])
+            wider = [a.union(b) for a, b in zip(now[:carried], found.outputs, strict=False)]
+            if wider == now[:carried]:
+                return found.outputs
+            now[:carried] = wider if k + 2 < rounds else [REAL] * carried
+        return (*now[: int(node.attrs["carried"])], REAL)
+
+    def program_bounds(self, program: Program, operands: Sequence[Interval]) -> Evaluated:
+        key = ("program", id(program), tuple(operands))
+        if key not in self._bounds:
+            inputs = dict(zip(program.inputs, operands, strict=False))
+            sink: list[Violation] = []
+            ranges = Ranges(program.graph, inputs, lambda node, ivs: self.call_bounds(program.graph, node, ivs, sink))
+            outputs = tuple(ranges.interval(o) for o in program.outputs)
+            self._bounds[key] = Evaluated(outputs, (*ranges.violations, *sink))
+        return self._bounds[key]
+
+    def solver_bounds(self, graph: Graph, node: Node, operands: Sequence[Interval], sink: list[Violation]) -> Interval:
+        if node.op == "bracket_solve":
+            image: Interval = node.attrs["image"]
+            if not operands[0].within(image):
+                sink.append(Violation(node, Need(0, image, words=f"a value in {image}"), operands[0], graph))
+            found = node.attrs["domain"]
+            assert isinstance(found, Interval)
+            return found
+        if node.op == "scan_solve":
+            body: Program = node.attrs["body"]
+            inner = self.program_bounds(body, [REAL, *operands])
+            sink.extend(Violation(node, v.need, v.found, graph) for v in inner.violations)
+            return inner.outputs[0]
+        return REAL
+
+    # ---- plans and programs ---------------------------------------------------------------------
+
+    def plan(self, region: Region) -> Plan | Failure:
+        if id(region) not in self._plans:
+            found = Inverter(region, self).run()
+            self._plans[id(region)] = found
+            if isinstance(found, Plan):
+                problem = self.check_image(region, found)
+                if problem is not None:
+                    self._plans[id(region)] = problem
+        return self._plans[id(region)]
+
+    def check_image(self, region: Region, plan: Plan) -> Failure | None:
+        """Every inverse step is total on what the outputs may be, and leads back into the declared domain."""
+        if region.kind == "flow":
+            return None
+        program = build(region, plan, "inverse")
+        self._programs[(id(region), "inverse")] = program
+        ranges = self.ranges(region)
+        results = [*region.outputs, *(e.value for e in region.emissions)]
+        operands = [ranges.interval(r) for r in results]
+        operands += [ranges.interval(c) for c in region.context]
+        found = self.program_bounds(program, operands)
+        for v in found.violations:
+            return Failure(
+                "FL0414",
+                "not invertible: the values of this map need not fill its range: going back, "
+                f"`{v.node.op}` needs {v.need.words or v.need.interval}, and what reaches it lies in {v.found}",
+                v.node.span or region.span,
+                suggestion="shift or scale after the last map that narrows the range, or use one that is onto",
+            )
+        for i, iv in zip(region.inputs, found.outputs, strict=False):
+            domain = region.graph[i].attrs.get("domain")
+            if isinstance(domain, Domain) and not iv.within(domain.interval):
+                return Failure(
+                    "FL0414",
+                    f"not invertible: going back, values may lie in {iv}, outside the declared `{domain}`",
+                    region.graph[region.outputs[0]].span or region.span,
+                )
+        return None
+
+    def program(self, region: Region, name: str) -> Program:
+        key = (id(region), name)
+        if key not in self._programs:
+            plan = self.plan(region) if is_map(region) else None
+            assert not isinstance(plan, Failure), plan
+            self._programs[key] = build(region, plan, name)
+        return self._programs[key]
+
+    def lipschitz(self, region: Region, slot: int, index: int) -> float | None:
+        key = (id(region), slot, index)
+        if key not in self._lipschitz:
+            entry = [*region.inputs, *region.context][slot]
+            ranges = self.ranges(region)
+            self._lipschitz[key] = constant(region.graph, entry, region.outputs[index], ranges.interval, self.lipschitz)
+        return self._lipschitz[key]
+
+    # ---- what an inversion costs ----------------------------------------------------------------
+
+    def steps_of(self, region: Region) -> list[Step]:
+        plan = self.plan(region)
+        return plan.steps if isinstance(plan, Plan) else []
+
+    def way(self, region: Region) -> str:
+        """The costliest way that the inverse uses."""
+        best = "analytic"
+        for step in self.steps_of(region):
+            best = costlier(best, self.step_way(region, step))
+        return best
+
+    def step_way(self, region: Region, step: Step) -> str:
+        match step:
+            case Scalar() | LowRank():
+                return "bracketing"
+            case Scan():
+                inner = "analytic"
+                for s in step.steps:
+                    inner = costlier(inner, self.step_way(region, s))
+                return costlier(f"scan over {step.axis}", inner)
+            case FixedPoint():
+                return "fixed point"
+            case CallInverse(n):
+                node = region.graph[n]
+                inner_region: Region = node.attrs["region"]
+                if node.attrs.get("method") == "inverse":
+                    return "analytic"
+                found = self.way(inner_region)
+                if found.startswith("scan over ") and node.attrs.get("lifted"):
+                    return found
+                return found
+        return "analytic"
+
+    def log_det_class(self, region: Region, step: Step) -> str:
+        """Cost class of a step's log-det: "0", "1", "D", "D3:n" or "estimator"."""
+        match step:
+            case Solve(n, slot):
+                node = region.graph[n]
+                cost = OPS[node.op].log_det_cost
+                found = cost if isinstance(cost, str) else cost(node, slot, self.inverter(region))
+                return found
+            case Scalar() | LowRank():
+                return "D"
+            case FixedPoint():
+                return "estimator"
+            case Scan():
+                return worst(self.log_det_class(region, s) for s in step.steps)
+            case CallInverse(n):
+                inner: Region = region.graph[n].attrs["region"]
+                return self.region_class(inner)
+        return "0"
+
+    def inverter(self, region: Region) -> Inverter:
+        return Inverter(region, self)
+
+    def region_class(self, region: Region) -> str:
+        return worst(self.log_det_class(region, s) for s in self.steps_of(region))
+
+
+WAYS = ("analytic", "bracketing", "scan", "fixed point", "integration")
+
+
+def rank(way: str) -> int:
+    return WAYS.index("scan" if way.startswith("scan") else way)
+
+
+def costlier(a: str, b: str) -> str:
+    return a if rank(a) >= rank(b) else b
+
+
+def class_rank(c: str) -> tuple[int, int]:
+    if c.startswith("D3"):
+        return 3, int(c.split(":")[1])
+    return {"0": (0, 0), "1": (1, 0), "D": (2, 0), "estimator": (4, 0), "ode": (5, 0)}[c]
+
+
+def worst(classes: object) -> str:
+    out = "0"
+    for c in classes:  # type: ignore[attr-defined]
+        if class_rank(c) > class_rank(out):
+            out = c
+    return out
+
+
+def shown_class(c: str, data: int) -> str:
+    """The class in terms of D, the number of data coordinates."""
+    if c.startswith("D3:"):
+        n = int(c.split(":")[1])
+        return "O(D)" if n**3 <= data else "O(D²)" if n**3 <= data**2 else "O(D³)"
+    return {"0": "O(1)", "1": "O(1)", "D": "O(D)"}.get(c, c)
+
+
+__all__ = ["Analyses", "Evaluated", "costlier", "mapped_slots", "shown_class"]
