@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flowlang.analysis.dependence import Summaries
-from flowlang.analysis.lipschitz import constant
+from flowlang.ir.lipschitz import constant
 from flowlang.analysis.ranges import Ranges, Violation
 from flowlang.derive.invert import Inverter, mapped_slots
 from flowlang.derive.plan import (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import networkx as nx
 
 from flowlang.analysis.dependence import Dependence, Summaries, call_relation, local_relation
-from flowlang.analysis.lipschitz import constant
+from flowlang.ir.lipschitz import constant
 from flowlang.analysis.ranges import Ranges
 from flowlang.derive.jvp import NoDerivative, tangent
 from flowlang.derive.plan import (

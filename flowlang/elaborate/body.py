@@ -188,9 +188,9 @@ class Body:
         if id(outer) not in self.captured_instances:
             inner = Instance(
                 outer.target, outer.arguments, outer.span, outer.axes, owner=self, label=outer.label,
-                name=self.fresh_child_name(name), inverted=outer.inverted,
+                name=self.fresh_child_name(name), inverted=outer.inverted, lipschitz=outer.lipschitz,
             )  # fmt: skip
-            inner.shared = True  # type: ignore[attr-defined]
+            inner.shared = True
             self.captured_instances[id(outer)] = (inner, outer)
         return self.captured_instances[id(outer)][0]
 
@@ -215,7 +215,7 @@ class Body:
             inst.owner = self
         if inst.name is None:
             inst.name = self.fresh_child_name(inst.label or inst.target.name)
-        shared = bool(getattr(inst, "shared", False))
+        shared = inst.shared
         known = self.region.children.get(inst.name)
         if known is not None:
             if known.region is not region:

@@ -522,6 +522,22 @@ def inverse(body: Body, args: Arguments) -> Any:
     raise body.fail("FL0211", f"`inverse` takes a bijector, and this is {describe(value)}", span(args))
 
 
+def lipschitz(body: Body, args: Arguments) -> Any:
+    """`lipschitz(f, c)`: f with its weights scaled so that its certified constant is at most c."""
+    expect(body, args, "lipschitz", 2)
+    value, limit = args.positional
+    if isinstance(value, Declared):
+        value = Instance(value, {}, span(args))
+    if not isinstance(value, Instance) or value.kind not in ("net", "norm"):
+        raise body.fail("FL0211", f"`lipschitz` takes a network, and this is {describe(value)}", span(args))
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
+        raise body.fail("FL0305", "the bound of `lipschitz` is a number above 0", span(args))
+    return Instance(
+        value.target, value.arguments, span(args), value.axes, value.owner, value.name, value.label, shared=value.shared,
+        lipschitz=float(limit),
+    )  # fmt: skip
+
+
 def stop(body: Body, args: Arguments) -> Any:
     expect(body, args, "stop", 1)
     return body.node("stop", operand(body, args), span=span(args))
@@ -601,6 +617,7 @@ def _table() -> dict[str, Any]:
     put("elementwise", elementwise, step=True)
     put("inverse", inverse)
     put("stop", stop)
+    put("lipschitz", lipschitz)
     for name, what in {
         "running": "running statistics", "integrate": "solvers", "grad": "gradients of functions",
         "jvp": "derivatives of functions", "vjp": "derivatives of functions", "divergence": "derivatives of functions",

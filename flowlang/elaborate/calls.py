@@ -218,8 +218,9 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
         full = inst
     else:
         full = Instance(
-            inst.target, statics, inst.span, inst.axes, inst.owner, inst.name, inst.label, inverted=inst.inverted
-        )
+            inst.target, statics, inst.span, inst.axes, inst.owner, inst.name, inst.label, inverted=inst.inverted,
+            shared=inst.shared, lipschitz=inst.lipschitz,
+        )  # fmt: skip
     axes = args.axes or inst.axes
     return call_instance(body, full, tensors, extras, axes, args.span)
 
@@ -273,7 +274,7 @@ def place_argument(
 def partial(body: Body, inst: Instance, statics: dict[str, Any], args: Arguments) -> Instance:
     assert args.span is not None
     return Instance(
-        inst.target, statics, args.span, args.axes or inst.axes, label=None, inverted=inst.inverted
+        inst.target, statics, args.span, args.axes or inst.axes, label=None, inverted=inst.inverted, lipschitz=inst.lipschitz
     )
 
 

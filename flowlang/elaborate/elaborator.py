@@ -63,7 +63,7 @@ class Elaborator:
         self._stack: list[tuple[str, str]] = []
         self._factor = 1
         self._rounds = 0
-        self._quiet_free = False
+        self.quiet_free = False
 
     # ---- modules and names ----------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Elaborator:
             self.aliases[key] = body.ev(declaration.alias)
         value = self.aliases[key]
         if isinstance(value, Instance):  # every use is an instance of its own
-            return Instance(value.target, value.arguments, value.span, value.axes, inverted=value.inverted)
+            return Instance(value.target, value.arguments, value.span, value.axes, inverted=value.inverted, lipschitz=value.lipschitz)
         return value
 
     def constant(self, target: Declared) -> Any:
@@ -240,7 +240,7 @@ class Elaborator:
             return int(value)
         if size is not None:
             return size
-        if self._quiet_free:
+        if self.quiet_free:
             raise body.fail(
                 "FL0310",
                 f"the size of axis `{name}` is open",
@@ -259,7 +259,7 @@ class Elaborator:
                 return (
                     "instance", id(value.target.declaration) if isinstance(value.target, Declared) else value.target.name,
                     tuple((k, self.static_key(v)) for k, v in sorted(value.arguments.items())),
-                    named, value.inverted, tuple(i.span.text for i in value.axes),
+                    named, value.inverted, value.lipschitz, tuple(i.span.text for i in value.axes),
                 )  # fmt: skip
             case Declared():
                 return ("declared", id(value.declaration))
@@ -309,10 +309,10 @@ class Elaborator:
         if isinstance(value, Instance):
             inner = Instance(
                 value.target, value.arguments, value.span, value.axes, owner=body, name=body.fresh_child_name(name),
-                label=value.label or name, inverted=value.inverted,
+                label=value.label or name, inverted=value.inverted, lipschitz=value.lipschitz,
             )  # fmt: skip
             if value.owner is not None:
-                inner.shared = True  # type: ignore[attr-defined]
+                inner.shared = True
             else:
                 inner.arguments = {
                     k: self.import_argument(body, f"{name}_{k}", v) if holds_instance(v) else v
@@ -355,6 +355,7 @@ class Elaborator:
             tuple(inputs.items()),
             tuple(sorted(open_sizes.items())),
             inst.inverted,
+            inst.lipschitz,
         )
         if key in self.regions:
             return self.regions[key]
@@ -379,10 +380,24 @@ class Elaborator:
             region.broken = True
         finally:
             self.leave()
+        if inst.lipschitz is not None and not region.broken:
+            region = self.bound(caller, region, inst.lipschitz, span)
         self.regions[key] = region
         if region.broken:
             caller.region.broken = True
         return region
+
+    def bound(self, caller: Body, region: Region, limit: float, span: Span) -> Region:
+        """The region with its weights scaled so that its certified Lipschitz constant is at most `limit`."""
+        from flowlang.elaborate.bounded import Unbounded, bounded
+
+        try:
+            return bounded(region, limit)
+        except Unbounded as e:
+            raise caller.fail(
+                "FL0407", f"no Lipschitz constant is known for `{region.name}`: {e}", span,
+                suggestion="use an `mlp` with an activation of bounded slope, as in `mlp(64, 64, act = elu)`",
+            ) from None
 
     def build(
         self,
@@ -632,19 +647,29 @@ class Elaborator:
             pass
         return None
 
-    def witness_region(self, target: Declared, size: int) -> Region | None:
-        """A declaration that nothing uses, at a witness size for each free axis."""
-        declaration = target.declaration
-        scope = Body(self, Region(target.name, target.kind, Graph(), span=declaration.span), target.module)
-        span = declaration.name_span or declaration.span
+    def witness_arguments(self, target: Declared, size: int) -> dict[str, Any] | None:
+        """Witness values for static parameters without a default; None where there is none for a type."""
+        scope = Body(self, Region(target.name, target.kind, Graph(), span=target.declaration.span), target.module)
+        span = target.declaration.name_span or target.declaration.span
         arguments: dict[str, Any] = {}
-        for ps in declaration.parameters:
+        for ps in target.declaration.parameters:
             for p in ps:
                 if not is_tensor_type(p.type) and p.default is None and not is_optional(p.type) and not p.variadic:
                     value = self.witness_static(scope, p, span)
                     if value is None:
                         return None
                     arguments[p.name] = value
+        return arguments
+
+    def witness_region(self, target: Declared, size: int) -> Region | None:
+        """A declaration that nothing uses, at a witness size for each free axis."""
+        declaration = target.declaration
+        scope = Body(self, Region(target.name, target.kind, Graph(), span=declaration.span), target.module)
+        span = declaration.name_span or declaration.span
+        found = self.witness_arguments(target, size)
+        if found is None:
+            return None
+        arguments = found
         inst = Instance(target, arguments, span)
         inputs: dict[str, TensorType] = {}
         try:

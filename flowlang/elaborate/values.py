@@ -91,6 +91,8 @@ class Instance:
     region: Region | None = None
     region_key: Any = None
     inverted: bool = False  # the instance is `inverse(b)`
+    shared: bool = False  # handed in by the caller, not owned here
+    lipschitz: float | None = None  # `lipschitz(f, c)`: weights are scaled so that the constant is at most c
 
     @property
     def kind(self) -> str:

@@ -1,0 +1,504 @@
+"""From text to what is known about it: every diagnostic, every flow's region and its facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flowlang.analysis.ranges import Violation, base_support
+from flowlang.derive.analyse import Analyses, class_rank, shown_class
+from flowlang.derive.invert import shown
+from flowlang.derive.plan import CallInverse, Failure, Plan, Step
+from flowlang.derive.programs import is_map, is_random
+from flowlang.diagnostics import Diagnostic, Label, Report
+from flowlang.elaborate.body import Body, Fail, Poisoned
+from flowlang.elaborate.elaborator import WITNESS_SIZES, Elaborator
+from flowlang.elaborate.scope import LATER_KINDS, ModuleScope
+from flowlang.elaborate.values import Declared, Instance
+from flowlang.ir.domains import Domain
+from flowlang.ir.graph import Region
+from flowlang.ir.interval import Interval
+from flowlang.ir.ops import OPS
+from flowlang.ir.types import TensorType
+from flowlang.library import Folders, standard_library
+from flowlang.source import Loader, Source, Span
+from flowlang.syntax import tree
+
+CLASSES = {"1": 0, "D": 1, "D2": 2, "D3": 3}
+
+
+@dataclass
+class Compilation:
+    """One spec: its diagnostics, the regions of its declarations and what was found out about them."""
+
+    source: Source
+    report: Report
+    elab: Elaborator
+    module: ModuleScope
+    analyses: Analyses = field(default_factory=Analyses)
+    regions: dict[str, Region] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.report.ok
+
+    def flows(self) -> list[str]:
+        return [d.name for d in self.module.declared() if self.kind(d) == "flow"]
+
+    def kind(self, target: Declared) -> str:
+        return target.kind
+
+
+def compile_source(
+    source: Source, *, loader: Loader | None = None, sets: Mapping[str, Any] | None = None, sized: bool = False
+) -> Compilation:
+    """Checks a spec whole. Never raises for a bad one; see `report`.
+
+    `sized`: a flow with an axis of open size is refused (it is to be built), instead of being judged at
+    a witness size.
+    """
+    report = Report()
+    elab = Elaborator(report, loader or Folders(), standard_library(), sets)
+    elab.quiet_free = sized
+    module = elab.add_module(source)
+    comp = Compilation(source, report, elab, module)
+    for target in module.declared():
+        if target.kind == "flow":
+            check_flow(comp, target)
+    for target in module.declared():
+        if target.kind in LATER_KINDS:
+            report.add(
+                Diagnostic(
+                    "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
+                    target.declaration.name_span, severity="warning",
+                )
+            )  # fmt: skip
+        elif target.kind != "flow" and id(target.declaration) not in elab.instantiated:
+            check_unused(comp, target)
+    for item in module.module.items:
+        if isinstance(item, tree.Require):
+            check_require(comp, item, None, None)
+    for name in sorted(set(elab.sets) - elab.used_sets):
+        report.add(
+            Diagnostic(
+                "FL0804", f"nothing is named `{name}` that could be set", None,
+                suggestion="sizes of a flow's `data` and `given` and its static parameters can be set",
+            )
+        )  # fmt: skip
+    return comp
+
+
+# ---- declarations -------------------------------------------------------------------------------
+
+
+def check_flow(comp: Compilation, target: Declared) -> None:
+    params = [p for ps in target.declaration.parameters for p in ps]
+    arguments = {p.name: comp.elab.sets[p.name] for p in params if p.name in comp.elab.sets}
+    comp.elab.used_sets |= set(arguments)
+    missing = [p for p in params if p.default is None and p.name not in arguments and not isinstance(p.type, tree.Optional)]
+    if missing:
+        witness = comp.elab.witness_arguments(target, comp.elab.witness)
+        if witness is None:
+            return
+        arguments = {**witness, **arguments}
+    region = comp.elab.root(target, arguments)
+    if region is None:
+        return
+    comp.regions[target.name] = region
+    if not region.broken:
+        if not region.inputs:
+            comp.report.add(
+                Diagnostic("FL0212", f"the flow `{target.name}` has no `data`", target.declaration.name_span,
+                           suggestion="begin with `data x: R[D = 2]`")
+            )  # fmt: skip
+            return
+        if region.base is None:
+            comp.report.add(
+                Diagnostic("FL0212", f"the flow `{target.name}` has no `base`", target.declaration.name_span,
+                           suggestion="end it with a base distribution, as in `base normal`")
+            )  # fmt: skip
+            return
+    examine(comp, region)
+    if not region.broken and comp.report.ok:
+        check_support(comp, region)
+    if not region.broken:
+        check_requirements(comp, region)
+
+
+def check_unused(comp: Compilation, target: Declared) -> None:
+    """A declaration that nothing uses is judged at witness sizes."""
+    if target.declaration.alias is not None:
+        comp.elab.resolve_alias(target)
+        return
+    before = len(comp.report.errors)
+    for size in WITNESS_SIZES:
+        comp.elab.witness = size
+        region = comp.elab.witness_region(target, size)
+        if region is not None:
+            comp.regions.setdefault(target.name, region)
+            examine(comp, region)
+            if not region.broken:
+                check_requirements(comp, region)
+        if len(comp.report.errors) > before:
+            break
+    comp.elab.witness = WITNESS_SIZES[0]
+
+
+# ---- totality and invertibility -----------------------------------------------------------------
+
+
+def examine(comp: Compilation, root: Region) -> None:
+    """Totality of every region, then invertibility of every map, each told once (A14)."""
+    regions = list(root.walk())
+    anchors = library_anchors(root)
+    bad: set[int] = set()
+    for region in regions:
+        if region.broken:
+            bad.add(id(region))
+            continue
+        for v in comp.analyses.violations(region):
+            bad.add(id(region))
+            tell_violation(comp, region, v, anchors)
+            break
+    for region in regions:
+        if not is_map(region) or any(id(r) in bad for r in region.walk()):
+            continue
+        found = comp.analyses.plan(region)
+        if isinstance(found, Failure):
+            bad.add(id(region))
+            tell_failure(comp, region, found, anchors)
+    root.broken = root.broken or id(root) in bad or any(id(r) in bad for r in regions)
+
+
+def library_anchors(root: Region) -> dict[int, Span]:
+    """For each library region, the place in the user's text that led to it."""
+    out: dict[int, Span] = {}
+
+    def visit(region: Region, span: Span | None) -> None:
+        for node in region.graph:
+            inner = node.attrs.get("region")
+            if not isinstance(inner, Region):
+                continue
+            where = node.span if node.span is not None and not node.span.source.library else span
+            if inner.library and where is not None and id(inner) not in out:
+                out[id(inner)] = where
+                visit(inner, where)
+            elif not inner.library and id(inner) not in seen:
+                seen.add(id(inner))
+                visit(inner, where)
+
+    seen: set[int] = {id(root)}
+    visit(root, root.span)
+    return out
+
+
+def place(span: Span | None, region: Region, anchors: Mapping[int, Span]) -> tuple[Span | None, tuple[str, ...]]:
+    """The user's own text for a finding; library text is named in a note."""
+    if span is None:
+        return anchors.get(id(region), region.span), ()
+    if span.source.library:
+        where = anchors.get(id(region))
+        if where is not None:
+            return where, (f"this arose inside `{region.name}` of the library",)
+    return span, ()
+
+
+def tell_violation(comp: Compilation, region: Region, v: Violation, anchors: Mapping[int, Span]) -> None:
+    node = v.node
+    span, notes = place(node.span, region, anchors)
+    operand = v.graph[node.inputs[v.need.slot]] if v.need.slot < len(node.inputs) else None
+    name = f"`{operand.label}`" if operand is not None and operand.label else "its argument"
+    if node.op in ("call", "repeat"):
+        inner: Region = node.attrs["region"]
+        message = f"`{inner.name}` needs {v.need.words}, and {name} may be anything in {v.found}"
+        code = "FL0408"
+    else:
+        message = f"`{shown(node.op)}` needs {v.need.words}, and {name} may be anything in {v.found}"
+        code = "FL0409"
+    comp.report.add(
+        Diagnostic(code, message, span, notes=notes,
+                   suggestion="declare a narrower domain, as in `x: Positive[D]`, or map it there first, as by `softplus` or `exp`")
+    )  # fmt: skip
+
+
+def tell_failure(comp: Compilation, region: Region, f: Failure, anchors: Mapping[int, Span]) -> None:
+    span, notes = place(f.span, region, anchors)
+    labels = tuple(Label(s, t) for s, t in f.labels if not s.source.library)
+    comp.report.add(Diagnostic(f.code, f.message, span, labels=labels, notes=(*f.notes, *notes), suggestion=f.suggestion))
+
+
+# ---- supports -----------------------------------------------------------------------------------
+
+
+def check_support(comp: Compilation, region: Region) -> None:
+    """Data's domain forward onto the base's support, and the support backward into data's domain (A9)."""
+    assert region.base is not None
+    analyses = comp.analyses
+    support = base_support(region)
+    image = analyses.ranges(region).interval(region.outputs[0])
+    where = region.base.span
+    name = region.base.distribution
+    if image != support and not (image.within(support) and support.within(image)):
+        comp.report.add(
+            Diagnostic(
+                "FL0408",
+                f"the support of `{name}` is {support}, and the chain maps the data onto {image}",
+                where,
+                notes=(f"the data's domain is {analyses.ranges(region).interval(region.inputs[0])}",),
+                suggestion=advice(image, support),
+            )
+        )
+        return
+    program = analyses.program(region, "inverse")
+    context = [analyses.ranges(region).interval(c) for c in region.context]
+    emitted = [analyses.ranges(region).interval(e.value) for e in region.emissions]
+    found = analyses.program_bounds(program, [support, *emitted, *context])
+    for v in found.violations:
+        comp.report.add(
+            Diagnostic(
+                "FL0408",
+                f"the chain does not reach all of the support {support} of `{name}`: going back, `{shown(v.node.op)}` needs "
+                f"{v.need.words or v.need.interval}, and gets {v.found}",
+                where,
+                labels=(Label(v.node.span, "this step narrows the range"),) if v.node.span and not v.node.span.source.library else (),
+                suggestion="choose a base with the support that the chain reaches, or add a step that maps onto it",
+            )
+        )
+        return
+    domain = region.graph[region.inputs[0]].attrs.get("domain")
+    if isinstance(domain, Domain) and not found.outputs[0].within(domain.interval):
+        comp.report.add(
+            Diagnostic(
+                "FL0408",
+                f"going back from the base, values lie in {found.outputs[0]}, outside the data's domain `{domain}`",
+                where,
+                suggestion="begin with a step that maps the data's domain onto all reals, as `inverse(elementwise(softplus))`",
+            )
+        )
+
+
+def advice(image: Interval, support: Interval) -> str:
+    if str(image) == "Positive" and str(support) == "R":
+        return "map positive numbers onto all reals first, as by `elementwise(log)`, or use a base on `Positive`, as `exponential`"
+    return "choose a base with that support, or add a step that maps onto it"
+
+
+# ---- requirements -------------------------------------------------------------------------------
+
+
+def check_requirements(comp: Compilation, root: Region) -> None:
+    for region in root.walk():
+        for statement, body in comp.elab.requirements.get(id(region), ()):
+            check_require(comp, statement, region, body)
+
+
+def check_require(comp: Compilation, statement: tree.Require, region: Region | None, body: Body | None) -> None:
+    condition = statement.condition
+    if isinstance(condition, tree.Binary) and condition.op in ("<=", "<", "==", ">=", ">"):
+        left = condition.left
+        if isinstance(left, tree.Name) and left.id == "log_det" and region is not None:
+            require_log_det(comp, statement, condition, region)
+            return
+        if isinstance(left, tree.Call) and isinstance(left.fn, tree.Name) and left.fn.id == "parameters" and len(left.items) == 1:
+            require_parameters(comp, statement, condition, left)
+            return
+    if body is None:
+        body = Body(comp.elab, Region("require", "require", type(next(iter(comp.regions.values())).graph)() if comp.regions else _graph()), comp.module)
+    try:
+        value = body.ev(condition)
+    except (Fail, Poisoned):
+        return
+    if value is False:
+        comp.report.add(Diagnostic("FL0502", "this requirement does not hold", condition.span))
+    elif value is not True and comp.report.ok:
+        comp.report.add(
+            Diagnostic("FL0902", "this requirement has no meaning yet", condition.span,
+                       suggestion="requirements on `log_det`, `parameters(..)` and static values are checked")
+        )  # fmt: skip
+
+
+def _graph() -> Any:
+    from flowlang.ir.graph import Graph
+
+    return Graph()
+
+
+def require_log_det(comp: Compilation, statement: tree.Require, condition: tree.Binary, region: Region) -> None:
+    right = condition.right
+    wanted: int | None = None
+    if isinstance(right, tree.Call) and isinstance(right.fn, tree.Name) and right.fn.id == "O" and len(right.items) == 1:
+        inner = right.items[0].left
+        if isinstance(inner, tree.Number) and inner.value == 1:
+            wanted = 0
+        elif isinstance(inner, tree.Name):
+            wanted = 1
+        elif isinstance(inner, tree.Binary) and inner.op == "^" and isinstance(inner.right, tree.Number) and inner.right.value in (2, 3):
+            wanted = int(inner.right.value)
+    if wanted is None or condition.op != "<=":
+        comp.report.add(
+            Diagnostic("FL0306", "a cost class is needed here", condition.span, suggestion="as in `require log_det <= O(D)`")
+        )
+        return
+    if isinstance(comp.analyses.plan(region), Failure):
+        return
+    data = region.graph[region.inputs[0]].tensor.count
+    order = {"O(1)": 0, "O(D)": 1, "O(D²)": 2, "O(D³)": 3, "estimator": 4, "ode": 5}
+    costliest: tuple[tuple[int, int], Step | None, str] = ((0, 0), None, "0")
+    for step in comp.analyses.steps_of(region):
+        found = comp.analyses.log_det_class(region, step)
+        if class_rank(found) > costliest[0]:
+            costliest = (class_rank(found), step, found)
+    have = shown_class(costliest[2], data)
+    if order[have] <= wanted:
+        return
+    step = costliest[1]
+    span = statement.span
+    if isinstance(step, CallInverse):
+        span = region.graph[step.node].span or span
+    elif step is not None and hasattr(step, "node"):
+        span = region.graph[step.node].span or span
+    named = ["O(1)", "O(D)", "O(D²)", "O(D³)"][wanted]
+    comp.report.add(
+        Diagnostic(
+            "FL0501", f"the log-det of this step costs {have}, and `require` allows {named}", span,
+            labels=(Label(statement.span, "required here"),),
+            notes=(f"D = {data}: a dense matrix needs a factorisation for its determinant",) if have == "O(D³)" else (),
+            suggestion="use a structured matrix: `Invertible` without `dense` keeps a PLU factorisation, `LowerTriangular` a diagonal",
+        )
+    )
+
+
+def require_parameters(comp: Compilation, statement: tree.Require, condition: tree.Binary, left: tree.Call) -> None:
+    name = left.items[0].left
+    region = comp.regions.get(name.id) if isinstance(name, tree.Name) else None
+    if region is None or not isinstance(condition.right, tree.Number):
+        comp.report.add(Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span))
+        return
+    have = parameter_count(region)
+    want = condition.right.value
+    holds = {"==": have == want, "<=": have <= want, "<": have < want, ">=": have >= want, ">": have > want}[condition.op]
+    if not holds:
+        comp.report.add(
+            Diagnostic("FL0502", f"`{region.name}` has {have:,} parameters, and {condition.op} {want:,} is required", condition.span)
+        )
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+
+def parameter_count(region: Region) -> int:
+    """Numbers that training may change, as the spec declares them; a shared network counts once."""
+    own = sum(n.tensor.count for n in region.graph if n.op == "param")
+    return own + sum(c.count * parameter_count(c.region) for c in region.children.values() if not c.shared)
+
+
+def flop_count(region: Region) -> int:
+    """Floating-point operations of one forward pass for one sample."""
+    total = 0
+    for node in region.graph:
+        inner = node.attrs.get("region")
+        if isinstance(inner, Region):
+            lifted = 1
+            for _, s in node.attrs.get("lifted", ()):
+                lifted *= s
+            total += lifted * int(node.attrs.get("count", 1)) * flop_count(inner)
+        elif node.op in OPS and isinstance(node.type, TensorType) and node.inputs:
+            total += OPS[node.op].cost(node, [region.graph[i].tensor for i in node.inputs if isinstance(region.graph[i].type, TensorType)])
+    return total
+
+
+def step_count(region: Region) -> int:
+    total = 0
+    for step in region.steps:
+        inner = step_count(step.inner) if step.inner is not None else 1
+        total += inner * step.count
+    return total
+
+
+# ---- info ---------------------------------------------------------------------------------------
+
+
+def info(comp: Compilation) -> list[dict[str, Any]]:
+    """What is known of each declaration, for `info --json`."""
+    out = []
+    for target in comp.module.declared():
+        region = comp.regions.get(target.name) or used_region(comp, target)
+        entry: dict[str, Any] = {"name": target.name, "kind": target.kind}
+        if region is not None and not region.broken:
+            entry.update(describe_region(comp, region))
+        out.append(entry)
+    return out
+
+
+def used_region(comp: Compilation, target: Declared) -> Region | None:
+    for root in comp.regions.values():
+        for region in root.walk():
+            if region.span == target.declaration.span:
+                return region
+    return None
+
+
+def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "parameters": parameter_count(region), "flops": flop_count(region),
+        "inputs": [str(region.graph[i].type) for i in region.inputs],
+        "context": [str(region.graph[i].type) for i in region.context],
+        "outputs": [str(region.graph[o].type) for o in region.outputs],
+    }  # fmt: skip
+    if not is_map(region):
+        return entry
+    plan = comp.analyses.plan(region)
+    entry["invertible"] = isinstance(plan, Plan)
+    if isinstance(plan, Failure):
+        return entry
+    data = region.graph[region.inputs[0]].tensor.count
+    found = comp.analyses.region_class(region)
+    log_det = shown_class(found, data)
+    way = comp.analyses.way(region)
+    entry["log_det"] = log_det
+    entry["inverse"] = way
+    entry["exactness"] = "unbiased" if log_det == "estimator" else "exact"
+    entry["random"] = is_random(region)
+    if region.steps:
+        entry["steps"] = step_count(region)
+        entry["chain"] = list(chain_rows(comp, region, data))
+    if region.base is not None:
+        entry["base"] = region.base.distribution
+    return entry
+
+
+def chain_rows(comp: Compilation, region: Region, data: int) -> list[dict[str, Any]]:
+    """The steps as written: shape, way of inversion, log-det class, parameters, FLOPs."""
+    plan_steps = {}
+    for s in comp.analyses.steps_of(region):
+        n = getattr(s, "node", None)
+        if n is not None:
+            plan_steps[n] = s
+    rows: list[dict[str, Any]] = []
+    for step in region.steps:
+        after = region.graph[step.after]
+        if step.inner is not None:
+            for row in chain_rows(comp, step.inner, data):
+                rows.append({**row, "count": row["count"] * step.count})
+            continue
+        node = after
+        while node.op in ("get", "rename", "order") and node.id not in plan_steps and node.inputs:
+            node = region.graph[node.inputs[0]]
+        inner = node.attrs.get("region")
+        found = plan_steps.get(node.id)
+        rows.append(
+            {
+                "step": " ".join(step.label.split()),
+                "shape": str(after.type),
+                "inverse": comp.analyses.step_way(region, found) if found is not None else "analytic",
+                "log_det": shown_class(comp.analyses.log_det_class(region, found), data) if found is not None else "O(1)",
+                "parameters": parameter_count(inner) if isinstance(inner, Region) else 0,
+                "flops": flop_count(inner) if isinstance(inner, Region) else 0,
+                "count": step.count,
+            }
+        )
+    return rows
+
+
+__all__ = ["Compilation", "Instance", "compile_source", "info"]
