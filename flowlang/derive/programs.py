@@ -666,6 +666,7 @@ def build(region: Region, plan: Plan | None, name: str) -> Program:
 def forward_program(region: Region, plan: Plan, name: str) -> Program:
     score = name in ("score", "log_prob")
     r = Replay(region, plan, "score" if score else name)
+    r.program.name = name
     for i in region.inputs:
         r.feed(i)
     r.feed_context()
@@ -694,6 +695,7 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
     sampling = name in ("sample", "sample_and_log_prob")
     generate = name == "generate" or sampling
     r = Replay(region, plan, "generate" if generate else name)
+    r.program.name = name
     if not sampling:
         for o in region.outputs:
             r.feed(o)

@@ -1,0 +1,933 @@
+"""One table from op to PyTorch expression, and the writer of a method's body."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flowlang.backends.torch.names import Names
+from flowlang.derive.programs import Program, draws_noise, is_map, is_random
+from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.types import TensorType, TupleType
+
+if TYPE_CHECKING:
+    from flowlang.backends.torch.codegen import ClassScope
+
+ATOM, POWER, UNARY, PRODUCT, SUM, COMPARE = 6, 5, 4, 3, 2, 1
+INLINE_WIDTH = 56
+
+
+@dataclass(frozen=True)
+class Expr:
+    """Python text with the strength of its outermost operator."""
+
+    text: str
+    level: int = ATOM
+
+    def at(self, level: int) -> str:
+        return self.text if self.level >= level else f"({self.text})"
+
+
+class Writer:
+    """Writes one program (or a solver's body) as statements."""
+
+    def __init__(self, scope: ClassScope, graph: Graph, names: Names | None = None):
+        self.scope = scope
+        self.graph = graph
+        self.names = names or Names(scope.generator.reserved)
+        self.env: dict[int, Expr] = {}
+        self.lines: list[str] = []
+        self.batch = ""
+        self.batch_source = ""
+        self.batch_used = False
+        self.generator = "None"
+        self.uses: dict[int, int] = {}
+        self.pairs: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self.alias: dict[int, Node] = {}  # body inputs that stand for parameters outside
+
+    # ---- driving --------------------------------------------------------------------------------
+
+    def run(self, outputs: Sequence[int]) -> list[str]:
+        needed = self.graph.reachable(list(outputs))
+        for n in needed:
+            node = self.graph[n]
+            weight = 2 if "body" in node.attrs else 1
+            for i in node.inputs:
+                self.uses[i] = self.uses.get(i, 0) + weight
+        for o in outputs:
+            self.uses[o] = self.uses.get(o, 0) + 1
+        for n in sorted(needed):
+            if n not in self.env:
+                self.emit(self.graph[n])
+        return [self.env[o].text for o in outputs]
+
+    def emit(self, node: Node) -> None:
+        if node.op == "get" and node.id in self.env:
+            return
+        rule = EMITTERS.get(node.op)
+        if rule is None:
+            from flowlang.backends.torch.codegen import Unlowered
+
+            raise Unlowered(node)
+        expr = rule(self, node)
+        if expr is None:
+            return
+        if node.op in ("const", "input"):
+            self.env[node.id] = expr
+            return
+        simple = expr.level == ATOM and "(" not in expr.text and "[" not in expr.text
+        once = self.uses.get(node.id, 0) <= 1 and node.label is None
+        if simple or (once and len(expr.text) <= INLINE_WIDTH):
+            self.env[node.id] = expr
+            return
+        self.env[node.id] = Expr(self.assign(node, expr.text))
+
+    def assign(self, node: Node, text: str, wanted: str | None = None) -> str:
+        name = self.names.fresh(wanted or node.label or short(node.op, node))
+        comment = ""
+        if isinstance(node.type, TensorType) and node.tensor.axes and len(text) < 80:
+            comment = f"  # [{', '.join(node.tensor.names)}]"
+        self.lines.append(f"{name} = {text}{comment}")
+        return name
+
+    def variable(self, n: int, wanted: str | None = None) -> str:
+        """The value as a plain name (solver bodies capture names, not expressions)."""
+        expr = self.env[n]
+        if expr.text.isidentifier():
+            return expr.text
+        name = self.names.fresh(wanted or self.graph[n].label or short(self.graph[n].op))
+        self.lines.append(f"{name} = {expr.text}")
+        self.env[n] = Expr(name)
+        return name
+
+    def prelude(self) -> list[str]:
+        return [f"batch = {self.batch_source}"] if self.batch_used and self.batch != "batch" else []
+
+    def batch_text(self) -> str:
+        """The batch dims, to be spread into a shape."""
+        if not self.batch:
+            self.batch_used = True
+        return "*batch"
+
+    # ---- operands -------------------------------------------------------------------------------
+
+    def type(self, n: int) -> TensorType:
+        return self.graph[n].tensor
+
+    def const(self, n: int) -> float | int | bool | None:
+        node = self.graph[n]
+        if node.op == "const" and not node.tensor.axes:
+            value = node.attrs["value"]
+            assert isinstance(value, float | int | bool)
+            return value
+        return None
+
+    def tensor(self, n: int) -> str:
+        """The value as a tensor expression of full strength."""
+        return self.as_tensor(n) if self.const(n) is not None else self.env[n].at(ATOM)
+
+    def as_tensor(self, n: int) -> str:
+        """A tensor even where the value is a number in Python."""
+        if self.const(n) is not None or self.is_number(n):
+            return f"({self.scope.zero_like()} + {self.env[n].at(SUM)})"
+        return self.env[n].at(ATOM)
+
+    def is_number(self, n: int) -> bool:
+        """Whether the value is a Python number: made of constants alone."""
+        node = self.graph[n]
+        if node.op == "const":
+            return not node.tensor.axes
+        return bool(node.inputs) and not node.tensor.axes and all(self.is_number(i) for i in node.inputs) if isinstance(node.type, TensorType) and node.op not in ("call", "repeat", "get") else False
+
+    def aligned(self, n: int, target: TensorType) -> Expr:
+        """The operand with its axes where the result has them."""
+        if self.is_number(n):
+            return self.env[n]
+        t = self.type(n)
+        expr = self.env[n]
+        order = [a for a in target.names if t.has(a)]
+        if list(t.names) != order:
+            expr = Expr(moved(expr.at(ATOM), t.names, order))
+        inserted = False
+        index: list[str] = []
+        seen_left = False
+        for k, a in enumerate(target.names):
+            if t.has(a):
+                index.append(":")
+                seen_left = True
+            elif seen_left or self.graph[n].batched:
+                index.append("None")
+                inserted = True
+            del k
+        while index and index[-1] == ":" and False:
+            index.pop()
+        if inserted:
+            expr = Expr(f"{expr.at(ATOM)}[..., {', '.join(index)}]")
+        return expr
+
+    def dim(self, n: int, axis: str) -> int:
+        t = self.type(n)
+        return t.position(axis) - t.rank
+
+    def dims(self, n: int, axes: Sequence[str]) -> str:
+        found = sorted(self.dim(n, a) for a in axes)
+        return str(found[0]) if len(found) == 1 else str(tuple(found))
+
+    def at(self, n: int, axis: str, index: str) -> str:
+        """`x[..., index, :, :]` with the index on an axis."""
+        after = -self.dim(n, axis) - 1
+        return f"{self.tensor(n)}[..., {index}{', :' * after}]"
+
+
+def moved(text: str, have: Sequence[str], want: Sequence[str]) -> str:
+    """Axes in another order; batch dims stay in front."""
+    if list(have) == list(want):
+        return text
+    n = len(have)
+    if n == 2:
+        return f"{text}.mT"
+    source = tuple(have.index(a) - n for a in want)
+    return f"{text}.movedim({source}, {tuple(range(-n, 0))})"
+
+
+def short(op: str, node: Node | None = None) -> str:
+    if node is not None and op == "call":
+        return f"{node.attrs['child']}_out"
+    names = {"contract": "product", "get": "part", "random_like": "noise", "matrix_log_det": "log_det", "log_abs": "log_size"}
+    return names.get(op, op.split("_")[0] if len(op) > 12 else op)
+
+
+def literal(value: float | int | bool) -> str:
+    if isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, float):
+        if value == math.inf:
+            return "math.inf"
+        if value == -math.inf:
+            return "-math.inf"
+    return repr(value)
+
+
+Emitter = Callable[[Writer, Node], "Expr | None"]
+EMITTERS: dict[str, Emitter] = {}
+
+
+def emitter(*ops: str) -> Callable[[Emitter], Emitter]:
+    def put(fn: Emitter) -> Emitter:
+        for op in ops:
+            assert op not in EMITTERS, op
+            EMITTERS[op] = fn
+        return fn
+
+    return put
+
+
+# ---- leaves -------------------------------------------------------------------------------------
+
+
+@emitter("const")
+def _const(w: Writer, n: Node) -> Expr:
+    value = n.attrs["value"]
+    if not n.tensor.axes:
+        text = literal(value)
+        return Expr(text, UNARY if text.startswith("-") else ATOM)
+    return Expr(w.scope.buffer("constant", f"torch.tensor({value!r})"))
+
+
+@emitter("param", "state")
+def _param(w: Writer, n: Node) -> Expr:
+    return Expr(w.scope.parameter(n))
+
+
+@emitter("input")
+def _input(w: Writer, n: Node) -> Expr | None:
+    raise AssertionError(f"input {n.label} was not bound")
+
+
+@emitter("index")
+def _index(w: Writer, n: Node) -> Expr:
+    return Expr(w.scope.buffer(f"index_{n.attrs['axis']}", f"torch.arange({n.attrs['size']}, dtype=torch.get_default_dtype())"))
+
+
+# ---- elementwise --------------------------------------------------------------------------------
+
+TORCH_UNARY = {
+    "exp": "torch.exp", "log": "torch.log", "log1p": "torch.log1p", "expm1": "torch.expm1", "sqrt": "torch.sqrt",
+    "square": "torch.square", "abs": "torch.abs", "sign": "torch.sign", "reciprocal": "torch.reciprocal", "sin": "torch.sin",
+    "cos": "torch.cos", "tan": "torch.tan", "sinh": "torch.sinh", "cosh": "torch.cosh", "tanh": "torch.tanh",
+    "atanh": "torch.atanh", "atan": "torch.atan", "asin": "torch.asin", "acos": "torch.acos", "sigmoid": "torch.sigmoid",
+    "logit": "torch.logit", "softplus": "F.softplus", "log_sigmoid": "F.logsigmoid", "relu": "F.relu", "selu": "F.selu",
+    "silu": "F.silu", "gelu": "F.gelu", "erf": "torch.erf", "erfinv": "torch.erfinv", "floor": "torch.floor",
+    "round": "torch.round", "not": "torch.logical_not", "lgamma": "torch.lgamma",
+}  # fmt: skip
+RUNTIME_UNARY = (
+    "softplus_inverse", "log_cosh", "log_tanh_slope", "tanh_slope", "sigmoid_slope", "log_sigmoid_slope", "log_abs",
+)  # fmt: skip
+
+
+def _unary(w: Writer, n: Node) -> Expr:
+    return Expr(f"{TORCH_UNARY[n.op]}({argument(w, n.inputs[0])})")
+
+
+def argument(w: Writer, n: int) -> str:
+    """An operand as a function's only argument: no parentheses needed."""
+    return w.as_tensor(n) if w.is_number(n) else w.env[n].text
+
+
+def _runtime_unary(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.scope.use(n.op)}({argument(w, n.inputs[0])})")
+
+
+@emitter("asinh")
+def _asinh(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.scope.use('stable_asinh')}({argument(w, n.inputs[0])})")
+
+
+for _op in TORCH_UNARY:
+    EMITTERS[_op] = _unary
+for _op in RUNTIME_UNARY:
+    EMITTERS[_op] = _runtime_unary
+
+
+@emitter("neg")
+def _neg(w: Writer, n: Node) -> Expr:
+    return Expr(f"-{w.env[n.inputs[0]].at(UNARY)}", UNARY)
+
+
+@emitter("identity")
+def _identity(w: Writer, n: Node) -> Expr:
+    return w.env[n.inputs[0]]
+
+
+@emitter("stop")
+def _stop(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.tensor(n.inputs[0])}.detach()")
+
+
+@emitter("leaky_relu")
+def _leaky(w: Writer, n: Node) -> Expr:
+    return Expr(f"F.leaky_relu({argument(w, n.inputs[0])}, {n.attrs['slope']!r})")
+
+
+@emitter("elu")
+def _elu(w: Writer, n: Node) -> Expr:
+    return Expr(f"F.elu({argument(w, n.inputs[0])}, {n.attrs['alpha']!r})")
+
+
+@emitter("clamp")
+def _clamp(w: Writer, n: Node) -> Expr:
+    return Expr(f"torch.clamp({argument(w, n.inputs[0])}, {literal(n.attrs['lo'])}, {literal(n.attrs['hi'])})")
+
+
+SIGNS = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT)}
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+
+
+@emitter("add", "sub", "mul", "div")
+def _arithmetic(w: Writer, n: Node) -> Expr:
+    fused = _linear_with_bias(w, n)
+    if fused is not None:
+        return fused
+    sign, level = SIGNS[n.op]
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    right = level + 1 if n.op in ("sub", "div") else level
+    if n.op == "add" and b.text.startswith("-") and b.level == UNARY:
+        return Expr(f"{a.at(SUM)} - {b.text[1:]}", SUM)
+    return Expr(f"{a.at(level)} {sign} {b.at(right)}", level)
+
+
+def _linear_with_bias(w: Writer, n: Node) -> Expr | None:
+    """`F.linear(x, W, b)` for a product and a bias."""
+    if n.op != "add":
+        return None
+    a, b = (w.graph[i] for i in n.inputs)
+    text = w.env[a.id].text
+    if a.op == "contract" and text.startswith("F.linear(") and w.uses.get(a.id) == 1 and a.label is None and not b.batched:
+        if isinstance(b.type, TensorType) and b.tensor.names == a.tensor.names[-1:] and not w.is_number(b.id):
+            return Expr(f"{text[:-1]}, {w.env[b.id].text})")
+    return None
+
+
+@emitter("lt", "le", "gt", "ge", "eq", "ne")
+def _compare(w: Writer, n: Node) -> Expr:
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"{a.at(SUM)} {COMPARISONS[n.op]} {b.at(SUM)}", COMPARE)
+
+
+@emitter("and", "or")
+def _logic(w: Writer, n: Node) -> Expr:
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"torch.logical_{n.op}({a.text}, {b.text})")
+
+
+@emitter("pow")
+def _pow(w: Writer, n: Node) -> Expr:
+    if "exponent" in n.attrs:
+        e = float(n.attrs["exponent"])
+        text = repr(int(e)) if e.is_integer() else repr(e)
+        return Expr(f"{w.tensor(n.inputs[0])} ** {text}" if e >= 0 else f"{w.tensor(n.inputs[0])} ** ({text})", POWER)
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"torch.pow({a.text}, {b.text})")
+
+
+@emitter("min", "max")
+def _extremum(w: Writer, n: Node) -> Expr:
+    numbers = [w.const(i) for i in n.inputs]
+    for k in (0, 1):
+        if numbers[k] is not None:
+            other = n.inputs[1 - k]
+            side = "min" if n.op == "max" else "max"
+            return Expr(f"torch.clamp({argument(w, other)}, {side}={literal(numbers[k])})")  # type: ignore[arg-type]
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"torch.{n.op}imum({a.text}, {b.text})")
+
+
+@emitter("mod")
+def _mod(w: Writer, n: Node) -> Expr:
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"torch.remainder({a.text}, {b.text})")
+
+
+@emitter("where")
+def _where(w: Writer, n: Node) -> Expr:
+    c, a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    if w.is_number(n.inputs[1]) and w.is_number(n.inputs[2]):
+        return Expr(f"torch.where({c.text}, {w.scope.zero_like()} + {a.at(SUM)}, {b.text})")
+    return Expr(f"torch.where({c.text}, {a.text}, {b.text})")
+
+
+# ---- reductions ---------------------------------------------------------------------------------
+
+
+@emitter("sum", "mean", "logsumexp")
+def _reduce(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    if n.op == "logsumexp":
+        return Expr(f"torch.logsumexp({w.env[i].text}, {w.dims(i, n.attrs['axes'])})")
+    return Expr(f"{w.tensor(i)}.{n.op}({w.dims(i, n.attrs['axes'])})")
+
+
+@emitter("var")
+def _var(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    return Expr(f"{w.tensor(i)}.var({w.dims(i, n.attrs['axes'])}, correction={n.attrs.get('ddof', 0)})")
+
+
+@emitter("reduce_max", "reduce_min")
+def _amax(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    return Expr(f"{w.tensor(i)}.a{n.op.removeprefix('reduce_')}({w.dims(i, n.attrs['axes'])})")
+
+
+@emitter("prod", "any", "all", "argmax")
+def _one_by_one(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    t = w.type(i)
+    axes = list(n.attrs["axes"])
+    if n.op == "argmax" and len(axes) > 1:
+        text = moved(w.tensor(i), t.names, [a for a in t.names if a not in axes] + axes)
+        return Expr(f"{text}.flatten(-{len(axes)}).argmax(-1)")
+    text = w.tensor(i)
+    for d in sorted((w.dim(i, a) for a in axes), reverse=False):
+        text = f"{text}.{n.op}({d})"
+    return Expr(text)
+
+
+@emitter("softmax", "log_softmax")
+def _softmax(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    d = w.dim(i, n.attrs["axis"])
+    if "causal" in n.attrs:
+        log = ", log=True" if n.op == "log_softmax" else ""
+        return Expr(f"{w.scope.use('causal_softmax')}({w.env[i].text}, {d}, {w.dim(i, n.attrs['causal'])}{log})")
+    return Expr(f"torch.{n.op}({argument(w, i)}, {d})")
+
+
+@emitter("cumsum")
+def _cumsum(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    d = w.dim(i, n.attrs["axis"])
+    if not n.attrs.get("exclusive") and not n.attrs.get("reverse"):
+        return Expr(f"torch.cumsum({argument(w, i)}, {d})")
+    return Expr(f"{w.scope.use('cumsum_along')}({argument(w, i)}, {d}, {bool(n.attrs.get('exclusive'))}, {bool(n.attrs.get('reverse'))})")
+
+
+@emitter("sort")
+def _sort(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.tensor(n.inputs[0])}.sort({w.dim(n.inputs[0], n.attrs['axis'])}).values")
+
+
+@emitter("contract")
+def _contract(w: Writer, n: Node) -> Expr:
+    a, b = n.inputs
+    ta, tb = w.type(a), w.type(b)
+    axes = tuple(n.attrs["axes"])
+    if len(axes) == 1:
+        for x, m in ((a, b), (b, a)):
+            tx, tm = w.type(x), w.type(m)
+            if (
+                not w.graph[m].batched and tm.rank == 2 and tm.names[1] == axes[0] and tx.names[-1:] == axes
+                and tm.names[0] not in tx.names and n.tensor.names == (*tx.names[:-1], tm.names[0])
+            ):
+                return Expr(f"F.linear({argument(w, x)}, {argument(w, m)})")
+    letters: dict[str, str] = {}
+    for name in (*ta.names, *tb.names):
+        letters.setdefault(name, "abcdefghijklmnopqrstuvwxyz"[len(letters)])
+
+    def side(i: int) -> str:
+        return ("..." if w.graph[i].batched else "") + "".join(letters[x] for x in w.type(i).names)
+
+    out = ("..." if n.batched else "") + "".join(letters[x] for x in n.tensor.names)
+    return Expr(f'torch.einsum("{side(a)},{side(b)}->{out}", {argument(w, a)}, {argument(w, b)})')
+
+
+# ---- structure ----------------------------------------------------------------------------------
+
+
+@emitter("slice")
+def _slice(w: Writer, n: Node) -> Expr:
+    i, axis = n.inputs[0], n.attrs["axis"]
+    size = w.type(i).size(axis)
+    start = str(n.attrs["start"]) if n.attrs["start"] else ""
+    stop = str(n.attrs["stop"]) if n.attrs["stop"] != size else ""
+    return Expr(w.at(i, axis, f"{start}:{stop}"))
+
+
+@emitter("pick")
+def _pick(w: Writer, n: Node) -> Expr:
+    return Expr(w.at(n.inputs[0], n.attrs["axis"], str(n.attrs["index"])))
+
+
+@emitter("join")
+def _join(w: Writer, n: Node) -> Expr:
+    d = n.tensor.position(n.attrs["axis"]) - n.tensor.rank
+    parts = ", ".join(argument(w, i) for i in n.inputs)
+    if len({w.graph[i].batched for i in n.inputs}) == 1:
+        return Expr(f"torch.cat(({parts}), {d})")
+    return Expr(f"{w.scope.use('broadcast_cat')}(({parts}), {d}, {n.tensor.rank})")
+
+
+@emitter("stack")
+def _stack(w: Writer, n: Node) -> Expr:
+    d = n.tensor.position(n.attrs["axis"]) - n.tensor.rank
+    parts = ", ".join(argument(w, i) for i in n.inputs)
+    trail = "," if len(n.inputs) == 1 else ""
+    if len({w.graph[i].batched for i in n.inputs}) == 1:
+        return Expr(f"torch.stack(({parts}{trail}), {d})")
+    return Expr(f"{w.scope.use('broadcast_stack')}(({parts}{trail}), {d}, {n.tensor.rank - 1})")
+
+
+@emitter("reverse")
+def _reverse(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.tensor(n.inputs[0])}.flip({w.dim(n.inputs[0], n.attrs['axis'])})")
+
+
+@emitter("shift")
+def _shift(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.scope.use('shift_along')}({argument(w, n.inputs[0])}, {n.attrs['k']}, {w.dim(n.inputs[0], n.attrs['axis'])})")
+
+
+@emitter("permute")
+def _permute(w: Writer, n: Node) -> Expr:
+    order = w.scope.buffer("order", f"torch.tensor({list(n.attrs['order'])!r})")
+    return Expr(f"{w.tensor(n.inputs[0])}.index_select({w.dim(n.inputs[0], n.attrs['axis'])}, {order})")
+
+
+@emitter("rename")
+def _rename(w: Writer, n: Node) -> Expr:
+    return w.env[n.inputs[0]]
+
+
+@emitter("order")
+def _order(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    if w.is_number(i):
+        return w.env[i]
+    return Expr(moved(w.tensor(i), w.type(i).names, list(n.attrs["names"])))
+
+
+@emitter("split")
+def _split(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    return Expr(f"{w.tensor(i)}.unflatten({w.dim(i, n.attrs['axis'])}, {tuple(s for _, s in n.attrs['into'])})")
+
+
+@emitter("merge")
+def _merge(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    axes = n.attrs["axes"]
+    return Expr(f"{w.tensor(i)}.flatten({w.dim(i, axes[0])}, {w.dim(i, axes[-1])})")
+
+
+@emitter("expand")
+def _expand(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    sizes = ", ".join(str(a.size) for a in n.tensor.axes)
+    if w.is_number(i):
+        return Expr(f"{w.as_tensor(i)}.expand({sizes})")
+    text = w.aligned(i, n.tensor).at(ATOM)
+    if w.graph[i].batched:
+        return Expr(f"{text}.expand({w.batch_text()}, {sizes})")
+    return Expr(f"{text}.expand({sizes})")
+
+
+@emitter("gather")
+def _gather(w: Writer, n: Node) -> Expr:
+    i, k = n.inputs
+    return Expr(f"{w.scope.use('take_along')}({argument(w, i)}, {argument(w, k)}, {w.dim(i, n.attrs['axis'])})")
+
+
+# ---- matrices -----------------------------------------------------------------------------------
+
+
+@emitter("masked")
+def _masked(w: Writer, n: Node) -> Expr:
+    t = n.tensor
+    row, col = n.attrs["row"], n.attrs["col"]
+    made = f"{w.scope.use('degree_mask')}({list(n.attrs['row_degrees'])!r}, {list(n.attrs['col_degrees'])!r}, {bool(n.attrs['strict'])})"
+    mask = w.scope.buffer("mask", made)
+    have = [a for a in t.names if a in (row, col)]
+    if have != [row, col]:
+        mask = f"{mask}.mT"
+    index = ", ".join(":" if a in (row, col) else "None" for a in t.names)
+    if t.rank > 2:
+        mask = f"{mask}[{index}]"
+    return Expr(f"{w.tensor(n.inputs[0])} * {mask}", PRODUCT)
+
+
+def matrix_node(w: Writer, n: int) -> tuple[Node, dict[str, str]]:
+    """The parameter behind renames, and the names that its axes have here."""
+    renames: dict[str, str] = {}
+    node = w.graph[n]
+    while True:
+        if node.op == "rename":
+            for o, new in node.attrs["pairs"]:
+                renames[o] = renames.pop(new, new)
+            node = w.graph[node.inputs[0]]
+        elif node.op == "order":
+            node = w.graph[node.inputs[0]]
+        elif node.id in w.alias:
+            return w.alias[node.id], renames
+        else:
+            return node, renames
+
+
+@emitter("matrix_solve")
+def _matrix_solve(w: Writer, n: Node) -> Expr:
+    matrix, renames = matrix_node(w, n.inputs[0])
+    y = n.inputs[1]
+    ty = w.type(y)
+    row, col = (renames.get(a, a) for a in matrix.tensor.names[-2:])
+    transposed = n.attrs["axis"] == row
+    given = n.attrs["given"]
+    del col
+    position = ty.position(given)
+    last = [a for a in ty.names if a != given] + [given]
+    text = moved(w.tensor(y), ty.names, last)
+    solved = f"{w.scope.matrix(matrix)}.solve({text}{', transposed=True' if transposed else ''})"
+    names = [n.attrs["axis"] if a == given else a for a in last]
+    want = [n.attrs["axis"] if a == given else a for a in ty.names]
+    del position
+    return Expr(moved(solved, names, want))
+
+
+@emitter("matrix_log_det")
+def _matrix_log_det(w: Writer, n: Node) -> Expr:
+    matrix, _ = matrix_node(w, n.inputs[0])
+    return Expr(f"{w.scope.matrix(matrix)}.log_det()")
+
+
+@emitter("norm_bounded")
+def _norm_bounded(w: Writer, n: Node) -> Expr:
+    t = n.tensor
+    axes = list(n.attrs["axes"])
+    order = [a for a in t.names if a not in axes] + axes
+    text = moved(w.tensor(n.inputs[0]), t.names, order)
+    made = f"{w.scope.use('norm_bounded')}({text}, {n.attrs['bound']!r}, {len(axes)})"
+    return Expr(moved(made, order, t.names))
+
+
+@emitter("conv")
+def _conv(w: Writer, n: Node) -> Expr:
+    x = n.inputs[0]
+    t = w.type(x)
+    spec = [n.attrs["channel"], *n.attrs["space"]]
+    order = [a for a in t.names if a not in spec] + spec
+    text = moved(w.env[x].at(ATOM) if list(t.names) != order else argument(w, x), t.names, order)
+    bias = argument(w, n.inputs[2]) if len(n.inputs) > 2 else "None"
+    made = (
+        f"{w.scope.use('conv2d')}({text}, {argument(w, n.inputs[1])}, {bias}, {n.attrs['stride']}, {n.attrs['groups']}, "
+        f"{n.attrs['dilation']})"
+    )
+    return Expr(moved(made, order, t.names))
+
+
+# ---- splines ------------------------------------------------------------------------------------
+
+KINDS = ("rqs", "linear_spline", "quadratic_spline", "cubic_spline")
+
+
+def _spline_key(n: Node, inputs: Sequence[int]) -> tuple[Any, ...]:
+    return (n.op.removesuffix("_log_slope").removesuffix("_inverse"), tuple(inputs), tuple(sorted(n.attrs.items())))
+
+
+def _spline_call(w: Writer, n: Node, function: str) -> str:
+    x, *params = n.inputs
+    parts = [w.aligned(x, n.tensor).text]
+    for p in params:
+        t = w.type(p)
+        target = TensorType((*n.tensor.axes, t.axes[-1]))
+        parts.append(w.aligned(p, target).text)
+    bound = f", bound={float(n.attrs.get('bound', 3.0))!r}"
+    return f"{w.scope.use(function)}({', '.join(parts)}{bound})"
+
+
+def _spline(w: Writer, n: Node) -> Expr | None:
+    value = w.names.fresh(n.label or "y")
+    slope = w.names.fresh("log_slope")
+    w.lines.append(f"{value}, {slope} = {_spline_call(w, n, n.op)}")
+    w.pairs[_spline_key(n, n.inputs)] = (value, slope)
+    if n.op.endswith("_inverse"):
+        # The forward map's slope at the solved point.
+        w.pairs[_spline_key(n, (n.id, *n.inputs[1:]))] = (value, slope)
+    w.env[n.id] = Expr(value)
+    return None
+
+
+def _spline_slope(w: Writer, n: Node) -> Expr | None:
+    x = n.inputs[0]
+    found = w.pairs.get(_spline_key(n, n.inputs))
+    while found is None and w.graph[x].op in ("rename", "order", "identity"):
+        x = w.graph[x].inputs[0]
+        found = w.pairs.get(_spline_key(n, (x, *n.inputs[1:])))
+    if found is not None:
+        return Expr(found[1])
+    slope = w.names.fresh("log_slope")
+    w.lines.append(f"_, {slope} = {_spline_call(w, n, n.op.removesuffix('_log_slope'))}")
+    w.env[n.id] = Expr(slope)
+    return None
+
+
+for _kind in KINDS:
+    EMITTERS[_kind] = _spline
+    EMITTERS[f"{_kind}_inverse"] = _spline
+    EMITTERS[f"{_kind}_log_slope"] = _spline_slope
+
+
+# ---- noise --------------------------------------------------------------------------------------
+
+
+@emitter("random_like")
+def _random(w: Writer, n: Node) -> Expr:
+    sizes = "".join(f", {s}" for _, s in n.attrs["axes"])
+    df = f", df={argument(w, n.inputs[0])}" if n.inputs else ""
+    return Expr(
+        f'{w.scope.use("standard_noise")}("{n.attrs["kind"]}", ({w.batch_text()}{sizes or ","}), {w.scope.zero_like()}, {w.generator}{df})'
+    )
+
+
+# ---- calls --------------------------------------------------------------------------------------
+
+
+def _call_arguments(w: Writer, n: Node, region: Region) -> list[str]:
+    """Arguments with lifted axes in front, missing ones broadcast."""
+    lifted = [a for a, _ in n.attrs.get("lifted", ())]
+    out: list[str] = []
+    some_batched = any(w.graph[i].batched for i in n.inputs)
+    for i in n.inputs:
+        t = w.type(i)
+        missing = [(a, s) for a, s in n.attrs.get("lifted", ()) if not t.has(a)]
+        if missing or (some_batched and not w.graph[i].batched):
+            sizes = dict(n.attrs.get("lifted", ()))
+            own = [a for a in t.names if a not in lifted]
+            index = ["None" if not t.has(a) else ":" for a in lifted]
+            text = w.as_tensor(i)
+            if missing:
+                text = f"{text}[..., {', '.join([*index, *([':'] * len(own))])}]"
+            shape = ", ".join([*(str(sizes[a]) for a in lifted), *(str(t.size(a)) for a in own)])
+            front = f"{w.batch_text()}, " if some_batched else ""
+            out.append(f"{text}.expand({front}{shape})")
+        else:
+            out.append(argument(w, i))
+    del region
+    return out
+
+
+def _results(w: Writer, n: Node) -> list[str]:
+    """Names for the results of a multi-result call, by the labels of the `get` nodes that read them."""
+    count = len(result_types(n.type))
+    labels: dict[int, str] = {}
+    used: set[int] = set()
+    for user, _ in w.graph.users(n.id):
+        if user.op == "get":
+            used.add(user.attrs["index"])
+            if user.label:
+                labels[user.attrs["index"]] = user.label
+    out = []
+    for k in range(count):
+        if k not in used:
+            out.append("_")
+            continue
+        default = "log_det" if n.attrs.get("log_det") and k == count - 1 else "y"
+        out.append(w.names.fresh(labels.get(k, default)))
+    return out
+
+
+def _method(n: Node, region: Region) -> str:
+    method = n.attrs.get("method", "forward")
+    return "" if method == "forward" else f".{method}"
+
+
+@emitter("call")
+def _call(w: Writer, n: Node) -> Expr | None:
+    region: Region = n.attrs["region"]
+    arguments = _call_arguments(w, n, region)
+    method = n.attrs.get("method", "forward")
+    if takes_generator(region, method):
+        arguments.append(f"generator={w.generator}")
+    child = w.scope.children[n.attrs["child"]]
+    text = f"self.{child}{_method(n, region)}({', '.join(arguments)})"
+    if is_map(region) and not n.attrs.get("log_det"):
+        count = len(result_types(n.type))
+        text = f"{text}[0]" if count == 1 else f"{text}[:{count}]"
+    if isinstance(n.type, TupleType):
+        names = _results(w, n)
+        w.lines.append(f"{', '.join(names)} = {text}")
+        _bind_results(w, n, names)
+        return None
+    return Expr(text)
+
+
+def takes_generator(region: Region, method: str) -> bool:
+    if not is_map(region):
+        return False
+    if method in ("score", "generate"):
+        return is_random(region)
+    return needs_noise(region)
+
+
+def needs_noise(region: Region) -> bool:
+    return draws_noise(region, "score")
+
+
+def _bind_results(w: Writer, n: Node, names: Sequence[str]) -> None:
+    for user, _ in w.graph.users(n.id):
+        if user.op == "get":
+            w.env[user.id] = Expr(names[user.attrs["index"]])
+    w.env[n.id] = Expr(names[0])
+
+
+@emitter("get")
+def _get(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.env[n.inputs[0]].at(ATOM)}[{n.attrs['index']}]")
+
+
+@emitter("repeat")
+def _repeat(w: Writer, n: Node) -> Expr | None:
+    region: Region = n.attrs["region"]
+    carried = int(n.attrs["carried"])
+    method = n.attrs.get("method", "forward")
+    child = w.scope.children[n.attrs["child"]]
+    with_log_det = bool(n.attrs.get("log_det"))
+    count = len(result_types(n.type))
+    if isinstance(n.type, TupleType):
+        names = [x if x != "_" else w.names.fresh("y") for x in _results(w, n)]
+    else:
+        names = [w.names.fresh(n.label or "h")]
+    values = names[:carried]
+    w.lines.append(f"{', '.join(values)} = {', '.join(argument(w, i) for i in n.inputs[:carried])}")
+    context = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in n.inputs[carried:]]
+    block = w.names.fresh("block")
+    arguments = [*values, *context]
+    if takes_generator(region, method):
+        arguments.append(f"generator={w.generator}")
+    backwards = method in ("inverse", "generate")
+    source = f"reversed(self.{child})" if backwards else f"self.{child}"
+    one = f"{block}{_method(n, region)}({', '.join(arguments)})"
+    if with_log_det:
+        total = names[count - 1]
+        part = w.names.fresh("part")
+        w.lines.append(f"{total} = {w.scope.zero_like()}")
+        w.lines.append(f"for {block} in {source}:")
+        w.lines.append(f"    {', '.join([*values, part])} = {one}")
+        w.lines.append(f"    {total} = {total} + {part}")
+    else:
+        w.lines.append(f"for {block} in {source}:")
+        if is_map(region):
+            one = f"{one}[:{carried}]" if carried > 1 else f"{one}[0]"
+        w.lines.append(f"    {', '.join(values)} = {one}")
+    if isinstance(n.type, TupleType):
+        _bind_results(w, n, names)
+    else:
+        w.env[n.id] = Expr(names[0])
+    return None
+
+
+# ---- solvers ------------------------------------------------------------------------------------
+
+
+def _body(w: Writer, n: Node, outer: Sequence[int], name: str) -> str:
+    """A local function for a solver's body; what it captures are variables of the method."""
+    body: Program = n.attrs["body"]
+    inner = Writer(w.scope, body.graph, Names(w.names.taken))
+    inner.batch, inner.batch_source, inner.generator = w.batch, w.batch_source, w.generator
+    entry = body.graph[body.inputs[0]]
+    var = inner.names.fresh(entry.label or "u")
+    inner.env[body.inputs[0]] = Expr(var)
+    for i, o in zip(body.inputs[1:], outer, strict=True):
+        matrix, _ = matrix_node(w, o)
+        if matrix.op == "param":
+            inner.alias[i] = matrix
+        inner.env[i] = Expr(w.variable(o)) if not w.is_number(o) else w.env[o]
+    results = inner.run(body.outputs)
+    function = w.names.fresh(name)
+    returns = "Tensor" if len(results) == 1 else "tuple[Tensor, Tensor]"
+    w.lines.append(f"def {function}({var}: Tensor) -> {returns}:")
+    for line in inner.lines:
+        w.lines.append(f"    {line}")
+    tensors = [inner.as_tensor(o) if inner.is_number(o) else r for o, r in zip(body.outputs, results, strict=True)]
+    fixed = []
+    for o, r in zip(body.outputs, tensors, strict=True):
+        if not body.graph[o].batched or inner.is_number(o):
+            r = f"{r}.expand({var}.shape)" if r.isidentifier() else f"({r}).expand({var}.shape)"
+        fixed.append(r)
+    w.lines.append(f"    return {', '.join(fixed)}")
+    w.lines.append("")
+    w.batch_used = w.batch_used or inner.batch_used
+    w.names.taken |= inner.names.taken
+    return function
+
+
+@emitter("bracket_solve")
+def _bracket(w: Writer, n: Node) -> Expr:
+    target, *outer = n.inputs
+    f = _body(w, n, outer, "monotone")
+    lo, hi = literal(float(n.attrs["lo"])), literal(float(n.attrs["hi"]))
+    return Expr(f"{w.scope.use('bracket_solve')}({f}, {w.tensor(target)}, {lo}, {hi}, {bool(n.attrs['increasing'])})")
+
+
+@emitter("scan_solve")
+def _scan(w: Writer, n: Node) -> Expr:
+    target, *outer = n.inputs
+    f = _body(w, n, [target, *outer] if len(n.attrs["body"].inputs) == len(n.inputs) + 1 else outer, "step")
+    d = n.tensor.position(n.attrs["axis"]) - n.tensor.rank
+    return Expr(
+        f"{w.scope.use('scan_solve')}({f}, {w.tensor(target)}, {d}, {bool(n.attrs['reverse'])}, {n.attrs['placeholder']!r})"
+    )
+
+
+@emitter("fixed_point_solve")
+def _fixed_point(w: Writer, n: Node) -> Expr:
+    target, *outer = n.inputs
+    g = _body(w, n, outer, "residual")
+    return Expr(f"{w.scope.use('fixed_point_solve')}({g}, {w.tensor(target)}, {n.attrs['constant']!r})")
+
+
+@emitter("estimate_log_det")
+def _estimate(w: Writer, n: Node) -> Expr:
+    x, *outer = n.inputs
+    g = _body(w, n, outer, "residual")
+    event = w.type(x).rank
+    return Expr(f"{w.scope.use('estimate_log_det')}({g}, {w.tensor(x)}, {event}, {n.attrs['constant']!r})")

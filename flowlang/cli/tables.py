@@ -1,0 +1,39 @@
+"""What `flowlang info` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def info_text(declarations: list[dict[str, Any]]) -> str:
+    blocks: list[str] = []
+    for d in declarations:
+        head = f"{d['kind']} {d['name']}"
+        if "inputs" in d:
+            given = f" given {', '.join(d['context'])}" if d["context"] else ""
+            head += f": {', '.join(d['inputs'])}{given} -> {', '.join(d['outputs'])}"
+        lines = [head]
+        facts = []
+        if d.get("invertible"):
+            facts.append(f"inverse {d['inverse']}, log-det {d['log_det']}, {d['exactness']}")
+        if "parameters" in d:
+            facts.append(f"{d['parameters']:,} parameters, {d['flops']:,} FLOPs a sample")
+        if "base" in d:
+            facts.append(f"base {d['base']}, {d['steps']} steps")
+        lines.extend(f"  {f}" for f in facts)
+        if d.get("chain"):
+            rows = [
+                [r["step"] if len(r["step"]) < 60 else r["step"][:57] + "...", f"x{r['count']}" if r["count"] > 1 else "", r["shape"],
+                 r["inverse"], r["log_det"], f"{r['parameters']:,}", f"{r['flops']:,}"]
+                for r in d["chain"]
+            ]  # fmt: skip
+            lines.append("")
+            lines.append(table(["step", "", "shape", "inverse", "log-det", "parameters", "FLOPs"], rows))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
