@@ -101,6 +101,40 @@ def tidy(b: Builder, n: int) -> int:
     return b.add(out, b.const(constant)) if constant else out
 
 
+def factors(b: Builder, n: int, power: int, out: dict[int, int]) -> float:
+    """A scalar as a product of atoms to whole powers; returns the constant factor."""
+    node = b.graph[n]
+    match node.op:
+        case "const":
+            value = b.const_value(n)
+            if value:
+                return float(value) ** power
+        case "mul":
+            return factors(b, node.inputs[0], power, out) * factors(b, node.inputs[1], power, out)
+        case "div":
+            return factors(b, node.inputs[0], power, out) * factors(b, node.inputs[1], -power, out)
+        case "neg":
+            return -factors(b, node.inputs[0], power, out)
+        case "reciprocal":
+            return factors(b, node.inputs[0], -power, out)
+    out[n] = out.get(n, 0) + power
+    return 1.0
+
+
+def cancel(b: Builder, n: int) -> int:
+    """The same product with equal factors above and below the line cancelled."""
+    found: dict[int, int] = {}
+    constant = factors(b, n, 1, found)
+    above = [k for k, p in sorted(found.items()) for _ in range(p)]
+    below = [k for k, p in sorted(found.items()) for _ in range(-p)]
+    value = b.const(constant)
+    for k in above:
+        value = b.mul(value, k)
+    for k in below:
+        value = b.div(value, k)
+    return value
+
+
 def projected(
     b: Builder, inv_graph: Graph, env: dict[int, int], step: LowRank
 ) -> tuple[int, int]:
@@ -111,7 +145,7 @@ def projected(
     change = tangent(b, inv_graph, env, set(step.path), step.bottleneck, step.update)
     if change is None:
         return value, b.const(1.0)
-    slope = b.add(b.const(1.0), dot(b, v, change, step.project_axes))
+    slope = b.add(b.const(1.0), cancel(b, dot(b, v, change, step.project_axes)))
     return value, slope
 
 

@@ -171,6 +171,8 @@ class Replay:
             return
         inner = self.map_method(region, method)
         types = list(result_types(node.type))
+        if inner == "score":  # what leaves inside is scored there
+            types = types[: len(region.outputs)]
         self.map_call(node, inner, inputs, types, [node.id])
 
     def map_method(self, region: Region, method: str) -> str:
@@ -189,10 +191,7 @@ class Replay:
         if method in ("score", "generate") and is_random(region):
             self.program.random = self.program.random or draws_noise(region, method)
         log_det = self.b.op_get(new.id, len(types), node.span)
-        log_det = self.b.sum_all(log_det)
-        if method == "inverse":
-            log_det = self.b.neg(log_det)
-        self.weights.append(log_det)
+        self.weights.append(self.b.sum_all(log_det))
         values = [self.b.op_get(new.id, k, node.span) for k in range(len(types))]
         if isinstance(node.type, TensorType):
             self.env[node.id] = values[0]
@@ -299,9 +298,8 @@ class Replay:
         if method in ("score", "generate"):
             self.program.random = self.program.random or draws_noise(region, method)
         log_det = self.b.sum_all(self.b.op_get(new.id, len(types), node.span))
-        if method == "inverse":
-            log_det = self.b.neg(log_det)
-        self.weights.append(log_det)
+        # Weights are those of the forward map; `generate` and `score` give them that way already.
+        self.weights.append(self.b.neg(log_det) if method in ("inverse", "forward") else log_det)
         return [self.b.op_get(new.id, k, node.span) for k in range(len(types))]
 
     # ---- solvers --------------------------------------------------------------------------------

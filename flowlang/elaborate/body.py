@@ -156,6 +156,18 @@ class Body:
             return None if outer is None else self.capture(outer, name)
         return None
 
+    def context_values(self) -> dict[str, Tensor]:
+        """The `given` inputs in sight, by name (a `repeat` body captures those outside)."""
+        names: list[str] = []
+        scope: Body | None = self
+        while scope is not None:
+            for name, value in scope.names.items():
+                if isinstance(value, Tensor) and value.body.graph[value.id].attrs.get("given") and name not in names:
+                    names.append(name)
+            scope = scope.parent
+        found = {n: self.find(n) for n in sorted(names)}
+        return {n: v for n, v in found.items() if isinstance(v, Tensor)}
+
     def visible_names(self) -> set[str]:
         names = set(self.names) | set(self.axes) | set(self.module.names) | self.elab.global_names()
         if self.parent is not None:

@@ -422,6 +422,8 @@ def call_instance(
     target = inst.target
     assert isinstance(target, Declared)
     params = [p for p in parameters_of(inst) if is_tensor_type(p.type)]
+    if not params:
+        return call_chain(body, inst, extras, span)
     formals = [formal_of(body, p) for p in params]
     values: dict[str, int] = {}
     for p in params:
@@ -464,6 +466,21 @@ def call_instance(
             where = tensors[f.name][1] if f.name in tensors else span
             bindings[f.name] = bind_axes(body, f, values[f.name], explicit, where, target.name, taken)
     return finish_call(body, inst, formals, bindings, axes, span)
+
+
+def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span: Span) -> Any:
+    """A bijector without a tensor parameter: a chain applied to one value, with the context in sight."""
+    if len(extras) != 1:
+        raise body.fail("FL0202", f"`{inst.target.name}` is a chain and maps one value", span)
+    id = body.tensor(*extras[0])
+    inputs: dict[str, tuple[int, TensorType]] = {"x": (id, body.b.type(id))}
+    for name, value in body.context_values().items():
+        if name != "x":
+            inputs[name] = (value.id, value.type)
+    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span)
+    if region is None:
+        return POISON
+    return emit_call(body, inst, region, inputs, {}, {}, span)
 
 
 def join_inputs(

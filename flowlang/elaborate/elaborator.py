@@ -517,7 +517,7 @@ class Elaborator:
         role = "context" if p.given else "map"
         id_ = body.b.leaf(
             "input", TensorType(type_.axes, type_.kind), batched=True, span=p.span, label=p.name, name=p.name,
-            role=role, domain=domain,
+            role=role, domain=domain, given=p.given,
         )  # fmt: skip
         (body.region.context if p.given else body.region.inputs).append(id_)
         body.names[p.name] = Tensor(id_, body)
@@ -530,8 +530,16 @@ class Elaborator:
             if body.chain_value is not None:
                 body.region.outputs = [body.chain_value.id]
             return
-        type_ = next(iter(inputs.values()))
+        type_ = inputs.get("x")
+        if type_ is None:
+            raise body.fail("FL0203", f"`{declaration.name}` is a chain and needs a value to map", span)
         id_ = body.b.leaf("input", type_, batched=True, span=span, label="x", name="x", role="map")
+        for name, given in inputs.items():
+            if name != "x":
+                c = body.b.leaf("input", given, batched=True, span=span, label=name, name=name, role="context", given=True)
+                body.region.context.append(c)
+                body.names[name] = Tensor(c, body)
+                body.used.add(name)
         body.region.inputs = [id_]
         for a in type_.axes:
             body.axes.setdefault(a.name, a.size)

@@ -316,8 +316,9 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
     type_ = TensorType.of(*axes, kind=spec.domain.kind)
     role = "map" if word == "data" else "context"
     id = body.b.leaf(
-        "input", type_, batched=True, span=entry.span, label=entry.name, name=entry.name, role=role, domain=spec.domain
-    )
+        "input", type_, batched=True, span=entry.span, label=entry.name, name=entry.name, role=role, domain=spec.domain,
+        given=word == "given",
+    )  # fmt: skip
     value = Tensor(id, body)
     if word == "data":
         body.region.inputs.append(id)
@@ -537,8 +538,8 @@ def context_for(body: Body, fn: Any) -> dict[str, Any]:
     for ps in target.declaration.parameters:
         for p in ps:
             if p.given and p.name not in bound:
-                value = body.find(p.name)
-                if isinstance(value, Tensor) and body.graph[value.id].attrs.get("role") == "context":
+                value = body.context_values().get(p.name)
+                if value is not None:
                     out[p.name] = value
     return out
 
