@@ -1,4 +1,4 @@
-"""The command line: `flowlang COMMAND`. Exit codes: 0 fine, 1 refused, 2 wrong usage."""
+"""The command line: `flowlang COMMAND`. Exit codes: 0 fine, 1 refused, 2 wrong usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -9,97 +9,64 @@ from typing import Any
 
 import click
 
-from flowlang.compiler import Compilation, compile_source, info
+from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop
 from flowlang.diagnostics import Diagnostic, FlowError
-from flowlang.library import Folders
-from flowlang.source import Source
+
+LAZY = {"verify": "run", "build": "run", "train": "run", "sample": "run", "score": "run"}
+ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "train", "sample", "score", "std", "new")
 
 
-def parse_sets(pairs: tuple[str, ...]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, eq, value = pair.partition("=")
-        if not eq or not name:
-            raise click.UsageError(f"--set takes NAME=VALUE, and this is {pair!r}")
-        try:
-            out[name.strip()] = int(value.replace("_", ""))
-        except ValueError:
-            try:
-                out[name.strip()] = float(value)
-            except ValueError:
-                if value in ("true", "false"):
-                    out[name.strip()] = value == "true"
-                else:
-                    raise click.UsageError(f"--set takes a number, `true` or `false`, and this is {value!r}") from None
-    return out
+class Commands(click.Group):
+    """Commands that need torch are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(ORDER)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in LAZY:
+            import importlib
+
+            found: click.Command = getattr(importlib.import_module(f"flowlang.cli.{LAZY[name]}"), name)
+            return found
+        return super().get_command(ctx, name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in ORDER:
+            command = self.get_command(ctx, name)
+            if command is not None:
+                rows.append((name, command.get_short_help_str(90)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
-def read_source(spec: str) -> Source:
-    """The text of a spec: a path, or the name of a library entry's file (`std.flows.coupling`)."""
-    if spec == "-":
-        return Source.of("<stdin>", sys.stdin.read())
-    path = Path(spec)
-    try:
-        return Source.of(spec, path.read_text("utf-8"))
-    except UnicodeDecodeError as e:
-        raise FlowError(Diagnostic("FL0801", f"`{spec}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")) from None
-    except OSError as e:
-        raise FlowError(
-            Diagnostic("FL0801", f"`{spec}` cannot be read: {e.strerror or e}", suggestion="check the path")
-        ) from None
-
-
-def load(spec: str, sets: tuple[str, ...], *, sized: bool = False) -> Compilation:
-    source = read_source(spec)
-    folder = Path(spec).resolve().parent if spec != "-" else Path.cwd()
-    return compile_source(source, loader=Folders([folder]), sets=parse_sets(sets), sized=sized)
-
-
-def show(comp: Compilation, *, color: bool) -> None:
-    from flowlang.diagnostics.render import render_report
-
-    text = render_report(comp.report, color=color)
-    if text:
-        click.echo(text, err=True)
-
-
-def to_stop(diagnostics: Any, as_json: bool) -> None:
-    from flowlang.diagnostics.render import render, to_json
-
-    if as_json:
-        click.echo(json.dumps({"diagnostics": [to_json(d) for d in diagnostics]}, ensure_ascii=False, indent=1))
-    else:
-        for d in diagnostics:
-            click.echo(render(d, color=sys.stderr.isatty()), err=True)
-    raise SystemExit(1)
-
-
-set_option = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="flowlang", message="flowlang %(version)s")
 def cli() -> None:
     """Write the forward map; get the inverse, the log-determinant and PyTorch."""
 
 
 @cli.command()
-@click.argument("spec")
+@click.argument("specs", nargs=-1, required=True)
 @set_option
 @json_option
-def check(spec: str, sets: tuple[str, ...], as_json: bool) -> None:
-    """Check a spec: shapes, domains, invertibility, cost."""
-    from flowlang.diagnostics.render import to_json
+def check(specs: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
+    """Check specs: shapes, domains, invertibility, cost."""
+    from flowlang.diagnostics.render import render_report, to_json
 
-    comp = load(spec, sets)
-    if as_json:
-        click.echo(json.dumps({"diagnostics": [to_json(d) for d in comp.report]}, ensure_ascii=False, indent=1))
-    else:
-        show(comp, color=sys.stderr.isatty())
-        if comp.ok:
+    found: list[Diagnostic] = []
+    ok = True
+    for spec in specs:
+        comp = load(spec, sets)
+        ok = ok and comp.ok
+        found.extend(comp.report)
+        if not as_json and comp.ok:
             click.echo(f"{spec}: no errors")
-    if not comp.ok:
+    if as_json:
+        click.echo(json.dumps({"diagnostics": [to_json(d) for d in found]}, ensure_ascii=False, indent=1))
+    elif found:
+        click.echo(render_report(found, color=sys.stderr.isatty()), err=True)
+    if not ok:
         raise SystemExit(1)
 
 
@@ -108,11 +75,10 @@ def check(spec: str, sets: tuple[str, ...], as_json: bool) -> None:
 @set_option
 @json_option
 def info_command(spec: str, sets: tuple[str, ...], as_json: bool) -> None:
-    """Show each declaration: steps, how they are inverted, cost, parameters."""
-    comp = load(spec, sets)
-    if not comp.ok:
-        to_stop(comp.report.errors, as_json)
-    found = info(comp)
+    """Show each declaration: steps, how they are inverted, cost, size."""
+    from flowlang.compiler import info
+
+    found = info(load_ok(spec, sets, as_json))
     if as_json:
         click.echo(json.dumps({"declarations": found}, ensure_ascii=False, indent=1))
         return
@@ -121,18 +87,124 @@ def info_command(spec: str, sets: tuple[str, ...], as_json: bool) -> None:
     click.echo(info_text(found))
 
 
+@cli.command()
+@click.argument("specs", nargs=-1, required=True)
+@click.option("--check", "only_check", is_flag=True, help="Change nothing; fail where a file is not in canonical form.")
+def fmt(specs: tuple[str, ...], only_check: bool) -> None:
+    """Write specs in canonical form (`-` reads standard input)."""
+    from flowlang.syntax.printer import format_source
+
+    changed = []
+    for spec in specs:
+        source = read_source(spec)
+        text = format_source(source)
+        if spec == "-":
+            click.echo(text, nl=False)
+        elif text != source.text:
+            changed.append(spec)
+            if not only_check:
+                Path(spec).write_text(text, "utf-8")
+    for spec in changed:
+        click.echo(f"{spec}: {'not in canonical form' if only_check else 'formatted'}")
+    if only_check and changed:
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.argument("code")
+def explain(code: str) -> None:
+    """Tell what a diagnostic's code means, with a wrong and a right example."""
+    from flowlang.diagnostics.explain import explain as text
+
+    click.echo(text(code))
+
+
+@cli.command()
+@click.argument("spec")
+@set_option
+@flow_option
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help=".svg or .mmd; Mermaid on standard output by default.")
+def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) -> None:
+    """Draw a flow's chain as SVG or Mermaid."""
+    from flowlang.api import pick_flow
+    from flowlang.draw.chain import mermaid, svg
+
+    comp = load_ok(spec, sets, False)
+    name = pick_flow(comp, flow)
+    text = svg(comp, name) if out and out.endswith(".svg") else mermaid(comp, name)
+    if out is None:
+        click.echo(text)
+    else:
+        Path(out).write_text(text, "utf-8")
+        click.echo(f"{out}: flow {name}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+@json_option
+def std(name: str | None, as_json: bool) -> None:
+    """List the standard library, or show one entry's text."""
+    from flowlang.catalogue import entries, entry_text
+
+    if name is not None:
+        click.echo(entry_text(name))
+        return
+    found = entries()
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    from flowlang.cli.tables import table
+
+    rows = [[e["name"], e["kind"], e["family"], e["summary"]] for e in found]
+    click.echo(table(["name", "kind", "family", "what it is"], rows))
+
+
+TEMPLATE = """## A coupling flow on {dims} coordinates. Check it: flowlang check {file}
+flow {name} {{
+  data x: R[D = {dims}]
+  repeat 6 {{
+    rqs_coupling(bins = 8, net = mlp(64, 64))
+    plu_linear
+  }}
+  base normal
+}}
+"""
+
+
+@cli.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--dims", default=2, show_default=True, help="Number of coordinates.")
+def new(file: str, dims: int) -> None:
+    """Write a first spec to start from."""
+    path = Path(file)
+    if path.exists():
+        raise FlowError(Diagnostic("FL0804", f"`{file}` exists already", suggestion="choose another name; nothing was overwritten"))
+    if dims < 2:
+        raise FlowError(Diagnostic("FL0804", "--dims is at least 2: a coupling needs two halves"))
+    name = "".join(c if c.isalnum() and c.isascii() else "_" for c in path.stem) or "flow"
+    if name[0].isdigit():
+        name = f"flow_{name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(TEMPLATE.format(name=name, dims=dims, file=file), "utf-8")
+    click.echo(f"{file}: now `flowlang check {file}`, then `flowlang train {file} --data samples.csv`")
+
+
 def main() -> None:
     """Entry point: diagnostics are shown as such, and nothing else reaches the user as a traceback."""
     as_json = "--json" in sys.argv
     try:
-        cli.main(standalone_mode=False)
+        result: Any = cli.main(standalone_mode=False)
+        if isinstance(result, int) and result:
+            raise SystemExit(result)
     except click.ClickException as e:
         e.show()
         raise SystemExit(2) from None
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         raise SystemExit(130) from None
     except FlowError as e:
-        to_stop(e.diagnostics, as_json)
+        stop(e.diagnostics, as_json)
+    except BrokenPipeError:
+        raise SystemExit(141) from None
 
 
 if __name__ == "__main__":

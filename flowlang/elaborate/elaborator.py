@@ -750,6 +750,9 @@ class Library:
     def names(self) -> set[str]:
         return set(self._index)
 
+    def paths(self) -> list[str]:
+        return sorted(self._sources)
+
     def source(self, path: str) -> Source | None:
         """The file at a dotted path (`std.flows.coupling`)."""
         return self._sources.get(path)

@@ -1,0 +1,78 @@
+"""What the commands share: reading specs, options, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowlang.compiler import Compilation, compile_source
+from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.library import Folders
+from flowlang.source import Source
+
+set_option = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+flow_option = click.option("--flow", metavar="NAME", help="Which flow of the spec; the first by default.")
+
+
+def parse_sets(pairs: tuple[str, ...]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, eq, value = pair.partition("=")
+        if not eq or not name:
+            raise click.UsageError(f"--set takes NAME=VALUE, and this is {pair!r}")
+        out[name.strip()] = parse_value(value)
+    return out
+
+
+def parse_value(value: str) -> Any:
+    for convert in (lambda v: int(v.replace("_", "")), float):
+        try:
+            return convert(value)  # type: ignore[no-untyped-call]
+        except ValueError:
+            continue
+    if value in ("true", "false"):
+        return value == "true"
+    raise click.UsageError(f"--set takes a number, `true` or `false`, and this is {value!r}")
+
+
+def read_source(spec: str) -> Source:
+    """The text of a spec file, or of standard input for `-`."""
+    if spec == "-":
+        return Source.of("<stdin>", sys.stdin.read())
+    path = Path(spec)
+    try:
+        return Source.of(spec, path.read_text("utf-8"))
+    except UnicodeDecodeError as e:
+        raise FlowError(Diagnostic("FL0801", f"`{spec}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")) from None
+    except OSError as e:
+        raise FlowError(Diagnostic("FL0801", f"`{spec}` cannot be read: {e.strerror or e}", suggestion="check the path")) from None
+
+
+def load(spec: str, sets: tuple[str, ...], *, sized: bool = False) -> Compilation:
+    source = read_source(spec)
+    folder = Path(spec).resolve().parent if spec != "-" else Path.cwd()
+    return compile_source(source, loader=Folders([folder]), sets=parse_sets(sets), sized=sized)
+
+
+def load_ok(spec: str, sets: tuple[str, ...], as_json: bool, *, sized: bool = False) -> Compilation:
+    """A spec without errors; others are shown and end the command."""
+    comp = load(spec, sets, sized=sized)
+    if not comp.ok:
+        stop(comp.report, as_json)
+    return comp
+
+
+def stop(diagnostics: Any, as_json: bool) -> None:
+    from flowlang.diagnostics.render import render_report, to_json
+
+    items = list(diagnostics)
+    if as_json:
+        click.echo(json.dumps({"diagnostics": [to_json(d) for d in items]}, ensure_ascii=False, indent=1))
+    else:
+        click.echo(render_report(items, color=sys.stderr.isatty()), err=True)
+    raise SystemExit(1)
