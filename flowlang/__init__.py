@@ -2,6 +2,6 @@
 
 from flowlang.api import analyse, check, compile, generate, info
 from flowlang.diagnostics import Diagnostic, FlowError, Report
+from flowlang.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compile", "generate", "info"]

@@ -24,10 +24,16 @@ def source_of(spec: str | Path) -> tuple[Source, Path | None]:
         try:
             return Source.of(text, path.read_text("utf-8")), path.resolve().parent
         except UnicodeDecodeError as e:
-            raise FlowError(Diagnostic("FL0801", f"`{text}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")) from None
+            raise FlowError(
+                Diagnostic("FL0801", f"`{text}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")
+            ) from None
         except OSError as e:
             raise FlowError(
-                Diagnostic("FL0801", f"`{text}` cannot be read: {e.strerror or e}", suggestion="check the path; a spec may also be given as text")
+                Diagnostic(
+                    "FL0801",
+                    f"`{text}` cannot be read: {e.strerror or e}",
+                    suggestion="check the path; a spec may also be given as text",
+                )
             ) from None
     return Source.of("<text>", text), None
 
@@ -61,11 +67,21 @@ def pick_flow(comp: Compilation, name: str | None) -> str:
     if name is not None:
         if name not in flows:
             raise FlowError(
-                Diagnostic("FL0804", f"`{name}` is no flow of this spec", suggestion=f"its flows are {', '.join(f'`{f}`' for f in flows) or 'none'}")
+                Diagnostic(
+                    "FL0804",
+                    f"`{name}` is no flow of this spec",
+                    suggestion=f"its flows are {', '.join(f'`{f}`' for f in flows) or 'none'}",
+                )
             )
         return name
     if not flows:
-        raise FlowError(Diagnostic("FL0804", "this spec has no flow", suggestion="declare one, as in `flow name { data x: R[D = 2] .. base normal }`"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                "this spec has no flow",
+                suggestion="declare one, as in `flow name { data x: R[D = 2] .. base normal }`",
+            )
+        )
     return flows[0]
 
 
@@ -86,14 +102,21 @@ def generate_from(comp: Compilation, flow: str | None = None, *, standalone: boo
         made = Generator(region, comp.analyses, comp.source.name).generate()
     except Unlowered as e:
         raise FlowError(
-            Diagnostic("FL0701", f"`{e.node.op}` has no PyTorch form yet", e.node.span, suggestion="write it with other functions")
+            Diagnostic(
+                "FL0701",
+                f"`{e.node.op}` has no PyTorch form yet",
+                e.node.span,
+                suggestion="write it with other functions",
+            )
         ) from None
     title = f"flow {name}: {region.graph[region.inputs[0]].type}"
     text = module_text(made, standalone=standalone, title=title, origin=Path(comp.source.name).name)
     return text, made.root
 
 
-def compile(spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, **sets: Any) -> Flow:
+def compile(
+    spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, **sets: Any
+) -> Flow:
     """A flow as an `nn.Module` with `log_prob`, `sample`, `forward` and `inverse`.
 
     `spec` is a path or text; keyword arguments set sizes and static parameters, as in `D=6`. Raises

@@ -43,7 +43,13 @@ def entry_text(name: str) -> str:
     library = standard_library()
     source = library.find(name)
     if source is None:
-        raise FlowError(Diagnostic("FL0201", f"the library has no `{name}`", suggestion=did_you_mean(name, library.names()) or "see `flowlang std`"))
+        raise FlowError(
+            Diagnostic(
+                "FL0201",
+                f"the library has no `{name}`",
+                suggestion=did_you_mean(name, library.names()) or "see `flowlang std`",
+            )
+        )
     module = parse(source, Report()).module
     for item in module.items:
         if isinstance(item, tree.Declaration) and item.name == name:

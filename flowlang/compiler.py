@@ -96,7 +96,9 @@ def check_flow(comp: Compilation, target: Declared) -> None:
     params = [p for ps in target.declaration.parameters for p in ps]
     arguments = {p.name: comp.elab.sets[p.name] for p in params if p.name in comp.elab.sets}
     comp.elab.used_sets |= set(arguments)
-    missing = [p for p in params if p.default is None and p.name not in arguments and not isinstance(p.type, tree.Optional)]
+    missing = [
+        p for p in params if p.default is None and p.name not in arguments and not isinstance(p.type, tree.Optional)
+    ]
     if missing:
         witness = comp.elab.witness_arguments(target, comp.elab.witness)
         if witness is None:
@@ -225,7 +227,9 @@ def tell_violation(comp: Compilation, region: Region, v: Violation, anchors: Map
 def tell_failure(comp: Compilation, region: Region, f: Failure, anchors: Mapping[int, Span]) -> None:
     span, notes = place(f.span, region, anchors)
     labels = tuple(Label(s, t) for s, t in f.labels if not s.source.library)
-    comp.report.add(Diagnostic(f.code, f.message, span, labels=labels, notes=(*f.notes, *notes), suggestion=f.suggestion))
+    comp.report.add(
+        Diagnostic(f.code, f.message, span, labels=labels, notes=(*f.notes, *notes), suggestion=f.suggestion)
+    )
 
 
 # ---- supports -----------------------------------------------------------------------------------
@@ -261,7 +265,9 @@ def check_support(comp: Compilation, region: Region) -> None:
                 f"the chain does not reach all of the support {support} of `{name}`: going back, `{shown(v.node.op)}` needs "
                 f"{v.need.words or v.need.interval}, and gets {v.found}",
                 where,
-                labels=(Label(v.node.span, "this step narrows the range"),) if v.node.span and not v.node.span.source.library else (),
+                labels=(Label(v.node.span, "this step narrows the range"),)
+                if v.node.span and not v.node.span.source.library
+                else (),
                 suggestion="choose a base with the support that the chain reaches, or add a step that maps onto it",
             )
         )
@@ -300,11 +306,20 @@ def check_require(comp: Compilation, statement: tree.Require, region: Region | N
         if isinstance(left, tree.Name) and left.id == "log_det" and region is not None:
             require_log_det(comp, statement, condition, region)
             return
-        if isinstance(left, tree.Call) and isinstance(left.fn, tree.Name) and left.fn.id == "parameters" and len(left.items) == 1:
+        if (
+            isinstance(left, tree.Call)
+            and isinstance(left.fn, tree.Name)
+            and left.fn.id == "parameters"
+            and len(left.items) == 1
+        ):
             require_parameters(comp, statement, condition, left)
             return
     if body is None:
-        body = Body(comp.elab, Region("require", "require", type(next(iter(comp.regions.values())).graph)() if comp.regions else _graph()), comp.module)
+        body = Body(
+            comp.elab,
+            Region("require", "require", type(next(iter(comp.regions.values())).graph)() if comp.regions else _graph()),
+            comp.module,
+        )
     try:
         value = body.ev(condition)
     except (Fail, Poisoned):
@@ -327,17 +342,29 @@ def _graph() -> Any:
 def require_log_det(comp: Compilation, statement: tree.Require, condition: tree.Binary, region: Region) -> None:
     right = condition.right
     wanted: int | None = None
-    if isinstance(right, tree.Call) and isinstance(right.fn, tree.Name) and right.fn.id == "O" and len(right.items) == 1:
+    if (
+        isinstance(right, tree.Call)
+        and isinstance(right.fn, tree.Name)
+        and right.fn.id == "O"
+        and len(right.items) == 1
+    ):
         inner = right.items[0].left
         if isinstance(inner, tree.Number) and inner.value == 1:
             wanted = 0
         elif isinstance(inner, tree.Name):
             wanted = 1
-        elif isinstance(inner, tree.Binary) and inner.op == "^" and isinstance(inner.right, tree.Number) and inner.right.value in (2, 3):
+        elif (
+            isinstance(inner, tree.Binary)
+            and inner.op == "^"
+            and isinstance(inner.right, tree.Number)
+            and inner.right.value in (2, 3)
+        ):
             wanted = int(inner.right.value)
     if wanted is None or condition.op != "<=":
         comp.report.add(
-            Diagnostic("FL0306", "a cost class is needed here", condition.span, suggestion="as in `require log_det <= O(D)`")
+            Diagnostic(
+                "FL0306", "a cost class is needed here", condition.span, suggestion="as in `require log_det <= O(D)`"
+            )
         )
         return
     if isinstance(comp.analyses.plan(region), Failure):
@@ -352,16 +379,14 @@ def require_log_det(comp: Compilation, statement: tree.Require, condition: tree.
     have = shown_class(costliest[2], data)
     if order[have] <= wanted:
         return
-    step = costliest[1]
-    span = statement.span
-    if isinstance(step, CallInverse):
-        span = region.graph[step.node].span or span
-    elif step is not None and hasattr(step, "node"):
-        span = region.graph[step.node].span or span
+    at = getattr(costliest[1], "node", None)
+    span = (region.graph[at].span if at is not None else None) or statement.span
     named = ["O(1)", "O(D)", "O(D²)", "O(D³)"][wanted]
     comp.report.add(
         Diagnostic(
-            "FL0501", f"the log-det of this step costs {have}, and `require` allows {named}", span,
+            "FL0501",
+            f"the log-det of this step costs {have}, and `require` allows {named}",
+            span,
             labels=(Label(statement.span, "required here"),),
             notes=(f"D = {data}: a dense matrix needs a factorisation for its determinant",) if have == "O(D³)" else (),
             suggestion="use a structured matrix: `Invertible` without `dense` keeps a PLU factorisation, `LowerTriangular` a diagonal",
@@ -373,14 +398,22 @@ def require_parameters(comp: Compilation, statement: tree.Require, condition: tr
     name = left.items[0].left
     region = comp.regions.get(name.id) if isinstance(name, tree.Name) else None
     if region is None or not isinstance(condition.right, tree.Number):
-        comp.report.add(Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span))
+        comp.report.add(
+            Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span)
+        )
         return
     have = parameter_count(region)
     want = condition.right.value
-    holds = {"==": have == want, "<=": have <= want, "<": have < want, ">=": have >= want, ">": have > want}[condition.op]
+    holds = {"==": have == want, "<=": have <= want, "<": have < want, ">=": have >= want, ">": have > want}[
+        condition.op
+    ]
     if not holds:
         comp.report.add(
-            Diagnostic("FL0502", f"`{region.name}` has {have:,} parameters, and {condition.op} {want:,} is required", condition.span)
+            Diagnostic(
+                "FL0502",
+                f"`{region.name}` has {have:,} parameters, and {condition.op} {want:,} is required",
+                condition.span,
+            )
         )
 
 
@@ -404,7 +437,9 @@ def flop_count(region: Region) -> int:
                 lifted *= s
             total += lifted * int(node.attrs.get("count", 1)) * flop_count(inner)
         elif node.op in OPS and isinstance(node.type, TensorType) and node.inputs:
-            total += OPS[node.op].cost(node, [region.graph[i].tensor for i in node.inputs if isinstance(region.graph[i].type, TensorType)])
+            total += OPS[node.op].cost(
+                node, [region.graph[i].tensor for i in node.inputs if isinstance(region.graph[i].type, TensorType)]
+            )
     return total
 
 
@@ -492,7 +527,9 @@ def chain_rows(comp: Compilation, region: Region, data: int) -> list[dict[str, A
                 "step": " ".join(step.label.split()),
                 "shape": str(after.type),
                 "inverse": comp.analyses.step_way(region, found) if found is not None else "analytic",
-                "log_det": shown_class(comp.analyses.log_det_class(region, found), data) if found is not None else "O(1)",
+                "log_det": shown_class(comp.analyses.log_det_class(region, found), data)
+                if found is not None
+                else "O(1)",
                 "parameters": parameter_count(inner) if isinstance(inner, Region) else 0,
                 "flops": flop_count(inner) if isinstance(inner, Region) else 0,
                 "count": step.count,

@@ -57,10 +57,16 @@ def perturb(flow: Flow, generator: torch.Generator, size: float = 0.1) -> None:
     with torch.no_grad():
         for p in flow.parameters():
             scale = size * (0.2 + p.square().mean().sqrt())
-            p += scale * torch.randn(p.shape, dtype=p.dtype, generator=generator) / max(p.shape[-1] if p.dim() > 1 else 1, 1) ** 0.5
+            p += (
+                scale
+                * torch.randn(p.shape, dtype=p.dtype, generator=generator)
+                / max(p.shape[-1] if p.dim() > 1 else 1, 1) ** 0.5
+            )
 
 
-def verify_flow(flow: Flow, facts: dict[str, Any], domain: Domain | None, *, points: int = 24, seed: int = 0) -> list[Check]:
+def verify_flow(
+    flow: Flow, facts: dict[str, Any], domain: Domain | None, *, points: int = 24, seed: int = 0
+) -> list[Check]:
     """Checks a compiled flow (made float64 in place)."""
     import torch
 
@@ -85,7 +91,14 @@ def verify_flow(flow: Flow, facts: dict[str, Any], domain: Domain | None, *, poi
         condition = (singular[:, 0] / singular[:, -1]).clamp_min(1)
     scale = (1 + x.abs().reshape(points, -1).amax(1)) * condition
     error = (back[0] - x).abs().reshape(points, -1).amax(1) / scale
-    out.append(Check("round trip", float(error.max()), 1e-7 if iterative else 1e-9, "relative to 1 + |x| and the condition number"))
+    out.append(
+        Check(
+            "round trip",
+            float(error.max()),
+            1e-7 if iterative else 1e-9,
+            "relative to 1 + |x| and the condition number",
+        )
+    )
     if jacobian is not None and not estimated:
         dense = torch.linalg.slogdet(jacobian)[1]
         difference = (dense - forward[-1]).abs() / (1 + dense.abs()) / condition.log().clamp_min(1)
@@ -121,7 +134,9 @@ def dense_jacobian(flow: Flow, x: torch.Tensor, given: dict[str, torch.Tensor]) 
     return torch.stack(rows)
 
 
-def estimate_check(flow: Flow, x: torch.Tensor, given: dict[str, torch.Tensor], jacobian: torch.Tensor, runs: int = 400) -> Check:
+def estimate_check(
+    flow: Flow, x: torch.Tensor, given: dict[str, torch.Tensor], jacobian: torch.Tensor, runs: int = 400
+) -> Check:
     """The mean of many estimates lies within four standard errors of the log-det."""
     import torch
 

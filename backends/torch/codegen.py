@@ -11,6 +11,7 @@ from typing import Any
 
 from flowlang.backends.torch.emit import EMITTERS, Expr, Writer
 from flowlang.backends.torch.names import Names, class_name
+
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.programs import Program, is_map, is_random
 from flowlang.ir.domains import Domain
@@ -96,7 +97,9 @@ class Generator:
     def docstring(self, region: Region) -> list[str]:
         graph = region.graph
         ins = ", ".join(str(graph[i].type) for i in region.inputs)
-        given = "".join(f"{', ' if k else ' given '}{graph[c].label}: {graph[c].type}" for k, c in enumerate(region.context))
+        given = "".join(
+            f"{', ' if k else ' given '}{graph[c].label}: {graph[c].type}" for k, c in enumerate(region.context)
+        )
         outs = ", ".join(str(graph[o].type) for o in region.outputs)
         title = plain(f"{region.signature or region.name}: {ins}{given} -> {outs}")
         doc = plain(region.doc or "").splitlines()
@@ -118,7 +121,7 @@ class Generator:
         if region.emissions:
             lines.append(f"emitted_shapes = {tuple(graph[e.value].tensor.shape for e in region.emissions)!r}")
         if given:
-            lines.append(f"given_shapes = {given!r}")  # noqa: RUF012 in the text
+            lines.append(f"given_shapes = {given!r}")
         return ["", *lines]
 
     def write_method(self, scope: ClassScope, program: Program, method: str) -> list[str]:
@@ -148,7 +151,7 @@ class Generator:
         for k, o in enumerate(program.outputs):
             node = program.graph[o]
             text = results[k]
-            if not node.batched and (program.log_det and k == len(program.outputs) - 1 or is_map(region)):
+            if not node.batched and ((program.log_det and k == len(program.outputs) - 1) or is_map(region)):
                 text = f"{writer.as_tensor(o)}.expand({writer.batch_text()}{trailing(node.tensor)})"
             final.append(text)
         lines: list[str] = []
@@ -287,7 +290,9 @@ class ClassScope:
         """The value of a parameter in a method."""
         name = self.attributes[node.attrs["name"]]
         domain: Domain = node.attrs["domain"]
-        constrained = node.op == "param" and (domain.structure is not None or domain.name in ("Positive", "Unit", "Interval"))
+        constrained = node.op == "param" and (
+            domain.structure is not None or domain.name in ("Positive", "Unit", "Interval")
+        )
         return f"self.{name}()" if constrained else f"self.{name}"
 
     def matrix(self, node: Node) -> str:
@@ -362,7 +367,7 @@ def needed_parts(helpers: Iterable[str]) -> list[str]:
 
 def module_text(generated: Generated, *, standalone: bool, title: str, origin: str) -> str:
     """A whole Python file: with imports of the runtime, or with the parts of it that are used."""
-    from flowlang import __version__
+    from flowlang.version import __version__
 
     header = HEADER.format(title=plain(title), version=__version__, origin=plain(origin))
     imports, parts, _ = runtime_parts()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flowlang.backends.torch.names import Names
+
 from flowlang.derive.programs import Program, draws_noise, is_map, is_random
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.types import TensorType, TupleType
@@ -139,7 +140,11 @@ class Writer:
         node = self.graph[n]
         if node.op == "const":
             return not node.tensor.axes
-        return bool(node.inputs) and not node.tensor.axes and all(self.is_number(i) for i in node.inputs) if isinstance(node.type, TensorType) and node.op not in ("call", "repeat", "get") else False
+        return (
+            bool(node.inputs) and not node.tensor.axes and all(self.is_number(i) for i in node.inputs)
+            if isinstance(node.type, TensorType) and node.op not in ("call", "repeat", "get")
+            else False
+        )
 
     def aligned(self, n: int, target: TensorType) -> Expr:
         """The operand with its axes where the result has them."""
@@ -195,7 +200,13 @@ def moved(text: str, have: Sequence[str], want: Sequence[str]) -> str:
 def short(op: str, node: Node | None = None) -> str:
     if node is not None and op == "call":
         return f"{node.attrs['child']}_out"
-    names = {"contract": "product", "get": "part", "random_like": "noise", "matrix_log_det": "log_det", "log_abs": "log_size"}
+    names = {
+        "contract": "product",
+        "get": "part",
+        "random_like": "noise",
+        "matrix_log_det": "log_det",
+        "log_abs": "log_size",
+    }
     return names.get(op, op.split("_")[0] if len(op) > 12 else op)
 
 
@@ -248,7 +259,9 @@ def _input(w: Writer, n: Node) -> Expr | None:
 
 @emitter("index")
 def _index(w: Writer, n: Node) -> Expr:
-    return Expr(w.scope.buffer(f"index_{n.attrs['axis']}", f"torch.arange({n.attrs['size']}, dtype=torch.get_default_dtype())"))
+    return Expr(
+        w.scope.buffer(f"index_{n.attrs['axis']}", f"torch.arange({n.attrs['size']}, dtype=torch.get_default_dtype())")
+    )
 
 
 # ---- elementwise --------------------------------------------------------------------------------
@@ -344,9 +357,19 @@ def _linear_with_bias(w: Writer, n: Node) -> Expr | None:
         return None
     a, b = (w.graph[i] for i in n.inputs)
     text = w.env[a.id].text
-    if a.op == "contract" and text.startswith("F.linear(") and w.uses.get(a.id) == 1 and a.label is None and not b.batched:
-        if isinstance(b.type, TensorType) and b.tensor.names == a.tensor.names[-1:] and not w.is_number(b.id):
-            return Expr(f"{text[:-1]}, {w.env[b.id].text})")
+    if (
+        (
+            a.op == "contract"
+            and text.startswith("F.linear(")
+            and w.uses.get(a.id) == 1
+            and a.label is None
+            and not b.batched
+        )
+        and isinstance(b.type, TensorType)
+        and b.tensor.names == a.tensor.names[-1:]
+        and not w.is_number(b.id)
+    ):
+        return Expr(f"{text[:-1]}, {w.env[b.id].text})")
     return None
 
 
@@ -451,7 +474,9 @@ def _cumsum(w: Writer, n: Node) -> Expr:
     d = w.dim(i, n.attrs["axis"])
     if not n.attrs.get("exclusive") and not n.attrs.get("reverse"):
         return Expr(f"torch.cumsum({argument(w, i)}, {d})")
-    return Expr(f"{w.scope.use('cumsum_along')}({argument(w, i)}, {d}, {bool(n.attrs.get('exclusive'))}, {bool(n.attrs.get('reverse'))})")
+    return Expr(
+        f"{w.scope.use('cumsum_along')}({argument(w, i)}, {d}, {bool(n.attrs.get('exclusive'))}, {bool(n.attrs.get('reverse'))})"
+    )
 
 
 @emitter("sort")
@@ -468,8 +493,12 @@ def _contract(w: Writer, n: Node) -> Expr:
         for x, m in ((a, b), (b, a)):
             tx, tm = w.type(x), w.type(m)
             if (
-                not w.graph[m].batched and tm.rank == 2 and tm.names[1] == axes[0] and tx.names[-1:] == axes
-                and tm.names[0] not in tx.names and n.tensor.names == (*tx.names[:-1], tm.names[0])
+                not w.graph[m].batched
+                and tm.rank == 2
+                and tm.names[1] == axes[0]
+                and tx.names[-1:] == axes
+                and tm.names[0] not in tx.names
+                and n.tensor.names == (*tx.names[:-1], tm.names[0])
             ):
                 return Expr(f"F.linear({argument(w, x)}, {argument(w, m)})")
     letters: dict[str, str] = {}
@@ -526,7 +555,9 @@ def _reverse(w: Writer, n: Node) -> Expr:
 
 @emitter("shift")
 def _shift(w: Writer, n: Node) -> Expr:
-    return Expr(f"{w.scope.use('shift_along')}({argument(w, n.inputs[0])}, {n.attrs['k']}, {w.dim(n.inputs[0], n.attrs['axis'])})")
+    return Expr(
+        f"{w.scope.use('shift_along')}({argument(w, n.inputs[0])}, {n.attrs['k']}, {w.dim(n.inputs[0], n.attrs['axis'])})"
+    )
 
 
 @emitter("permute")

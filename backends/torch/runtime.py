@@ -330,7 +330,9 @@ def log_abs(x: Tensor) -> Tensor:
 def stable_asinh(x: Tensor) -> Tensor:
     """asinh without cancellation for large negative x."""
     a = x.abs()
-    return torch.sign(x) * torch.where(a > 1e4, torch.log(2 * a.clamp_min(1.0)), torch.log1p(a + a * a / (1 + torch.sqrt(a * a + 1))))
+    return torch.sign(x) * torch.where(
+        a > 1e4, torch.log(2 * a.clamp_min(1.0)), torch.log1p(a + a * a / (1 + torch.sqrt(a * a + 1)))
+    )
 
 
 def safe_pow(x: Tensor, e: float) -> Tensor:
@@ -455,7 +457,9 @@ def rqs(x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float
     return torch.where(inside, y, x), torch.where(inside, rqs_slope(theta, s, d0, d1), torch.zeros_like(y))
 
 
-def rqs_inverse(y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
+def rqs_inverse(
+    y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float = 3.0
+) -> tuple[Tensor, Tensor]:
     """The inverse, and the log-slope of the forward map there (eq. 6-8, in the form without cancellation)."""
     w, xk, h, yk, d = rqs_table(widths, heights, slopes, bound)
     inside = (y >= -bound) & (y <= bound)
@@ -570,7 +574,9 @@ def cubic_spline(x: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, bound
     return torch.where(inside, y0 + h0 * value, x), torch.where(inside, torch.log(slope), torch.zeros_like(x))
 
 
-def cubic_spline_inverse(y: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
+def cubic_spline_inverse(
+    y: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, bound: float = 3.0
+) -> tuple[Tensor, Tensor]:
     """Bisection to the last digits, then one Newton step that carries the gradient."""
     table = cubic_table(widths, heights, ends, bound)
     inside = (y >= -bound) & (y <= bound)
@@ -663,7 +669,7 @@ def scan_solve(step: Callable[[Tensor], Tensor], like: Tensor, dim: int, reverse
 def fixed_point_solve(g: Callable[[Tensor], Tensor], y: Tensor, constant: float) -> Tensor:
     """x with x + g(x) = y for a contraction g; the gradient comes from the same iteration backwards."""
     eps = torch.finfo(y.dtype).eps
-    rounds = min(int(math.ceil(math.log(eps) / math.log(max(constant, 1e-3)))) + 2, 2000)
+    rounds = min(math.ceil(math.log(eps) / math.log(max(constant, 1e-3))) + 2, 2000)
     with torch.no_grad():
         x = y.detach()
         for _ in range(rounds):
@@ -725,7 +731,9 @@ def estimate_log_det(
 # ---- noise --------------------------------------------------------------------------------------
 
 
-def standard_noise(kind: str, shape: Sequence[int], like: Tensor, generator: torch.Generator | None, df: Any = None) -> Tensor:
+def standard_noise(
+    kind: str, shape: Sequence[int], like: Tensor, generator: torch.Generator | None, df: Any = None
+) -> Tensor:
     """Standard noise of a kind, in the dtype and on the device of `like`."""
     size = tuple(shape)
     options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "generator": generator}
@@ -788,11 +796,15 @@ class Flow(nn.Module):
     def _given(self, given: dict[str, Any], batch: torch.Size | tuple[int, ...]) -> list[Tensor]:
         unknown = sorted(set(given) - set(self.given_shapes))
         if unknown:
-            raise ValueError(f"FL0702: `{unknown[0]}` is no context of this flow; it has {sorted(self.given_shapes) or 'none'}")
+            raise ValueError(
+                f"FL0702: `{unknown[0]}` is no context of this flow; it has {sorted(self.given_shapes) or 'none'}"
+            )
         out = []
         for name, shape in self.given_shapes.items():
             if name not in given:
-                raise ValueError(f"FL0702: the context `{name}` of shape {shape} is missing: give it by name, as in `{name} = ...`")
+                raise ValueError(
+                    f"FL0702: the context `{name}` of shape {shape} is missing: give it by name, as in `{name} = ...`"
+                )
             c = self._check(given[name], shape, name)
             try:
                 out.append(c.expand(*batch, *shape))
@@ -814,7 +826,9 @@ class Flow(nn.Module):
         """x and log|det dx/dz| from the base's value and the parts that left."""
         z = self._check(z, self.base_shape, "z")
         if len(parts) != len(self.emitted_shapes):
-            raise ValueError(f"FL0702: {len(self.emitted_shapes)} parts leave this flow on the way, and {len(parts)} were given")
+            raise ValueError(
+                f"FL0702: {len(self.emitted_shapes)} parts leave this flow on the way, and {len(parts)} were given"
+            )
         return self._program("inverse")(z, *parts, *self._given(given, self._batch(z, self.base_shape)))
 
     def log_prob(self, x: Tensor, **given: Tensor) -> Tensor:

@@ -150,9 +150,9 @@ def repeat_relation(graph: Graph, node: Node, index: int, slot: int, summaries: 
                     part = step.compose(before)
                     found = part if found is None else found.union(part)
             if slot >= carried and table[r][slot] is not None:
-                part = table[r][slot]
-                assert part is not None
-                found = part if found is None else found.union(part)
+                outer = table[r][slot]
+                assert outer is not None
+                found = outer if found is None else found.union(outer)
             new.append(None if found is None or found.is_empty() else found)
         if new == total:
             break

@@ -141,9 +141,9 @@ def hull_operand(graph: Graph, node: Node) -> int | None:
         if weight.op == "softmax" and weight.attrs["axis"] == axis:
             return 1 - slot
         domain = weight.attrs.get("domain")
-        if weight.op == "param" and isinstance(domain, Domain) and domain.structure == "simplex":
-            if weight.tensor.names and weight.tensor.names[-1] == axis:
-                return 1 - slot
+        simplex = weight.op == "param" and isinstance(domain, Domain) and domain.structure == "simplex"
+        if simplex and weight.tensor.names[-1:] == (axis,):
+            return 1 - slot
     return None
 
 

@@ -14,7 +14,9 @@ from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.library import Folders
 from flowlang.source import Source
 
-set_option = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow.")
+set_option = click.option(
+    "--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 flow_option = click.option("--flow", metavar="NAME", help="Which flow of the spec; the first by default.")
 
@@ -32,7 +34,7 @@ def parse_sets(pairs: tuple[str, ...]) -> dict[str, Any]:
 def parse_value(value: str) -> Any:
     for convert in (lambda v: int(v.replace("_", "")), float):
         try:
-            return convert(value)  # type: ignore[no-untyped-call]
+            return convert(value)
         except ValueError:
             continue
     if value in ("true", "false"):
@@ -48,9 +50,13 @@ def read_source(spec: str) -> Source:
     try:
         return Source.of(spec, path.read_text("utf-8"))
     except UnicodeDecodeError as e:
-        raise FlowError(Diagnostic("FL0801", f"`{spec}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")) from None
+        raise FlowError(
+            Diagnostic("FL0801", f"`{spec}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")
+        ) from None
     except OSError as e:
-        raise FlowError(Diagnostic("FL0801", f"`{spec}` cannot be read: {e.strerror or e}", suggestion="check the path")) from None
+        raise FlowError(
+            Diagnostic("FL0801", f"`{spec}` cannot be read: {e.strerror or e}", suggestion="check the path")
+        ) from None
 
 
 def load(spec: str, sets: tuple[str, ...], *, sized: bool = False) -> Compilation:

@@ -123,7 +123,9 @@ def explain(code: str) -> None:
 @click.argument("spec")
 @set_option
 @flow_option
-@click.option("-o", "--out", type=click.Path(dir_okay=False), help=".svg or .mmd; Mermaid on standard output by default.")
+@click.option(
+    "-o", "--out", type=click.Path(dir_okay=False), help=".svg or .mmd; Mermaid on standard output by default."
+)
 def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) -> None:
     """Draw a flow's chain as SVG or Mermaid."""
     from flowlang.api import pick_flow
@@ -178,7 +180,9 @@ def new(file: str, dims: int) -> None:
     """Write a first spec to start from."""
     path = Path(file)
     if path.exists():
-        raise FlowError(Diagnostic("FL0804", f"`{file}` exists already", suggestion="choose another name; nothing was overwritten"))
+        raise FlowError(
+            Diagnostic("FL0804", f"`{file}` exists already", suggestion="choose another name; nothing was overwritten")
+        )
     if dims < 2:
         raise FlowError(Diagnostic("FL0804", "--dims is at least 2: a coupling needs two halves"))
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in path.stem) or "flow"

@@ -32,15 +32,26 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
     found = {name: run(comp, name, seed=seed) for name in names}
     ok = all(c.ok for checks in found.values() for c in checks)
     if as_json:
-        rows = {n: [{"check": c.name, "error": c.error, "tolerance": c.tolerance, "ok": c.ok} for c in cs] for n, cs in found.items()}
+        rows = {
+            n: [{"check": c.name, "error": c.error, "tolerance": c.tolerance, "ok": c.ok} for c in cs]
+            for n, cs in found.items()
+        }
         click.echo(json.dumps({"ok": ok, "flows": rows}, indent=1))
     else:
         for name, checks in found.items():
             click.echo(f"flow {name}")
             for c in checks:
-                click.echo(f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.error:.2e} (at most {c.tolerance:.0e}){'; ' + c.note if c.note else ''}")
+                click.echo(
+                    f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.error:.2e} (at most {c.tolerance:.0e}){'; ' + c.note if c.note else ''}"
+                )
     if not ok:
-        raise FlowError(Diagnostic("FL0703", "a numerical check failed", suggestion="see the lines above; if the spec is right, this is a fault of FlowLang"))
+        raise FlowError(
+            Diagnostic(
+                "FL0703",
+                "a numerical check failed",
+                suggestion="see the lines above; if the spec is right, this is a fault of FlowLang",
+            )
+        )
 
 
 @click.command()
@@ -96,7 +107,9 @@ def with_data(f: Any) -> Any:
     return f
 
 
-def read(data: str, columns: str | None, given: Sequence[str], onehot: str | None, dequantise: str | None, seed: int) -> Any:
+def read(
+    data: str, columns: str | None, given: Sequence[str], onehot: str | None, dequantise: str | None, seed: int
+) -> Any:
     from flowlang.train.data import read_table
 
     return read_table(
@@ -110,7 +123,14 @@ def read(data: str, columns: str | None, given: Sequence[str], onehot: str | Non
 @set_option
 @flow_option
 @with_data
-@click.option("-o", "--out", default="run", show_default=True, type=click.Path(file_okay=False), help="Folder for weights, curves, pictures.")
+@click.option(
+    "-o",
+    "--out",
+    default="run",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Folder for weights, curves, pictures.",
+)
 @click.option("--epochs", default=100, show_default=True)
 @click.option("--batch", default=512, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
@@ -137,7 +157,11 @@ def train(
     from flowlang.train.loop import train as run
 
     if epochs < 1 or batch < 1 or lr <= 0 or not 0 < validation < 1 or not 0 <= ema < 1 or devices < 1:
-        raise FlowError(Diagnostic("FL0804", "--epochs, --batch and --devices are at least 1, --lr above 0, --validation and --ema below 1"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804", "--epochs, --batch and --devices are at least 1, --lr above 0, --validation and --ema below 1"
+            )
+        )
     table = read(data, columns, given, onehot, dequantise, seed)
     if len(table.x.shape) == 2 and not any(s.startswith("D=") for s in sets):
         sets = fit_sizes(spec, sets, flow, table)
@@ -207,7 +231,14 @@ def trained_flow(spec: str, sets: tuple[str, ...], flow: str | None, weights: st
     return load_trained(compile_from(comp, flow), weights)
 
 
-weights_option = click.option("-w", "--weights", default="run", show_default=True, type=click.Path(), help="A run's folder, or its model.safetensors.")
+weights_option = click.option(
+    "-w",
+    "--weights",
+    default="run",
+    show_default=True,
+    type=click.Path(),
+    help="A run's folder, or its model.safetensors.",
+)
 
 
 @click.command()
@@ -217,10 +248,19 @@ weights_option = click.option("-w", "--weights", default="run", show_default=Tru
 @weights_option
 @click.option("-n", "--count", default=1000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("-o", "--out", default="samples.npy", show_default=True, type=click.Path(dir_okay=False), help=".npy, .csv or .png")
+@click.option(
+    "-o", "--out", default="samples.npy", show_default=True, type=click.Path(dir_okay=False), help=".npy, .csv or .png"
+)
 @click.option("--given", "given", multiple=True, metavar="NAME=NUMBERS", help="A value of a context input.")
 def sample(
-    spec: str, sets: tuple[str, ...], flow: str | None, weights: str, count: int, seed: int, out: str, given: tuple[str, ...]
+    spec: str,
+    sets: tuple[str, ...],
+    flow: str | None,
+    weights: str,
+    count: int,
+    seed: int,
+    out: str,
+    given: tuple[str, ...],
 ) -> None:
     """Draw samples from a trained flow."""
     if count < 1:
@@ -237,7 +277,13 @@ def sample(
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        np.savetxt(path, drawn.reshape(count, -1), delimiter=",", header=",".join(f"x{k}" for k in range(drawn.reshape(count, -1).shape[1])), comments="")
+        np.savetxt(
+            path,
+            drawn.reshape(count, -1),
+            delimiter=",",
+            header=",".join(f"x{k}" for k in range(drawn.reshape(count, -1).shape[1])),
+            comments="",
+        )
     elif path.suffix == ".png":
         from flowlang.train.plots import samples_plot
 
@@ -264,9 +310,22 @@ def score(
     trained = trained_flow(spec, sets, flow, weights)
     table = read(data, columns, given, onehot, dequantise, seed)
     if tuple(table.x.shape[1:]) != tuple(trained.flow.data_shape):
-        raise FlowError(Diagnostic("FL0802", f"a sample of the data has shape {tuple(table.x.shape[1:])}, and the flow's data {tuple(trained.flow.data_shape)}"))
+        raise FlowError(
+            Diagnostic(
+                "FL0802",
+                f"a sample of the data has shape {tuple(table.x.shape[1:])}, and the flow's data {tuple(trained.flow.data_shape)}",
+            )
+        )
     found = trained.log_prob(table.x, table.given)
     if out is not None:
         (np.savetxt if out.endswith(".csv") else np.save)(out, found)
-    facts = {"rows": len(found), "mean": float(found.mean()), "standard_error": float(found.std() / np.sqrt(len(found)))}
-    click.echo(json.dumps(facts) if as_json else f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {facts['standard_error']:.4f} nats")
+    facts = {
+        "rows": len(found),
+        "mean": float(found.mean()),
+        "standard_error": float(found.std() / np.sqrt(len(found))),
+    }
+    click.echo(
+        json.dumps(facts)
+        if as_json
+        else f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {facts['standard_error']:.4f} nats"
+    )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flowlang.analysis.dependence import Summaries
-from flowlang.ir.lipschitz import constant
 from flowlang.analysis.ranges import Ranges, Violation
 from flowlang.derive.invert import Inverter, mapped_slots
 from flowlang.derive.plan import (
@@ -24,6 +23,7 @@ from flowlang.derive.programs import Program, build, is_map
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.interval import REAL, Interval
+from flowlang.ir.lipschitz import constant
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 
@@ -58,7 +58,9 @@ class Analyses:
         if id(region) not in self._ranges:
             sink: list[Violation] = []
             self._violations[id(region)] = sink
-            self._ranges[id(region)] = Ranges(region.graph, {}, lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink))
+            self._ranges[id(region)] = Ranges(
+                region.graph, {}, lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink)
+            )
         return self._ranges[id(region)]
 
     def violations(self, region: Region) -> list[Violation]:
@@ -66,8 +68,8 @@ class Analyses:
         ranges = self.ranges(region)
         for o in [*region.outputs, *(e.value for e in region.emissions)]:
             ranges.bounds(o)
-        for e in (*region.emissions, *region.draws):
-            for _, a in e.arguments:
+        for arguments in (*(e.arguments for e in region.emissions), *(d.arguments for d in region.draws)):
+            for _, a in arguments:
                 ranges.bounds(a)
         return [*ranges.violations, *self._violations[id(region)]]
 
@@ -258,8 +260,7 @@ class Analyses:
             case Solve(n, slot):
                 node = region.graph[n]
                 cost = OPS[node.op].log_det_cost
-                found = cost if isinstance(cost, str) else cost(node, slot, self.inverter(region))
-                return found
+                return cost if isinstance(cost, str) else cost(node, slot, self.inverter(region))
             case Scalar() | LowRank():
                 return "D"
             case FixedPoint():

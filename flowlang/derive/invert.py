@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import networkx as nx
 
 from flowlang.analysis.dependence import Dependence, Summaries, call_relation, local_relation
-from flowlang.ir.lipschitz import constant
 from flowlang.analysis.ranges import Ranges
 from flowlang.derive.jvp import NoDerivative, tangent
 from flowlang.derive.plan import (
@@ -23,7 +22,6 @@ from flowlang.derive.plan import (
     Failure,
     FixedPoint,
     Gather,
-    LowRank,
     Plan,
     Scalar,
     Scan,
@@ -34,6 +32,7 @@ from flowlang.derive.plan import (
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.interval import REAL, Interval, point, split
+from flowlang.ir.lipschitz import constant
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.relation import Relation
@@ -264,10 +263,9 @@ class Inverter:
         known = [i for i in node.inputs if i not in p.unknown]
         if known or len(set(node.inputs)) != len(node.inputs):
             repeated = known[0] if known else next(i for i, n in Counter(node.inputs).items() if n > 1)
-            if repeated not in p.targets or True:
-                # A part that is known already carries no coordinate of its own.
-                p.lost = repeated
-                return False
+            # A part that is known already carries no coordinate of its own.
+            p.lost = repeated
+            return False
         self.replace(p, [node.id], list(node.inputs), Unjoin(node.id))
         return True
 
@@ -374,12 +372,12 @@ class Inverter:
         out: dict[int, list[int]] = {}
         for m in stuck:
             chain: list[int] = []
-            n: int | None = idom.get(m)
-            while n is not None and n != root:
-                if isinstance(self.graph[n].type, TensorType):
-                    chain.append(n)
-                up = idom.get(n)
-                n = None if up == n else up
+            at: int | None = idom.get(m)
+            while at is not None and at != root:
+                if isinstance(self.graph[at].type, TensorType):
+                    chain.append(at)
+                up = idom.get(at)
+                at = None if up == at else up
             out[m] = chain
         return out
 
@@ -387,7 +385,7 @@ class Inverter:
         """Unknown nodes on paths from u to e, both included."""
         up = self.graph.reachable([e])
         below = descendants(self.graph, [u])
-        return sorted(n for n in below if n in up and (n in p.unknown or n == e or n == u))
+        return sorted(n for n in below if n in up and (n in p.unknown or n in (e, u)))
 
     def scalar(self, p: Problem, u: int, e: int) -> Step | None:
         graph = self.graph
@@ -485,12 +483,23 @@ class Inverter:
                     dropped.add(n)
         cut = p.cut | dropped
         inner_dep = Dependence(graph, u, self.summaries, cut)
-        unknown = {n for n in region if n not in dropped and n != e and (n == u or not isinstance(graph[n].type, TensorType) or inner_dep.of(n) is not None)}
+        unknown = {
+            n
+            for n in region
+            if n not in dropped
+            and n != e
+            and (n == u or not isinstance(graph[n].type, TensorType) or inner_dep.of(n) is not None)
+        }
         # Values that depend on u only through dropped ones are known at the slice too.
         known_now = {n for n in region if n not in unknown and n != e and n not in dropped}
         ctx = ScanContext(carriers, frozenset(dropped), inner_dep)
         inner = Problem(
-            Counter([e]), frozenset([u]), set(unknown), (*p.scans, ctx), frozenset(cut), slice_known={e, *dropped, *known_now}
+            Counter([e]),
+            frozenset([u]),
+            set(unknown),
+            (*p.scans, ctx),
+            frozenset(cut),
+            slice_known={e, *dropped, *known_now},
         )
         inner.slice_known |= p.slice_known
         for n in sorted(known_now):
@@ -603,12 +612,34 @@ class Inverter:
     def no_derivative(self, n: int) -> Failure:
         node = self.graph[n]
         return Failure(
-            "FL0404", f"not invertible: nothing shows that this is monotone; `{shown(node.op)}` has no derivative rule", node.span
+            "FL0404",
+            f"not invertible: nothing shows that this is monotone; `{shown(node.op)}` has no derivative rule",
+            node.span,
         )
 
     def not_monotone(self, u: int, e: int, path: list[int], scratch: Scratch) -> Failure:
         slope = scratch.bounds
-        blame = [shown(self.graph[n].op) for n in path if self.graph[n].op in ("sin", "cos", "silu", "gelu", "square", "abs", "relu", "clamp", "min", "max", "tanh", "where", "pow", "mul")]
+        blame = [
+            shown(self.graph[n].op)
+            for n in path
+            if self.graph[n].op
+            in (
+                "sin",
+                "cos",
+                "silu",
+                "gelu",
+                "square",
+                "abs",
+                "relu",
+                "clamp",
+                "min",
+                "max",
+                "tanh",
+                "where",
+                "pow",
+                "mul",
+            )
+        ]
         through = ", ".join(f"`{b}`" for b in dict.fromkeys(blame))
         where = f"its slope may be anything in {slope}" if slope is not None else "its slope may change sign"
         notes = (f"the slope was bounded through {through}",) if through else ()
@@ -661,7 +692,7 @@ class Inverter:
         for f in notes:
             if f.code == "FL0406" and self.mostly_causal(f):
                 return f
-        for cond, slot, need in p.conditions:
+        for cond, _, need in p.conditions:
             if isinstance(need, Need):
                 return Failure(
                     "FL0403",
@@ -681,7 +712,11 @@ class Inverter:
                 "FL0403", f"not invertible: {OPS[node.op].why_not['invert']}, so {self.called(unknown[0])} cannot be told from it",
                 node.span or self.result_span(),
             )  # fmt: skip
-        return Failure("FL0401", "not invertible: no way was found to tell the inputs from the result", node.span or self.result_span())
+        return Failure(
+            "FL0401",
+            "not invertible: no way was found to tell the inputs from the result",
+            node.span or self.result_span(),
+        )
 
     def mostly_causal(self, f: Failure) -> bool:
         return False
@@ -701,7 +736,11 @@ class Inverter:
                 for cmp in (">=", "<="):
                     if relation.within(axis, axis, cmp) and not relation.within(axis, axis, "=="):
                         blame = self.not_strict_node(t, m, axis, dep)
-                        label = ((blame.span, "this reads the same place as well as earlier ones"),) if blame is not None and blame.span else ()
+                        label = (
+                            ((blame.span, "this reads the same place as well as earlier ones"),)
+                            if blame is not None and blame.span
+                            else ()
+                        )
                         return Failure(
                             "FL0406",
                             f"not invertible: what scales or shifts {self.called(t)} is causal along `{axis}`, but not strictly: "
@@ -748,7 +787,10 @@ class Inverter:
                     f"not invertible: {name} arrives twice here, so it cannot be told from the result",
                     node.span or self.graph[m].span,
                     tuple(labels),
-                    (f"the result depends on {name} by itself and through " + " and ".join(self.called(i) for i in slots if i != u),),
+                    (
+                        f"the result depends on {name} by itself and through "
+                        + " and ".join(self.called(i) for i in slots if i != u),
+                    ),
                     f"let the other factor or term read only what is kept, not {name} itself",
                 )
         return None

@@ -135,9 +135,7 @@ def cancel(b: Builder, n: int) -> int:
     return value
 
 
-def projected(
-    b: Builder, inv_graph: Graph, env: dict[int, int], step: LowRank
-) -> tuple[int, int]:
+def projected(b: Builder, inv_graph: Graph, env: dict[int, int], step: LowRank) -> tuple[int, int]:
     """s + V·w(s) and its slope in s, from values of V, s and everything between."""
     v = env[step.weight]
     w = env[step.update]
@@ -239,7 +237,9 @@ def prove(inv: Inverter, step: LowRank) -> LowRank | None:
     low, high = ends if sign > 0 else (ends[1], ends[0])
     if not (low.hi == float("-inf") and high.lo == float("inf")):
         return None
-    return LowRank(step.entry, step.exit, step.update, step.bottleneck, step.project_axes, step.weight, step.path, sign > 0, REAL)
+    return LowRank(
+        step.entry, step.exit, step.update, step.bottleneck, step.project_axes, step.weight, step.path, sign > 0, REAL
+    )
 
 
 def solve_low_rank(r: Replay, step: LowRank) -> None:

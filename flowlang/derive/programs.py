@@ -80,7 +80,15 @@ class Replay:
     def feed(self, node: int, *, context: bool = False) -> int:
         n = self.source[node]
         label = n.label or n.attrs.get("name")
-        new = self.b.leaf("input", n.type, batched=n.batched, span=n.span, label=label, name=label, role="context" if context else "map")
+        new = self.b.leaf(
+            "input",
+            n.type,
+            batched=n.batched,
+            span=n.span,
+            label=label,
+            name=label,
+            role="context" if context else "map",
+        )
         self.env[node] = new
         self.program.inputs.append(new)
         if context:
@@ -166,7 +174,9 @@ class Replay:
         inputs = [self.value(i) for i in node.inputs]
         method = node.attrs.get("method", "forward")
         if not is_map(region):
-            new = self.b.graph.add(node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label)
+            new = self.b.graph.add(
+                node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label
+            )
             self.env[node.id] = new.id
             return
         inner = self.map_method(region, method)
@@ -181,7 +191,9 @@ class Replay:
             return {"forward": "score", "inverse": "generate"}[method]
         return method
 
-    def map_call(self, node: Node, method: str, inputs: list[int], types: list[TensorType], tuple_of: list[int]) -> list[int]:
+    def map_call(
+        self, node: Node, method: str, inputs: list[int], types: list[TensorType], tuple_of: list[int]
+    ) -> list[int]:
         """Adds a call of a map: its results and its log-det; registers results for `get` nodes."""
         lifted = tuple(node.attrs.get("lifted", ()))
         ld_type = TensorType(tuple(Axis(n, s) for n, s in lifted))
@@ -242,7 +254,7 @@ class Replay:
                     if source[m].op == "pick":
                         t = b.type(piece)
                         piece = b.op("expand", piece, axes=((axis, 1), *((a.name, a.size) for a in t.axes)))
-                    pieces.append(b.op("order", piece, names=tuple(n if n == axis else n for n in source[v].tensor.names)))
+                    pieces.append(b.op("order", piece, names=source[v].tensor.names))
                 self.bind(source[v], b.op("join", *pieces, axis=axis, span=source[v].span))
             case CallInverse(n):
                 self.call_inverse(source[n])
@@ -423,7 +435,9 @@ class Replay:
         """log p of emissions and -log q of draws, at this region (score and generate)."""
         for e in self.region.emissions:
             if e.distribution is not None:
-                self.weights.append(log_prob_of(self.b, e.distribution, self.value(e.value), {k: self.value(i) for k, i in e.arguments}))
+                self.weights.append(
+                    log_prob_of(self.b, e.distribution, self.value(e.value), {k: self.value(i) for k, i in e.arguments})
+                )
         for d in self.region.draws:
             q = log_prob_of(self.b, d.distribution, self.value(d.value), {k: self.value(i) for k, i in d.arguments})
             self.weights.append(self.b.neg(q))
@@ -449,7 +463,9 @@ class Body:
         self._captured: dict[int, int] = {}
 
     def entry(self, node: Node) -> int:
-        new = self.b.leaf("input", node.tensor, batched=True, label=node.label or "u", name=node.label or "u", role="map")
+        new = self.b.leaf(
+            "input", node.tensor, batched=True, label=node.label or "u", name=node.label or "u", role="map"
+        )
         self.env[node.id] = new
         self.inputs.append(new)
         return new
@@ -483,7 +499,9 @@ class Body:
             return
         inputs = [self.value(i) for i in node.inputs]
         if node.op in ("call", "repeat"):
-            new = self.b.graph.add(node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label)
+            new = self.b.graph.add(
+                node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label
+            )
             self.env[node.id] = new.id
             return
         self.env[node.id] = self.b.copy(node, inputs)
@@ -634,7 +652,13 @@ def prune(program: Program, keep_inputs: bool = False) -> Program:
     for n in sorted(needed):
         node = graph[n]
         added = new.add(
-            node.op, tuple(env[i] for i in node.inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+            node.op,
+            tuple(env[i] for i in node.inputs),
+            node.type,
+            node.attrs,
+            span=node.span,
+            label=node.label,
+            batched=node.batched,
         )
         env[n] = added.id
     program.graph = new
@@ -669,7 +693,9 @@ def forward_program(region: Region, plan: Plan, name: str) -> Program:
         r.feed(i)
     r.feed_context()
     for d in region.draws:
-        r.env[d.value] = sample_from(r.b, d.distribution, r.source[d.value].tensor, {k: r.value(i) for k, i in d.arguments})
+        r.env[d.value] = sample_from(
+            r.b, d.distribution, r.source[d.value].tensor, {k: r.value(i) for k, i in d.arguments}
+        )
         if r.source[d.value].label:
             r.b.graph.relabel(r.env[d.value], r.source[d.value].label or "")
         r.program.random = True

@@ -17,7 +17,11 @@ def explain(code: str) -> str:
     if found not in CODES:
         close = difflib.get_close_matches(found, CODES, 1) or difflib.get_close_matches(wanted.lower(), by_name, 1)
         raise FlowError(
-            Diagnostic("FL0804", f"there is no code `{wanted}`", suggestion=f"did you mean `{close[0]}`?" if close else "codes look like FL0301")
+            Diagnostic(
+                "FL0804",
+                f"there is no code `{wanted}`",
+                suggestion=f"did you mean `{close[0]}`?" if close else "codes look like FL0301",
+            )
         )
     page = resources.files("flowlang.diagnostics").joinpath("pages", f"{found}.md")
     return page.read_text("utf-8")

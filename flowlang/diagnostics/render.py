@@ -216,9 +216,7 @@ def _count(n: int, word: str) -> str:
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 
-def render_report(
-    diagnostics: Iterable[Diagnostic], *, color: bool = False, limit: int = DIAGNOSTICS_SHOWN
-) -> str:
+def render_report(diagnostics: Iterable[Diagnostic], *, color: bool = False, limit: int = DIAGNOSTICS_SHOWN) -> str:
     """All diagnostics and how many there are; empty when there are none.
 
     Beyond `limit` the rest is only counted. Errors are shown before warnings are, both in their order.

@@ -49,7 +49,9 @@ def svg(comp: Compilation, name: str) -> str:
     y = 16.0
     for k, (head, sub, color) in enumerate(boxes):
         height = 46 if sub else 32
-        parts.append(f'<rect x="16" y="{y:g}" width="{width:g}" height="{height}" rx="6" fill="{color}" stroke="#8894a8"/>')
+        parts.append(
+            f'<rect x="16" y="{y:g}" width="{width:g}" height="{height}" rx="6" fill="{color}" stroke="#8894a8"/>'
+        )
         parts.append(f'<text x="28" y="{y + 20:g}" font-size="13">{escape(head)}</text>')
         if sub:
             parts.append(f'<text x="28" y="{y + 37:g}" font-size="11" fill="#51607a">{escape(sub)}</text>')
@@ -60,5 +62,7 @@ def svg(comp: Compilation, name: str) -> str:
             y += 16
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 32:g}" height="{y + 16:g}" '
-        f'font-family="ui-monospace, Menlo, Consolas, monospace">\n<title>{escape(name)}</title>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'font-family="ui-monospace, Menlo, Consolas, monospace">\n<title>{escape(name)}</title>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )

@@ -391,9 +391,7 @@ class Body:
         if is_static(left) and is_static(right):
             return self.static_binary(expr, left, right)
         if op in ("and", "or"):
-            return self.node(
-                op, self.tensor(left, left_span), self.tensor(right, expr.right.span), span=expr.span
-            )
+            return self.node(op, self.tensor(left, left_span), self.tensor(right, expr.right.span), span=expr.span)
         name = ARITHMETIC.get(op) or COMPARE[op]
         # An open network result takes the other operand's type in a sum, and stays open beside a number.
         if isinstance(left, Pending) or isinstance(right, Pending):
@@ -416,7 +414,9 @@ class Body:
                     return POISON
                 return self.combine(name, value if first else other, other if first else value, expr)
             if is_static(other) or (isinstance(other, Tensor) and not other.type.axes):
-                return self.later(pending, lambda v: self.combine(name, v if first else other, other if first else v, expr))
+                return self.later(
+                    pending, lambda v: self.combine(name, v if first else other, other if first else v, expr)
+                )
             value = Tensor(self.tensor(pending, pending.span), self)
             left, right = (value, other) if first else (other, value)
         return self.combine(name, left, right, expr)

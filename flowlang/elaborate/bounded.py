@@ -55,7 +55,9 @@ def rewrite(region: Region, bound: float) -> Region:
     env: dict[int, int] = {}
     for node in region.graph:
         if not isinstance(node.type, TensorType) or node.op in ("call", "repeat", "get"):
-            raise Unbounded(f"it calls `{node.attrs['region'].name}`" if "region" in node.attrs else "it has parts of its own")
+            raise Unbounded(
+                f"it calls `{node.attrs['region'].name}`" if "region" in node.attrs else "it has parts of its own"
+            )
         if not node.inputs:
             env[node.id] = graph.add(
                 node.op, (), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
@@ -67,9 +69,8 @@ def rewrite(region: Region, bound: float) -> Region:
                 if not graph[inputs[k]].batched and graph[inputs[1 - k]].batched:
                     inputs[k] = b.op("norm_bounded", inputs[k], axes=tuple(node.attrs["axes"]), bound=bound)
         env[node.id] = b.copy(node, inputs)
-    copy = Region(
+    return Region(
         region.name, region.kind, graph, [env[i] for i in region.inputs], [env[i] for i in region.context],
         [env[o] for o in region.outputs], children=region.children, span=region.span, doc=region.doc,
         signature=f"{region.signature}, weights bounded", library=region.library,
     )  # fmt: skip
-    return copy

@@ -45,7 +45,9 @@ def span(args: Arguments) -> Span:
     return args.span
 
 
-def expect(body: Body, args: Arguments, name: str, least: int, most: int | None = None, words: tuple[str, ...] = ()) -> None:
+def expect(
+    body: Body, args: Arguments, name: str, least: int, most: int | None = None, words: tuple[str, ...] = ()
+) -> None:
     """Counts positional arguments and refuses unknown keywords."""
     for k in args.keywords:
         if k not in words:
@@ -82,10 +84,37 @@ def operand(body: Body, args: Arguments, k: int = 0) -> int:
 
 # ---- elementwise --------------------------------------------------------------------------------
 
-UNARY = (
-    "exp log log1p expm1 sqrt abs sign square sin cos tan sinh cosh asinh tanh atanh atan sigmoid logit softplus "
-    "relu selu silu gelu erf erfinv floor round reciprocal"
-).split()
+UNARY = [
+    "exp",
+    "log",
+    "log1p",
+    "expm1",
+    "sqrt",
+    "abs",
+    "sign",
+    "square",
+    "sin",
+    "cos",
+    "tan",
+    "sinh",
+    "cosh",
+    "asinh",
+    "tanh",
+    "atanh",
+    "atan",
+    "sigmoid",
+    "logit",
+    "softplus",
+    "relu",
+    "selu",
+    "silu",
+    "gelu",
+    "erf",
+    "erfinv",
+    "floor",
+    "round",
+    "reciprocal",
+]
 
 STATIC_MATH: dict[str, Callable[[float], float]] = {
     "exp": math.exp, "log": math.log, "log1p": math.log1p, "expm1": math.expm1, "sqrt": math.sqrt, "abs": abs,
@@ -117,7 +146,9 @@ def slope_function(name: str, attr: str, default: float) -> Fn:
         numbers = [v for v in args.positional if isinstance(v, int | float)]
         tensors = [(v, s) for v, s in zip(args.positional, args.spans, strict=True) if isinstance(v, Tensor | Pending)]
         if not tensors:
-            return AppliedBuiltin(BUILTINS[name], tuple(args.positional), tuple(args.keywords.items()), args.axes, span(args))
+            return AppliedBuiltin(
+                BUILTINS[name], tuple(args.positional), tuple(args.keywords.items()), args.axes, span(args)
+            )
         expect(body, args, name, 1, 2, (attr,))
         value = float(args.keywords.get(attr, numbers[0] if numbers else default))
         x, where = tensors[0]
@@ -201,7 +232,7 @@ def reduction(op: str) -> Fn:
         names = reduced_axes(body, args, t, shown)
         if op == "sum":
             return sum_of(body, x, names, span(args))
-        extra = {"ddof": int(args.keywords.get("ddof", 0))} if op in ("var", "std") else {}
+        extra: dict[str, Any] = {"ddof": int(args.keywords.get("ddof", 0))} if op in ("var", "std") else {}
         if op == "std":
             return body.node("sqrt", body.b.op("var", x, axes=names, span=span(args), **extra), span=span(args))
         return body.node(op, x, axes=names, span=span(args), **extra)
@@ -349,7 +380,9 @@ def stack(body: Body, args: Arguments) -> Any:
     for i in ids:
         for a in body.b.type(i).axes:
             if frame.setdefault(a.name, a.size) != a.size:
-                raise body.fail("FL0301", f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in a stack", span(args))
+                raise body.fail(
+                    "FL0301", f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in a stack", span(args)
+                )
     if names[0] in frame:
         raise body.fail("FL0307", f"axis `{names[0]}` is there already", span(args))
     full = tuple(frame.items())
@@ -383,7 +416,9 @@ def permute(body: Body, args: Arguments) -> Any:
 
     tensors = [v for v in args.positional if isinstance(v, Tensor)]
     if not tensors:
-        return AppliedBuiltin(BUILTINS["permute"], tuple(args.positional), tuple(args.keywords.items()), args.axes, span(args))
+        return AppliedBuiltin(
+            BUILTINS["permute"], tuple(args.positional), tuple(args.keywords.items()), args.axes, span(args)
+        )
     expect(body, args, "permute", 1, 2, ("order", "seed"))
     x = body.tensor(tensors[0], span(args))
     axis = one_axis(body, args, body.b.type(x), "permute")
@@ -469,7 +504,9 @@ def spline(op: str, shapes: tuple[str, ...]) -> Fn:
             raise body.fail("FL0203", f"`{op}` takes x and {len(shapes)} parameters: {', '.join(shapes)}", span(args))
         names = axis_list(body, args)
         if len(names) != 1:
-            raise body.fail("FL0307", f"`{op}` needs the axis of its bins", span(args), suggestion=f"as in `{op}[K](..)`")
+            raise body.fail(
+                "FL0307", f"`{op}` needs the axis of its bins", span(args), suggestion=f"as in `{op}[K](..)`"
+            )
         ids = [body.tensor(t, span(args)) for t in tensors]
         attrs: dict[str, Any] = {k: float(v) for k, v in args.keywords.items()}
         if numbers:
@@ -516,7 +553,7 @@ def inverse(body: Body, args: Arguments) -> Any:
         return POISON
     if isinstance(value, Instance) and value.kind == "bijector":
         return Instance(
-            value.target, value.arguments, span(args), axes or value.axes, value.owner, value.name, value.label,
+            value.target, value.arguments, span(args), axes or value.axes, owner=value.owner, name=value.name, label=value.label,
             inverted=not value.inverted,
         )  # fmt: skip
     raise body.fail("FL0211", f"`inverse` takes a bijector, and this is {describe(value)}", span(args))
@@ -533,7 +570,7 @@ def lipschitz(body: Body, args: Arguments) -> Any:
     if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
         raise body.fail("FL0305", "the bound of `lipschitz` is a number above 0", span(args))
     return Instance(
-        value.target, value.arguments, span(args), value.axes, value.owner, value.name, value.label, shared=value.shared,
+        value.target, value.arguments, span(args), value.axes, owner=value.owner, name=value.name, label=value.label, shared=value.shared,
         lipschitz=float(limit),
     )  # fmt: skip
 
@@ -568,7 +605,9 @@ def distribution(name: str) -> Fn:
         values.update(zip(free, args.positional, strict=False))
         for k, v in values.items():
             if not isinstance(v, Tensor | int | float | Pending):
-                raise body.fail("FL0306", f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}", span(args))
+                raise body.fail(
+                    "FL0306", f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}", span(args)
+                )
         ordered = tuple((n, values[n]) for n in names if n in values)
         return DistributionValue(name, ordered, span(args))
 

@@ -218,7 +218,7 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
         full = inst
     else:
         full = Instance(
-            inst.target, statics, inst.span, inst.axes, inst.owner, inst.name, inst.label, inverted=inst.inverted,
+            inst.target, statics, inst.span, inst.axes, owner=inst.owner, name=inst.name, label=inst.label, inverted=inst.inverted,
             shared=inst.shared, lipschitz=inst.lipschitz,
         )  # fmt: skip
     axes = args.axes or inst.axes
@@ -274,7 +274,13 @@ def place_argument(
 def partial(body: Body, inst: Instance, statics: dict[str, Any], args: Arguments) -> Instance:
     assert args.span is not None
     return Instance(
-        inst.target, statics, args.span, args.axes or inst.axes, label=None, inverted=inst.inverted, lipschitz=inst.lipschitz
+        inst.target,
+        statics,
+        args.span,
+        args.axes or inst.axes,
+        label=None,
+        inverted=inst.inverted,
+        lipschitz=inst.lipschitz,
     )
 
 
@@ -518,7 +524,7 @@ def join_inputs(
             if a.name != axis:
                 frame.setdefault(a.name, a.size)
         ids.append(id)
-    order = [n for n in body.b.type(ids[0]).names]
+    order = list(body.b.type(ids[0]).names)
     order += [n for n in frame if n not in order]
     out = []
     for id in ids:
@@ -583,11 +589,12 @@ def finish_call(
             None,
         )
         if arrow is not None and isinstance(arrow.arrow, tree.Name):
-            size = body.static_int(arrow.arrow_eq) if arrow.arrow_eq is not None else body.axes.get(arrow.arrow.id)
-            if size is not None:
-                keep = [(n, s) for n, s in lifted.items()]
+            known = body.axes.get(arrow.arrow.id)
+            width = body.static_int(arrow.arrow_eq) if arrow.arrow_eq is not None else known
+            if width is not None:
+                keep = list(lifted.items())
                 fixed = [(back.get(n, n), s) for n, s in results.fixed]
-                spec = TypeSpec(results.domain, (*keep, *fixed, (arrow.arrow.id, size)))
+                spec = TypeSpec(results.domain, (*keep, *fixed, (arrow.arrow.id, width)))
                 return pending.resolve([spec])[0]
         del first
         return pending
@@ -630,14 +637,16 @@ def prepare_input(
     final = body.b.type(id)
     formal_order = [n for n, _ in f.axes]
     rest = [rename.get(n, n) for n, _ in bound.rest]
-    front = [n for n in final.names if n not in formal_order and n not in rest]
+    leading = [n for n in final.names if n not in formal_order and n not in rest]
     lifted_order = [n for n, _ in lifted]
-    front.sort(key=lambda n: lifted_order.index(n.removesuffix("~lifted")) if n.removesuffix("~lifted") in lifted_order else 0)
-    order = (*front, *formal_order, *rest)
+    leading.sort(
+        key=lambda n: lifted_order.index(n.removesuffix("~lifted")) if n.removesuffix("~lifted") in lifted_order else 0
+    )
+    order = (*leading, *formal_order, *rest)
     if order != final.names:
         id = body.b.op("order", id, names=order)
     full = body.b.type(id)
-    return id, TensorType(full.axes[len(front) :], full.kind)
+    return id, TensorType(full.axes[len(leading) :], full.kind)
 
 
 @dataclass
@@ -736,7 +745,9 @@ def emit_call(
         return POISON
     child = body.adopt(inst, region, span)
     front = tuple(lifted.items())
-    outs = [TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in call_results(region, inst.inverted)]
+    outs = [
+        TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in call_results(region, inst.inverted)
+    ]
     type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
     attrs = {
         "child": child.name,
@@ -749,7 +760,9 @@ def emit_call(
     if any(d for d in region.draws):
         node = body.graph[node.id]
     values: list[int] = (
-        [node.id] if len(outs) == 1 else [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(outs)]
+        [node.id]
+        if len(outs) == 1
+        else [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(outs)]
     )
     main = len(region.outputs) if not inst.inverted else len(region.inputs)
     for id in values[main:]:

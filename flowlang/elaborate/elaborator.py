@@ -44,9 +44,7 @@ WITNESS_SIZES = (3, 2, 5)
 class Elaborator:
     """One run over one program. Diagnostics go to `report`; nothing is raised for a bad spec."""
 
-    def __init__(
-        self, report: Report, loader: Loader, library: Library, sets: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, report: Report, loader: Loader, library: Library, sets: Mapping[str, Any] | None = None):
         self.report = report
         self.loader = loader
         self.library = library
@@ -100,15 +98,15 @@ class Elaborator:
             return
         if not scope.source.library and item.name in self.library.names():
             self.report.add(
-                Diagnostic(
-                    "FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note"
-                )
+                Diagnostic("FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note")
             )
         scope.names[item.name] = Declared(item, scope)
 
     def run_import(self, scope: ModuleScope, item: tree.Import, chain: tuple[str, ...]) -> None:
         if len(chain) > limits.IMPORT_DEPTH:
-            self.report.add(Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span))
+            self.report.add(
+                Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span)
+            )
             return
         source = self.loader.load(item.path, scope.source)
         if source is None:
@@ -122,9 +120,7 @@ class Elaborator:
             )
             return
         if source.name in chain:
-            self.report.add(
-                Diagnostic("FL0208", f"`{'.'.join(item.path)}` imports itself in a cycle", item.span)
-            )
+            self.report.add(Diagnostic("FL0208", f"`{'.'.join(item.path)}` imports itself in a cycle", item.span))
             return
         other = self.add_module(source, chain)
         if not item.names:
@@ -167,7 +163,14 @@ class Elaborator:
             self.aliases[key] = body.ev(declaration.alias)
         value = self.aliases[key]
         if isinstance(value, Instance):  # every use is an instance of its own
-            return Instance(value.target, value.arguments, value.span, value.axes, inverted=value.inverted, lipschitz=value.lipschitz)
+            return Instance(
+                value.target,
+                value.arguments,
+                value.span,
+                value.axes,
+                inverted=value.inverted,
+                lipschitz=value.lipschitz,
+            )
         return value
 
     def constant(self, target: Declared) -> Any:
@@ -297,8 +300,8 @@ class Elaborator:
                     for k, v in value.arguments.items():
                         visit(f"{name}_{k}", v)
             elif isinstance(value, list):
-                for k, v in enumerate(value):
-                    visit(f"{name}_{k}", v)
+                for i, v in enumerate(value):
+                    visit(f"{name}_{i}", v)
 
         for k, v in inst.arguments.items():
             visit(k, v)
@@ -328,9 +331,9 @@ class Elaborator:
         for k, v in inst.arguments.items():
             if isinstance(v, bool):
                 parts.append(f"{k} = {str(v).lower()}")
-            elif isinstance(v, int | float | str):
-                parts.append(f"{k} = {v}")
-            elif isinstance(v, list) and all(isinstance(x, int | float) for x in v):
+            elif isinstance(v, int | float | str) or (
+                isinstance(v, list) and all(isinstance(x, int | float) for x in v)
+            ):
                 parts.append(f"{k} = {v}")
             elif isinstance(v, Instance):
                 parts.append(f"{k} = {self.signature(v)}")
@@ -395,7 +398,9 @@ class Elaborator:
             return bounded(region, limit)
         except Unbounded as e:
             raise caller.fail(
-                "FL0407", f"no Lipschitz constant is known for `{region.name}`: {e}", span,
+                "FL0407",
+                f"no Lipschitz constant is known for `{region.name}`: {e}",
+                span,
                 suggestion="use an `mlp` with an activation of bounded slope, as in `mlp(64, 64, act = elu)`",
             ) from None
 
@@ -426,9 +431,7 @@ class Elaborator:
         self.finish(body, declaration, value, span)
         self.warn_unused(body)
 
-    def bind_statics(
-        self, body: Body, inst: Instance, params: list[tree.Parameter], span: Span, caller: Body
-    ) -> None:
+    def bind_statics(self, body: Body, inst: Instance, params: list[tree.Parameter], span: Span, caller: Body) -> None:
         for p in params:
             if is_tensor_type(p.type):
                 continue
@@ -477,9 +480,7 @@ class Elaborator:
                     span,
                 )
 
-    def bind_tensor(
-        self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body
-    ) -> None:
+    def bind_tensor(self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body) -> None:
         if type_ is None:
             body.names[p.name] = ABSENT
             body.used.add(p.name)
@@ -523,7 +524,9 @@ class Elaborator:
         body.names[p.name] = Tensor(id_, body)
         body.used.add(p.name)
 
-    def build_chain(self, body: Body, declaration: tree.Declaration, inputs: Mapping[str, TensorType], span: Span) -> None:
+    def build_chain(
+        self, body: Body, declaration: tree.Declaration, inputs: Mapping[str, TensorType], span: Span
+    ) -> None:
         """A bijector without a tensor parameter: a chain, as in a flow."""
         if declaration.kind == "flow":
             run_statements(body, declaration.body or ())
@@ -536,7 +539,9 @@ class Elaborator:
         id_ = body.b.leaf("input", type_, batched=True, span=span, label="x", name="x", role="map")
         for name, given in inputs.items():
             if name != "x":
-                c = body.b.leaf("input", given, batched=True, span=span, label=name, name=name, role="context", given=True)
+                c = body.b.leaf(
+                    "input", given, batched=True, span=span, label=name, name=name, role="context", given=True
+                )
                 body.region.context.append(c)
                 body.names[name] = Tensor(c, body)
                 body.used.add(name)

@@ -136,11 +136,13 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
         raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1])
     items = args.axes or inst.axes
     if not tensors:
-        return Instance(inst.target, options, span, items, inst.owner, inst.name, inst.label)
+        return Instance(inst.target, options, span, items, owner=inst.owner, name=inst.name, label=inst.label)
     value, where = tensors[0]
     x = body.tensor(value, where)
     item = items[0] if items else None
-    source = axis_rules.axis_name(body, tree.Item(item.left, span=item.span)) if item and item.left is not None else None
+    source = (
+        axis_rules.axis_name(body, tree.Item(item.left, span=item.span)) if item and item.left is not None else None
+    )
     if len(tensors) > 1:
         first = source or (body.b.type(x).names[0] if body.b.type(x).rank else "D")
         formal = Formal("x", [(first, tree.Item(None, span=span))], False, "real", False, False)
@@ -191,7 +193,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
             names = [(item.arrow.id if a.name == axis else a.name, size if a.name == axis else a.size) for a in t.axes]
             if len({n for n, _ in names}) != len(names):
                 raise body.fail("FL0307", f"axis `{item.arrow.id}` is there already", item.span)
-            keep = set(t.names) - {axis}
+            set(t.names) - {axis}
             pieces = [([(item.arrow.id, size)], [n for n, _ in names])]
             flat = linear_node(body, inst, x, axis, size, options, span)
             return cut(body, flat, free_name(t, "out"), pieces, [TensorType.of(*names)], span)[0]
@@ -199,7 +201,9 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
     def same() -> Any:
         axis = source or (t.names[-1] if t.rank == 1 else None)
         if axis is None:
-            raise body.fail("FL0304", "the output size of `linear` is open", span, suggestion="as in `linear[D -> E = 64]`")
+            raise body.fail(
+                "FL0304", "the output size of `linear` is open", span, suggestion="as in `linear[D -> E = 64]`"
+            )
         return resolve([TensorType(t.axes)])[0] if source is None else resolve_same(axis)
 
     def resolve_same(axis: str) -> Any:
@@ -218,7 +222,9 @@ def linear_node(body: Body, inst: Instance, x: int, axis: str, total: int, optio
     if id(inst) not in made or inst.owner is None:
         name = inst.name or body.fresh_child_name("linear")
         fan = t.size(axis)
-        w = make_param(body, f"{name}_weight", ((out, total), (axis, fan)), start_of(body, options.get("weight"), fan, span), span)
+        w = make_param(
+            body, f"{name}_weight", ((out, total), (axis, fan)), start_of(body, options.get("weight"), fan, span), span
+        )
         b = None
         if flag(options.get("bias", True)):
             start = 0.0 if options.get("weight") is not None else start_of(body, None, fan, span)
@@ -253,12 +259,14 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
             raise body.fail("FL0306", "`autoregressive_mlp` takes the widths of its hidden layers", where)
     items = args.axes or inst.axes
     if not tensors:
-        return Instance(inst.target, options, span, items, inst.owner, inst.name, inst.label)
+        return Instance(inst.target, options, span, items, owner=inst.owner, name=inst.name, label=inst.label)
     x = body.tensor(*tensors[0])
     t = body.b.type(x)
     axis = axis_rules.axis_name(body, items[0]) if items else t.names[0] if t.rank == 1 else None
     if axis is None:
-        raise body.fail("FL0307", "`autoregressive_mlp` must be told its axis", span, suggestion="as in `autoregressive_mlp[D](x)`")
+        raise body.fail(
+            "FL0307", "`autoregressive_mlp` must be told its axis", span, suggestion="as in `autoregressive_mlp[D](x)`"
+        )
     size = axis_rules.need_axis(body, t, axis, span)
     context = [body.tensor(v, s) for v, s in tensors[1:] if not isinstance(v, Absent)]
     hidden = options.get("hidden", [64, 64])
@@ -292,7 +300,9 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
         scale = options.get("weight")
         w = make_param(body, f"{name}_weight_out", ((out, size), (per, total), (before, n_before)),
                        start_of(body, scale, n_before, span), span)  # fmt: skip
-        w = body.b.op("masked", w, row=out, col=before, row_degrees=tuple(range(size)), col_degrees=degrees, strict=True)
+        w = body.b.op(
+            "masked", w, row=out, col=before, row_degrees=tuple(range(size)), col_degrees=degrees, strict=True
+        )
         b = make_param(body, f"{name}_bias_out", ((out, size), (per, total)), 0.0, span)
         y = body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
         if not hidden:
@@ -336,7 +346,7 @@ def conv(body: Body, inst: Instance, args: Arguments) -> Any:
             raise body.fail("FL0306", "`conv` takes the number of its output channels", where)
     items = args.axes or inst.axes
     if not tensors:
-        return Instance(inst.target, options, span, items, inst.owner, inst.name, inst.label)
+        return Instance(inst.target, options, span, items, owner=inst.owner, name=inst.name, label=inst.label)
     for k in ("kernel", "stride", "groups", "dilation", "out"):
         v = options.get(k, 1)
         if not isinstance(v, int) or isinstance(v, bool) or v < 1:
@@ -344,7 +354,9 @@ def conv(body: Body, inst: Instance, args: Arguments) -> Any:
     x = body.tensor(*tensors[0])
     t = body.b.type(x)
     if t.rank < 3:
-        raise body.fail("FL0307", f"`conv` takes channels and two axes of space, and this value has {axis_rules.words(t)}", span)
+        raise body.fail(
+            "FL0307", f"`conv` takes channels and two axes of space, and this value has {axis_rules.words(t)}", span
+        )
     channel, *space = [axis_rules.axis_name(body, i) for i in items] if items else list(t.names[-3:])
     if len(space) != 2:
         raise body.fail("FL0307", "`conv` takes a channel axis and two axes of space", span)

@@ -201,7 +201,9 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     spec = evaluate_type(body, target.type) if target.type is not None else None
     arguments = distribution_arguments(body, dist)
     type_ = draw_type(body, spec, arguments, statement.span)
-    value = body.b.leaf("input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw")
+    value = body.b.leaf(
+        "input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw"
+    )
     body.region.draws.append(Draw(value, dist.name, arguments, statement.span))
     result = Tensor(value, body)
     bind_name(body, target, result, "=")
@@ -342,7 +344,10 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
     for n, s in axes:
         if s is None:
             raise body.fail(
-                "FL0310", f"the size of axis `{n}` is open", entry.type.span, suggestion=f"write `{n} = ...` in the type"
+                "FL0310",
+                f"the size of axis `{n}` is open",
+                entry.type.span,
+                suggestion=f"write `{n} = ...` in the type",
             )
     type_ = TensorType.of(*((n, s) for n, s in axes if s is not None), kind=spec.domain.kind)
     if type_.count > limits.PARAMETERS:
@@ -371,9 +376,7 @@ def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entr
             raise body.fail("FL0311", f"`{domain.name}` is a matrix and needs two axes, as in `[D', D]`", entry.span)
         a, b = type_.axes[-2], type_.axes[-1]
         if a.size != b.size:
-            raise body.fail(
-                "FL0311", f"`{domain.name}` is square, and this has {a.size} x {b.size}", entry.span
-            )
+            raise body.fail("FL0311", f"`{domain.name}` is square, and this has {a.size} x {b.size}", entry.span)
 
 
 def initial_value(body: Body, domain: Domain, entry: tree.Entry) -> Any:
@@ -563,9 +566,7 @@ def run_repeat(body: Body, statement: tree.Repeat) -> Any:
     if count < 0:
         raise body.fail("FL0305", f"{count} copies make no sense", statement.count.span)
     if count > limits.REPEAT_COUNT:
-        raise body.fail(
-            "FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span
-        )
+        raise body.fail("FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span)
     body.elab.multiply(body, count, statement.count.span)
     try:
         if body.chain_value is not None:
@@ -604,9 +605,7 @@ def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
             ids = repeat_node(body, inner, [x.id], count, statement.span)
             body.chain_value = Tensor(ids[0], body)
             first = statement.body[0].span.until(statement.body[-1].span)
-            body.region.steps.append(
-                Step(first.text, x.id, ids[0], count, inner.region, statement.span)
-            )
+            body.region.steps.append(Step(first.text, x.id, ids[0], count, inner.region, statement.span))
             return
     for _ in range(count):
         body.elab.count_round(body, statement.span)

@@ -130,9 +130,7 @@ def domain_argument(body: Body, item: tree.Item) -> list[float | int | str]:
     raise body.fail("FL0305", f"a domain takes numbers, and this is {describe(value)}", expr.span)
 
 
-def axis_specs(
-    body: Body, items: tuple[tree.Item, ...]
-) -> tuple[tuple[tuple[str, int | None], ...], bool, int]:
+def axis_specs(body: Body, items: tuple[tree.Item, ...]) -> tuple[tuple[tuple[str, int | None], ...], bool, int]:
     axes: list[tuple[str, int | None]] = []
     rest, rest_at = False, 0
     if len(items) > limits.RANK:

@@ -86,6 +86,18 @@ def domain(name: str, args: tuple[float | int | str, ...] = ()) -> Domain | None
 
 
 DOMAIN_NAMES = (
-    "R", "Positive", "Unit", "Interval", "Int", "Bool", "Simplex", "Sphere", "Torus", "Rotation", "Ball",
-    "ZeroMean", "Lipschitz", *MATRIX_DOMAINS,
+    "R",
+    "Positive",
+    "Unit",
+    "Interval",
+    "Int",
+    "Bool",
+    "Simplex",
+    "Sphere",
+    "Torus",
+    "Rotation",
+    "Ball",
+    "ZeroMean",
+    "Lipschitz",
+    *MATRIX_DOMAINS,
 )

@@ -6,6 +6,7 @@ infinity, which only limit evaluation uses (`point(inf)`).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from math import inf, isinf, isnan
 
@@ -101,7 +102,7 @@ def _times(a: float, a_open: bool, b: float, b_open: bool) -> tuple[float, bool]
     """An end of a product; None for 0·∞ with both ends attained (undefined)."""
     if a == 0 or b == 0:
         zero_closed = (a == 0 and not a_open) or (b == 0 and not b_open)
-        if isinf(a) and not a_open or isinf(b) and not b_open:
+        if (isinf(a) and not a_open) or (isinf(b) and not b_open):
             return None
         return 0.0, not zero_closed
     return a * b, a_open or b_open
@@ -221,4 +222,4 @@ def split(a: Interval, parts: int) -> list[Interval]:
         scale += [16.0, -16.0, 64.0, -64.0]
         cuts = sorted(c for c in set(scale) if a.lo < c < a.hi)
     ends = [(a.lo, a.lo_open), *((c, False) for c in cuts), (a.hi, a.hi_open)]
-    return [Interval(p, q, po, qo) for (p, po), (q, qo) in zip(ends, ends[1:], strict=False)]
+    return [Interval(p, q, po, qo) for (p, po), (q, qo) in itertools.pairwise(ends)]

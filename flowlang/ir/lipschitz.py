@@ -14,7 +14,11 @@ Constants = dict[int, float | None]
 
 
 def constant(
-    graph: Graph, entry: int, target: int, interval: Callable[[int], Interval], of_region: Callable[[Region, int, int], float | None]
+    graph: Graph,
+    entry: int,
+    target: int,
+    interval: Callable[[int], Interval],
+    of_region: Callable[[Region, int, int], float | None],
 ) -> float | None:
     """A bound on ‖Δtarget‖ / ‖Δentry‖; None where none is known, 0 where there is no dependence."""
     known: Constants = {entry: 1.0}

@@ -149,7 +149,9 @@ Conjunction = tuple[tuple[Key, Matrix], ...]  # sorted by key
 
 
 def _sorted(parts: Mapping[Key, Matrix]) -> Conjunction:
-    return tuple(sorted(((k, v) for k, v in parts.items() if not v.is_full), key=lambda p: (p[0][0] or "", p[0][1] or "")))
+    return tuple(
+        sorted(((k, v) for k, v in parts.items() if not v.is_full), key=lambda p: (p[0][0] or "", p[0][1] or ""))
+    )
 
 
 def _conjoin(parts: dict[Key, Matrix], key: Key, found: Matrix) -> None:
@@ -184,7 +186,10 @@ class Relation:
 
     @staticmethod
     def equal(
-        rows: tuple[Axis, ...], cols: tuple[Axis, ...], but: Iterable[str] = (), extra: Mapping[Key, Matrix | None] | None = None
+        rows: tuple[Axis, ...],
+        cols: tuple[Axis, ...],
+        but: Iterable[str] = (),
+        extra: Mapping[Key, Matrix | None] | None = None,
     ) -> Relation:
         """Equality along every axis that both have (but those named), and more constraints."""
         skip = set(but)
@@ -340,9 +345,7 @@ def eliminate(left: dict[str | None, Matrix], right: dict[str | None, Matrix]) -
     if len(left) == 1 and len(right) == 2:
         ((r, outer),) = left.items()
         (e1, m1), (e2, m2) = sorted(right.items(), key=lambda p: p[0] or "")
-        return [
-            {(r, e1): f, (r, e2): g} if g is not None else {(r, e1): f} for f, g in blocks(outer, m1, m2)
-        ]
+        return [{(r, e1): f, (r, e2): g} if g is not None else {(r, e1): f} for f, g in blocks(outer, m1, m2)]
     return [{(r, e): product(a, b) for r, a in left.items() for e, b in right.items()}]
 
 
@@ -441,7 +444,9 @@ class Support:
         return Support(_sorted(now))
 
     def renamed(self, pairs: Mapping[str, str]) -> Support:
-        return Support.of({(pairs.get(a or "", a or ""), pairs.get(b, b) if b else None): v for (a, b), v in self.parts})
+        return Support.of(
+            {(pairs.get(a or "", a or ""), pairs.get(b, b) if b else None): v for (a, b), v in self.parts}
+        )
 
     def without(self, axes: Iterable[str]) -> Support | None:
         drop = set(axes)

@@ -93,14 +93,28 @@ def _bad(source: Source, token: Any) -> Diagnostic:
     span = Span(source, token.start_pos, token.end_pos)
     text = str(token)
     if token.type == "BADNUMBER":
-        return Diagnostic("FL0104", "a number runs into a name here", span, suggestion="put a sign or a space between them, as in `2 * x`")
+        return Diagnostic(
+            "FL0104",
+            "a number runs into a name here",
+            span,
+            suggestion="put a sign or a space between them, as in `2 * x`",
+        )
     if text in BIDI or unicodedata.category(text) in ("Cc", "Cf"):
-        return Diagnostic("FL0103", f"an invisible character (U+{ord(text):04X}) stands here", span, suggestion="remove it")
+        return Diagnostic(
+            "FL0103", f"an invisible character (U+{ord(text):04X}) stands here", span, suggestion="remove it"
+        )
     if text in "²³¹":
         return Diagnostic("FL0103", f"`{text}` is no operator", span, suggestion=f"write `^ {unicodedata.digit(text)}`")
     if text == '"':
         return Diagnostic("FL0103", "this text has no closing quote on its line", span, suggestion='close it with `"`')
-    known = {"!": "`not`", "&": "`and`", "%": "`mod(a, b)`", "@": "`sum[D](a * b)`", "'": '`"text"`', "\\": "nothing: lines continue after an operator"}
+    known = {
+        "!": "`not`",
+        "&": "`and`",
+        "%": "`mod(a, b)`",
+        "@": "`sum[D](a * b)`",
+        "'": '`"text"`',
+        "\\": "nothing: lines continue after an operator",
+    }
     return Diagnostic("FL0103", f"the character `{text}` means nothing here", span,
                       suggestion=f"write {known[text]}" if text in known else "remove it")  # fmt: skip
 
@@ -151,9 +165,15 @@ def _structure(source: Source, raw: list[Any], out: Shaped) -> None:
                 i += 1
                 continue
             previous = tokens[-1].type if tokens else "SEP"
-            word = HARD.get(str(after), after.type) if after is not None and after.type == "NAME" else after.type if after is not None else None
+            word = (
+                HARD.get(str(after), after.type)
+                if after is not None and after.type == "NAME"
+                else after.type
+                if after is not None
+                else None
+            )
             quiet = kind == "NEWLINE" and (
-                previous in CONTINUES and not (tableau_depth and previous != "LBRACE")
+                (previous in CONTINUES and not (tableau_depth and previous != "LBRACE"))
                 or (word in JOINS and not (tableau_depth and word != "RBRACE"))
                 or (not stack and word in TOP_JOINS)
             )
@@ -178,7 +198,9 @@ def _structure(source: Source, raw: list[Any], out: Shaped) -> None:
                 header = False
             stack.append(token)
             if len(stack) > limits.NESTING:
-                out.problems.append(_limit(source, token.start_pos, token.end_pos, f"brackets nested deeper than {limits.NESTING}"))
+                out.problems.append(
+                    _limit(source, token.start_pos, token.end_pos, f"brackets nested deeper than {limits.NESTING}")
+                )
                 out.broken_spans.append((0, len(source.text)))
                 tokens.clear()
                 return
@@ -201,7 +223,11 @@ def _structure(source: Source, raw: list[Any], out: Shaped) -> None:
             infix += 1
             if infix > limits.INFIX and not reported_infix:
                 reported_infix = True
-                out.problems.append(_limit(source, token.start_pos, token.end_pos, f"more than {limits.INFIX} operators in one statement"))
+                out.problems.append(
+                    _limit(
+                        source, token.start_pos, token.end_pos, f"more than {limits.INFIX} operators in one statement"
+                    )
+                )
                 out.broken_spans.append((token.start_pos, token.end_pos))
         tokens.append(token)
         statement_start = kind == "LBRACE"
@@ -260,9 +286,10 @@ def _word(raw: list[Any], i: int, token: Any, tokens: list[Any], stack: list[Any
     if start and stack and stack[-1].type == "LBRACE":
         if text == "tableau" and after is not None and after.type == "LBRACE":
             return token.update(type="TABLEAU")
-        if text in SOFT and (named or (after is not None and after.type == "NUMBER")):
-            if not (named and str(after) in HARD and str(after) != "not"):
-                return token.update(type=SOFT[text])
+        follows = named or (after is not None and after.type == "NUMBER")
+        operator = named and str(after) in HARD and str(after) != "not"
+        if text in SOFT and follows and not operator:
+            return token.update(type=SOFT[text])
     return token
 
 

@@ -145,7 +145,9 @@ class _Parser:
     def edition(self, value: int, tokens: list[Any], k: int) -> int:
         where = Span(self.source, tokens[0].start_pos, tokens[-1].end_pos)
         if k:
-            self.report.add(Diagnostic("FL0106", "`edition` stands on the first line", where, suggestion="move it to the top"))
+            self.report.add(
+                Diagnostic("FL0106", "`edition` stands on the first line", where, suggestion="move it to the top")
+            )
         if value != EDITION:
             self.report.add(
                 Diagnostic("FL0105", f"this FlowLang knows edition {EDITION}, and not {value}", where,
@@ -246,7 +248,9 @@ class _Parser:
         try:
             for t in tokens:
                 parser.feed_token(t)
-            end = Token("$END", "", last.end_pos if last is not None else 0, end_pos=last.end_pos if last is not None else 0)
+            end = Token(
+                "$END", "", last.end_pos if last is not None else 0, end_pos=last.end_pos if last is not None else 0
+            )
             return parser.feed_token(end)
         except UnexpectedInput as e:
             raise _Failure(self.unexpected(e, last)) from None
@@ -264,7 +268,9 @@ class _Parser:
         found = "the end of the line" if token.type == "SEP" else f"`{token}`"
         if token.type == "SEP":
             where = Span(self.source, max(token.start_pos - 1, 0), token.start_pos)
-        return Diagnostic("FL0101", f"{found} stands where {_wanted(expected)} is needed", where, suggestion=_hint(expected, token))
+        return Diagnostic(
+            "FL0101", f"{found} stands where {_wanted(expected)} is needed", where, suggestion=_hint(expected, token)
+        )
 
     # ---- top level ------------------------------------------------------------------------------
 
@@ -278,7 +284,9 @@ class _Parser:
                 return tree.Require(self.expr(node.children[1]), span=self.span(node))
             case "alias":
                 kind, name, _, value = node.children
-                return tree.Declaration(str(kind), str(name), alias=self.expr(value), span=self.span(node), name_span=self.span(name))
+                return tree.Declaration(
+                    str(kind), str(name), alias=self.expr(value), span=self.span(node), name_span=self.span(name)
+                )
         return self.declaration(node)
 
     def import_(self, node: Any) -> tree.Import:
@@ -350,7 +358,11 @@ class _Parser:
         if len(parts) == 2:
             name = parts[0]
             if name.data != "name":
-                raise _Failure(Diagnostic("FL0101", "a result's name is one word", self.span(name), suggestion="as in `-> y: R[D]`"))
+                raise _Failure(
+                    Diagnostic(
+                        "FL0101", "a result's name is one word", self.span(name), suggestion="as in `-> y: R[D]`"
+                    )
+                )
             return tree.Result(str(name.children[0]), self.expr(parts[1]), span=self.span(node))
         return tree.Result(None, self.expr(parts[0]), span=self.span(node))
 
@@ -529,11 +541,20 @@ class _Parser:
         if any(x in plain for x in ".eE"):
             value: int | float = float(plain)
             if value == float("inf"):
-                raise _Failure(Diagnostic("FL0901", "this number exceeds the limit of a float", span, suggestion="write a smaller one"))
+                raise _Failure(
+                    Diagnostic(
+                        "FL0901", "this number exceeds the limit of a float", span, suggestion="write a smaller one"
+                    )
+                )
         else:
             if len(plain) > 20 or int(plain) > limits.INTEGER:
                 raise _Failure(
-                    Diagnostic("FL0901", "this number exceeds the limit of 64 bits", span, suggestion="write it as a decimal, as in `1e30`")
+                    Diagnostic(
+                        "FL0901",
+                        "this number exceeds the limit of 64 bits",
+                        span,
+                        suggestion="write it as a decimal, as in `1e30`",
+                    )
                 )
             value = int(plain)
         return tree.Number(text, value, span=span)

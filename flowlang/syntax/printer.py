@@ -9,7 +9,22 @@ from flowlang.syntax.lexing import Comment
 from flowlang.syntax.parser import parse
 
 WIDTH = 110
-LEVELS = {"|>": 1, "or": 2, "and": 3, "==": 5, "!=": 5, "<": 5, "<=": 5, ">": 5, ">=": 5, "+": 6, "-": 6, "*": 7, "/": 7, "^": 9}
+LEVELS = {
+    "|>": 1,
+    "or": 2,
+    "and": 3,
+    "==": 5,
+    "!=": 5,
+    "<": 5,
+    "<=": 5,
+    ">": 5,
+    ">=": 5,
+    "+": 6,
+    "-": 6,
+    "*": 7,
+    "/": 7,
+    "^": 9,
+}
 TIGHT = 10
 
 
@@ -79,7 +94,9 @@ class _Printer:
         own: list[str] = []
         while self.at < len(self.comments) and self.comments[self.at].start < stop:
             c = self.comments[self.at]
-            if c.own_line or any(not ch.isspace() and ch != ";" for ch in self.source.text[max(end, 0) : c.start] if c.start > end):
+            if c.own_line or any(
+                not ch.isspace() and ch != ";" for ch in self.source.text[max(end, 0) : c.start] if c.start > end
+            ):
                 break
             own.append(c.text)
             self.at += 1
@@ -110,7 +127,9 @@ class _Printer:
                 self.block(s, f"{pad}repeat {expr(s.count)}{until}", s.body, indent, s.span.start)
             case tree.For():
                 until = f" until {expr(s.until)}" if s.until is not None else ""
-                self.block(s, f"{pad}for {', '.join(s.names)} in {expr(s.iterable)}{until}", s.body, indent, s.span.start)
+                self.block(
+                    s, f"{pad}for {', '.join(s.names)} in {expr(s.iterable)}{until}", s.body, indent, s.span.start
+                )
             case tree.Scan():
                 word = "scan reverse" if s.reverse else "scan"
                 self.block(s, f"{pad}{word} {s.axis}", s.body, indent, s.span.start)
@@ -134,7 +153,9 @@ class _Printer:
     def is_else_if(self, s: tree.If, only: tree.If) -> bool:
         return self.source.text[s.span.start : only.span.start].rstrip().endswith("else")
 
-    def continue_block(self, head: str, body: tuple[tree.Statement, ...], indent: int, node: tree.Node, *, more: bool = False) -> None:
+    def continue_block(
+        self, head: str, body: tuple[tree.Statement, ...], indent: int, node: tree.Node, *, more: bool = False
+    ) -> None:
         last = self.lines.pop()
         start = body[0].span.start if body else node.span.end
         single = self.one_line(f"{last} {head}", body, start, body[-1].span.end if body else start)
@@ -146,7 +167,14 @@ class _Printer:
         self.lines.append("  " * indent + "}")
 
     def block(
-        self, node: tree.Node, head: str, body: tuple[tree.Statement, ...], indent: int, start: int, *, more: bool = False
+        self,
+        node: tree.Node,
+        head: str,
+        body: tuple[tree.Statement, ...],
+        indent: int,
+        start: int,
+        *,
+        more: bool = False,
     ) -> None:
         if not body:
             self.inside(start, node.span.end, indent)
@@ -210,7 +238,10 @@ class _Printer:
     def tableau(self, s: tree.Tableau, indent: int) -> None:
         pad = "  " * (indent + 1)
         rows = [[cell(r.head) if r.head else "", *(cell(c) for c in r.cells)] for r in s.rows]
-        widths = [max((len(r[k]) for r in rows if len(r) > k), default=0) for k in range(max((len(r) for r in rows), default=0))]
+        widths = [
+            max((len(r[k]) for r in rows if len(r) > k), default=0)
+            for k in range(max((len(r) for r in rows), default=0))
+        ]
         self.inside(s.span.start, s.rows[0].span.start if s.rows else s.span.end, indent)
         self.lines.append("  " * indent + "tableau {")
         for row, r in zip(s.rows, rows, strict=True):

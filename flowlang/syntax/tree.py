@@ -135,8 +135,20 @@ class Comprehension(Node):
 
 
 Expr = (
-    Name | Number | String | Ellipsis | Range | Unary | Binary | Attribute | Call | Brackets | Optional
-    | Paren | ListExpr | Comprehension
+    Name
+    | Number
+    | String
+    | Ellipsis
+    | Range
+    | Unary
+    | Binary
+    | Attribute
+    | Call
+    | Brackets
+    | Optional
+    | Paren
+    | ListExpr
+    | Comprehension
 )
 
 
@@ -298,8 +310,7 @@ class Declaration(Node):
 
 
 Statement = (
-    Bind | ExprStatement | Declare | Base | Emit | Require | Import | If | Repeat | For | Scan | Tableau
-    | Declaration
+    Bind | ExprStatement | Declare | Base | Emit | Require | Import | If | Repeat | For | Scan | Tableau | Declaration
 )
 
 

@@ -77,7 +77,9 @@ def load_numpy(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
-        raise refuse("FL0801", f"`{path}` is not a readable NumPy file: {e}", "save it by `numpy.save` without pickled objects") from None
+        raise refuse(
+            "FL0801", f"`{path}` is not a readable NumPy file: {e}", "save it by `numpy.save` without pickled objects"
+        ) from None
 
 
 def numeric(array: Any, what: str) -> Array:
@@ -96,7 +98,9 @@ def numeric(array: Any, what: str) -> Array:
 
 def from_array(array: Any, columns: Sequence[str] | None, given: Mapping[str, Sequence[str]]) -> Table:
     if columns or given:
-        raise refuse("FL0804", "a .npy file has no named columns", "use a .csv, .parquet or .npz file to choose columns")
+        raise refuse(
+            "FL0804", "a .npy file has no named columns", "use a .csv, .parquet or .npz file to choose columns"
+        )
     return Table(numeric(array, "the array"))
 
 
@@ -112,7 +116,11 @@ def from_archive(path: Path, columns: Sequence[str] | None, given: Mapping[str, 
     for name, parts in given.items():
         wanted = parts[0] if parts else name
         if wanted not in names:
-            raise refuse("FL0802", f"`{path.name}` has no array `{wanted}` for the context `{name}`", f"it holds {', '.join(names)}")
+            raise refuse(
+                "FL0802",
+                f"`{path.name}` has no array `{wanted}` for the context `{name}`",
+                f"it holds {', '.join(names)}",
+            )
         out[name] = numeric(archive[wanted], f"`{wanted}`")
         if len(out[name]) != len(x):
             raise refuse("FL0802", f"`{wanted}` has {len(out[name])} samples, and the data {len(x)}")
@@ -137,7 +145,11 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         raise refuse("FL0802", f"two columns of `{path.name}` are named `{twice}`", "give each column its own name")
     for k, r in enumerate(rows[1:], start=2):
         if len(r) != len(names):
-            raise refuse("FL0802", f"line {k} of `{path.name}` has {len(r)} cells, and the header {len(names)}", "check quotes and commas there")
+            raise refuse(
+                "FL0802",
+                f"line {k} of `{path.name}` has {len(r)} cells, and the header {len(names)}",
+                "check quotes and commas there",
+            )
     return names, [[r[k] for r in rows[1:]] for k in range(len(names))]
 
 
@@ -222,7 +234,11 @@ def from_columns(
     data: list[Array] = []
     for n in wanted:
         if n in onehot:
-            raise refuse("FL0804", f"`{n}` is a data column, and one-hot numbers have no density", f"use it as context, or dequantise it: --dequantise {n}")
+            raise refuse(
+                "FL0804",
+                f"`{n}` is a data column, and one-hot numbers have no density",
+                f"use it as context, or dequantise it: --dequantise {n}",
+            )
         v = to_numbers(n, by_name[n])
         if n in steps:
             step = steps[n] or printed_step(v)
@@ -299,8 +315,8 @@ def split(n: int, fractions: Sequence[float], seed: int) -> list[Any]:
     """Row numbers of each part, shuffled by the seed; the first part gets the rest."""
     order = np.random.default_rng(seed).permutation(n)
     sizes = [round(f * n) for f in fractions]
-    cuts = np.cumsum(sizes[::-1])[::-1] if sizes else []
-    parts = [order[: n - (cuts[0] if len(sizes) else 0)]]
+    cuts = [sum(sizes[k:]) for k in range(len(sizes))]
+    parts = [order[: n - (cuts[0] if cuts else 0)]]
     at = len(parts[0])
     for s in sizes:
         parts.append(order[at : at + s])

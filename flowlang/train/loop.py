@@ -72,11 +72,15 @@ def need_fabric() -> Any:
             warnings.simplefilter("ignore")
             from lightning_fabric import Fabric
     except ImportError:
-        raise FlowError(Diagnostic("FL0805", "training needs lightning-fabric", suggestion="pip install 'flowlang[train]'")) from None
+        raise FlowError(
+            Diagnostic("FL0805", "training needs lightning-fabric", suggestion="pip install 'flowlang[train]'")
+        ) from None
     return Fabric
 
 
-def train(flow: Flow, table: Table, out: str | Path, options: Options | None = None, meta: dict[str, Any] | None = None) -> Result:
+def train(
+    flow: Flow, table: Table, out: str | Path, options: Options | None = None, meta: dict[str, Any] | None = None
+) -> Result:
     """Trains a flow on a table; writes `model.safetensors` (best), `last.safetensors`, `state.json`, `history.csv` to `out`."""
     o = options or Options()
     fabric_class = need_fabric()
@@ -100,15 +104,32 @@ class Trainer:
             )  # fmt: skip
         for name, shape in flow.given_shapes.items():
             if name not in table.given:
-                raise FlowError(Diagnostic("FL0802", f"the flow's context `{name}` has no columns", suggestion=f"name them, as in `--given {name}=column`"))
+                raise FlowError(
+                    Diagnostic(
+                        "FL0802",
+                        f"the flow's context `{name}` has no columns",
+                        suggestion=f"name them, as in `--given {name}=column`",
+                    )
+                )
             if tuple(table.given[name].shape[1:]) != tuple(shape):
-                raise FlowError(Diagnostic("FL0802", f"the context `{name}` has shape {tuple(table.given[name].shape[1:])} in the data and {shape} in the flow"))
+                raise FlowError(
+                    Diagnostic(
+                        "FL0802",
+                        f"the context `{name}` has shape {tuple(table.given[name].shape[1:])} in the data and {shape} in the flow",
+                    )
+                )
         rows, held = split(len(table), [o.validation], o.seed)
         if len(rows) < 2 or len(held) < 1:
-            raise FlowError(Diagnostic("FL0802", f"{len(table)} samples are too few to train and validate", suggestion="bring more data"))
+            raise FlowError(
+                Diagnostic(
+                    "FL0802", f"{len(table)} samples are too few to train and validate", suggestion="bring more data"
+                )
+            )
         train_table, valid_table = table.take(rows), table.take(held)
         columns = table.columns if table.x.ndim == 2 else ()
-        self.standard = Standardiser.fit(train_table.x, columns) if o.standardise else Standardiser.identity(table.x.shape[1:])
+        self.standard = (
+            Standardiser.fit(train_table.x, columns) if o.standardise else Standardiser.identity(table.x.shape[1:])
+        )
         self.given_standard = {k: Standardiser.fit_context(v) for k, v in train_table.given.items()}
         self.flow = flow
         dtype = next((p.dtype for p in flow.parameters()), torch.get_default_dtype())
@@ -216,7 +237,11 @@ class Trainer:
             return
         if self.halved:
             raise FlowError(
-                Diagnostic("FL0806", f"the loss was not finite for {self.skipped} batches in a row, twice", suggestion="lower --lr, or check the data for outliers")
+                Diagnostic(
+                    "FL0806",
+                    f"the loss was not finite for {self.skipped} batches in a row, twice",
+                    suggestion="lower --lr, or check the data for outliers",
+                )
             )
         self.flow.load_state_dict(self.best)
         self.halved, self.skipped = True, 0
@@ -248,7 +273,11 @@ class Trainer:
         self.result.history.append({"epoch": self.epoch, "train": mean + self.offset, "validation": valid})
 
     def everything(self) -> dict[str, Any]:
-        return {**self.meta, "standardiser": self.standard.to_dict(), "given_standardiser": {k: v.to_dict() for k, v in self.given_standard.items()}}
+        return {
+            **self.meta,
+            "standardiser": self.standard.to_dict(),
+            "given_standardiser": {k: v.to_dict() for k, v in self.given_standard.items()},
+        }
 
     def write_best(self) -> None:
         if self.fabric.global_rank == 0:
@@ -283,7 +312,9 @@ class Trainer:
     def restore(self) -> None:
         path = self.out / "last.safetensors"
         if not path.is_file():
-            raise FlowError(Diagnostic("FL0803", f"there is nothing to resume in `{self.out}`", suggestion="start without --resume"))
+            raise FlowError(
+                Diagnostic("FL0803", f"there is nothing to resume in `{self.out}`", suggestion="start without --resume")
+            )
         tensors, meta = read_tensors(path)
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -329,12 +360,21 @@ class Trained:
 
     def __init__(self, flow: Flow, meta: dict[str, Any]):
         self.flow = flow
-        self.standard = Standardiser.from_dict(meta["standardiser"]) if "standardiser" in meta else Standardiser.identity(flow.data_shape)
+        self.standard = (
+            Standardiser.from_dict(meta["standardiser"])
+            if "standardiser" in meta
+            else Standardiser.identity(flow.data_shape)
+        )
         self.given_standard = {k: Standardiser.from_dict(v) for k, v in meta.get("given_standardiser", {}).items()}
         self.dtype = next((p.dtype for p in flow.parameters()), torch.get_default_dtype())
 
     def given(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        return {k: torch.as_tensor(self.given_standard[k].apply(np.asarray(v)) if k in self.given_standard else v).to(self.dtype) for k, v in given.items()}
+        return {
+            k: torch.as_tensor(self.given_standard[k].apply(np.asarray(v)) if k in self.given_standard else v).to(
+                self.dtype
+            )
+            for k, v in given.items()
+        }
 
     @torch.no_grad()
     def log_prob(self, x: Any, given: dict[str, Any] | None = None, batch: int = 8192) -> Any:
@@ -342,7 +382,10 @@ class Trained:
         self.flow.eval()
         z = torch.as_tensor(self.standard.apply(np.asarray(x))).to(self.dtype)
         c = self.given(given or {})
-        parts = [self.flow.log_prob(z[k : k + batch], **{n: v[k : k + batch] for n, v in c.items()}) for k in range(0, len(z), batch)]
+        parts = [
+            self.flow.log_prob(z[k : k + batch], **{n: v[k : k + batch] for n, v in c.items()})
+            for k in range(0, len(z), batch)
+        ]
         return torch.cat(parts).double().numpy() + self.standard.log_det
 
     @torch.no_grad()

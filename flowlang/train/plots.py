@@ -16,7 +16,9 @@ def figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise FlowError(Diagnostic("FL0805", "plots need matplotlib", suggestion="pip install 'flowlang[plots]'")) from None
+        raise FlowError(
+            Diagnostic("FL0805", "plots need matplotlib", suggestion="pip install 'flowlang[plots]'")
+        ) from None
     made = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(made)
     return made
@@ -55,7 +57,7 @@ def samples_plot(data: Any, samples: Any, path: str | Path, columns: Sequence[st
     if not pairs:
         fig = figure(5, 3.2)
         ax = fig.subplots()
-        bins = np.linspace(*ranges[0], 60)
+        bins = np.linspace(float(ranges[0][0]), float(ranges[0][1]), 60)
         ax.hist(data[:, 0], bins, density=True, alpha=0.5, label="data", color="#4477aa")
         ax.hist(samples[:, 0], bins, density=True, histtype="step", label="samples", color="#ee6677")
         ax.set_xlabel(names[0])

@@ -18,7 +18,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, 
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {k: json.dumps(v) for k, v in meta.items()})
+    blob = save(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {k: json.dumps(v) for k, v in meta.items()}
+    )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(blob)
     os.replace(temporary, path)
@@ -30,12 +32,16 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FlowError(Diagnostic("FL0801", f"`{path}` is no file", suggestion="check the path of the weights"))
     try:
-        with safe_open(path, framework="pt") as f:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as f:
             meta = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
             return {k: f.get_tensor(k) for k in f.keys()}, meta  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as e:
         raise FlowError(
-            Diagnostic("FL0803", f"`{path}` is not a readable safetensors file: {e}", suggestion="it may be damaged, or of another kind")
+            Diagnostic(
+                "FL0803",
+                f"`{path}` is not a readable safetensors file: {e}",
+                suggestion="it may be damaged, or of another kind",
+            )
         ) from None
 
 
@@ -49,9 +55,15 @@ def load_state(module: torch.nn.Module, tensors: dict[str, torch.Tensor], name: 
     if missing or extra or shapes:
         notes = []
         if missing:
-            notes.append(f"the file lacks {', '.join(f'`{m}`' for m in missing[:5])}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""))
+            notes.append(
+                f"the file lacks {', '.join(f'`{m}`' for m in missing[:5])}"
+                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            )
         if extra:
-            notes.append(f"the file also has {', '.join(f'`{m}`' for m in extra[:5])}" + (f" and {len(extra) - 5} more" if len(extra) > 5 else ""))
+            notes.append(
+                f"the file also has {', '.join(f'`{m}`' for m in extra[:5])}"
+                + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
+            )
         notes.extend(shapes[:5])
         raise FlowError(
             Diagnostic("FL0803", f"the weights in `{name}` belong to another spec", notes=tuple(notes),

@@ -34,5 +34,14 @@ WHY = {
 # call: an instance applied to tensors; repeat: equal copies one after the other; get: one of several results;
 # scan_solve: slice after slice along an axis; bracket_solve: a monotone scalar equation for each entry;
 # fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction.
-for _name in ("call", "repeat", "get", "scan_solve", "bracket_solve", "fixed_point_solve", "estimate_log_det", "random_like"):
+for _name in (
+    "call",
+    "repeat",
+    "get",
+    "scan_solve",
+    "bracket_solve",
+    "fixed_point_solve",
+    "estimate_log_det",
+    "random_like",
+):
     OPS.append(Op(_name, _made, _full, pure=_name in ("get",), why_not=WHY))

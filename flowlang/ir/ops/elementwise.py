@@ -275,61 +275,181 @@ def _neg_cost(b: Builder, x: int, out: int) -> int:
     return b.const(-1.0)
 
 
-unary("neg", bounds=iv.neg, d=_neg_cost, inverse=pointy("neg"), lipschitz=1.0, zero=True, weight=1, simplify=_fold_neg,
-      infer=number_result)
-unary("identity", bounds=lambda a: a, d=lambda b, x, y: b.const(1.0), inverse=lambda b, y, at: y, lipschitz=1.0,
-      zero=True, weight=0, simplify=lambda b, args, at: args[0])
+unary(
+    "neg",
+    bounds=iv.neg,
+    d=_neg_cost,
+    inverse=pointy("neg"),
+    lipschitz=1.0,
+    zero=True,
+    weight=1,
+    simplify=_fold_neg,
+    infer=number_result,
+)
+unary(
+    "identity",
+    bounds=lambda a: a,
+    d=lambda b, x, y: b.const(1.0),
+    inverse=lambda b, y, at: y,
+    lipschitz=1.0,
+    zero=True,
+    weight=0,
+    simplify=lambda b, args, at: args[0],
+)
 unary("exp", bounds=mono(math.exp, 0.0, inf), d=lambda b, x, y: y, inverse=pointy("log"), log_slope=lambda b, x, y: x)
-unary("log", bounds=on(POSITIVE, mono(math.log, -inf, inf)), d=lambda b, x, y: b.op("reciprocal", x),
-      total=Need(0, POSITIVE, words="a positive argument"), inverse=pointy("exp"),
-      log_slope=lambda b, x, y: b.neg(y), simplify=_fold_log)
-unary("log_abs", bounds=on(REAL, lambda a: mono(math.log, -inf, inf)(absolute(a))),
-      d=lambda b, x, y: b.op("reciprocal", x), total=Need(0, nonzero=True, words="a nonzero argument"),
-      simplify=_fold_log_abs)
-unary("log1p", bounds=on(Interval(-1, inf, True, True), mono(math.log1p, -inf, inf)),
-      d=lambda b, x, y: b.op("reciprocal", b.add(x, b.const(1.0))),
-      total=Need(0, Interval(-1, inf, True, True), words="an argument above -1"), inverse=pointy("expm1"),
-      log_slope=lambda b, x, y: b.neg(y), zero=True)
-unary("expm1", bounds=mono(math.expm1, -1.0, inf), d=lambda b, x, y: b.op("exp", x), inverse=pointy("log1p"),
-      log_slope=lambda b, x, y: x, zero=True)
-unary("sqrt", bounds=on(NONNEGATIVE, mono(math.sqrt, 0.0, inf)),
-      d=lambda b, x, y: b.div(b.const(0.5), y), total=Need(0, NONNEGATIVE, words="an argument of at least 0"),
-      inverse=pointy("square"), needs=Need(0, POSITIVE, words="may be zero"),
-      log_slope=lambda b, x, y: b.neg(b.add(b.log_abs(y), b.const(math.log(2)))), zero=True)
-unary("square", bounds=iv.square, d=lambda b, x, y: b.mul(b.const(2.0), x), inverse=pointy("sqrt"),
-      needs=Need(0, POSITIVE, words="may be negative or zero, where x and -x have one square"),
-      log_slope=lambda b, x, y: b.add(b.log_abs(x), b.const(math.log(2))), zero=True, weight=1, infer=number_result)
-unary("abs", bounds=absolute, d=lambda b, x, y: b.op("sign", x), inverse=lambda b, y, at: y,
-      needs=Need(0, POSITIVE, words="may be negative, where x and -x have one absolute value"), lipschitz=1.0, zero=True,
-      weight=1, infer=number_result)
-unary("sign", bounds=lambda a: closed(1, 1) if a.positive else closed(-1, -1) if a.negative else closed(-1, 1),
-      continuous=False, zero=True, weight=1, why="`sign` forgets the size")
+unary(
+    "log",
+    bounds=on(POSITIVE, mono(math.log, -inf, inf)),
+    d=lambda b, x, y: b.op("reciprocal", x),
+    total=Need(0, POSITIVE, words="a positive argument"),
+    inverse=pointy("exp"),
+    log_slope=lambda b, x, y: b.neg(y),
+    simplify=_fold_log,
+)
+unary(
+    "log_abs",
+    bounds=on(REAL, lambda a: mono(math.log, -inf, inf)(absolute(a))),
+    d=lambda b, x, y: b.op("reciprocal", x),
+    total=Need(0, nonzero=True, words="a nonzero argument"),
+    simplify=_fold_log_abs,
+)
+unary(
+    "log1p",
+    bounds=on(Interval(-1, inf, True, True), mono(math.log1p, -inf, inf)),
+    d=lambda b, x, y: b.op("reciprocal", b.add(x, b.const(1.0))),
+    total=Need(0, Interval(-1, inf, True, True), words="an argument above -1"),
+    inverse=pointy("expm1"),
+    log_slope=lambda b, x, y: b.neg(y),
+    zero=True,
+)
+unary(
+    "expm1",
+    bounds=mono(math.expm1, -1.0, inf),
+    d=lambda b, x, y: b.op("exp", x),
+    inverse=pointy("log1p"),
+    log_slope=lambda b, x, y: x,
+    zero=True,
+)
+unary(
+    "sqrt",
+    bounds=on(NONNEGATIVE, mono(math.sqrt, 0.0, inf)),
+    d=lambda b, x, y: b.div(b.const(0.5), y),
+    total=Need(0, NONNEGATIVE, words="an argument of at least 0"),
+    inverse=pointy("square"),
+    needs=Need(0, POSITIVE, words="may be zero"),
+    log_slope=lambda b, x, y: b.neg(b.add(b.log_abs(y), b.const(math.log(2)))),
+    zero=True,
+)
+unary(
+    "square",
+    bounds=iv.square,
+    d=lambda b, x, y: b.mul(b.const(2.0), x),
+    inverse=pointy("sqrt"),
+    needs=Need(0, POSITIVE, words="may be negative or zero, where x and -x have one square"),
+    log_slope=lambda b, x, y: b.add(b.log_abs(x), b.const(math.log(2))),
+    zero=True,
+    weight=1,
+    infer=number_result,
+)
+unary(
+    "abs",
+    bounds=absolute,
+    d=lambda b, x, y: b.op("sign", x),
+    inverse=lambda b, y, at: y,
+    needs=Need(0, POSITIVE, words="may be negative, where x and -x have one absolute value"),
+    lipschitz=1.0,
+    zero=True,
+    weight=1,
+    infer=number_result,
+)
+unary(
+    "sign",
+    bounds=lambda a: closed(1, 1) if a.positive else closed(-1, -1) if a.negative else closed(-1, 1),
+    continuous=False,
+    zero=True,
+    weight=1,
+    why="`sign` forgets the size",
+)
+
+
 def _reciprocal_bounds(a: Interval) -> Interval:
     return iv.reciprocal(a) or REAL
-unary("reciprocal", bounds=_reciprocal_bounds, d=lambda b, x, y: b.neg(b.op("square", y)),
-      total=Need(0, nonzero=True, words="a nonzero argument"), inverse=pointy("reciprocal"),
-      log_slope=lambda b, x, y: b.mul(b.const(-2.0), b.log_abs(x)))
-unary("sin", bounds=lambda a: wave(a, math.sin, pi / 2, -pi / 2), d=lambda b, x, y: b.op("cos", x), lipschitz=1.0, zero=True)
+
+
+unary(
+    "reciprocal",
+    bounds=_reciprocal_bounds,
+    d=lambda b, x, y: b.neg(b.op("square", y)),
+    total=Need(0, nonzero=True, words="a nonzero argument"),
+    inverse=pointy("reciprocal"),
+    log_slope=lambda b, x, y: b.mul(b.const(-2.0), b.log_abs(x)),
+)
+unary(
+    "sin",
+    bounds=lambda a: wave(a, math.sin, pi / 2, -pi / 2),
+    d=lambda b, x, y: b.op("cos", x),
+    lipschitz=1.0,
+    zero=True,
+)
 unary("cos", bounds=lambda a: wave(a, math.cos, 0.0, pi), d=lambda b, x, y: b.neg(b.op("sin", x)), lipschitz=1.0)
-unary("tan", bounds=on(opened(-pi / 2, pi / 2), lambda a: Interval(-inf, inf, True, True)),
-      d=lambda b, x, y: b.add(b.const(1.0), b.op("square", y)),
-      total=Need(0, opened(-pi / 2, pi / 2), words="an argument between -π/2 and π/2"), inverse=pointy("atan"),
-      log_slope=lambda b, x, y: b.op("log1p", b.op("square", y)), zero=True)
-unary("atan", bounds=mono(math.atan, -pi / 2, pi / 2),
-      d=lambda b, x, y: b.op("reciprocal", b.add(b.const(1.0), b.op("square", x))), inverse=pointy("tan"),
-      log_slope=lambda b, x, y: b.neg(b.op("log1p", b.op("square", x))), lipschitz=1.0, zero=True)
-unary("sinh", bounds=mono(math.sinh, -inf, inf), d=lambda b, x, y: b.op("cosh", x), inverse=pointy("asinh"),
-      log_slope=lambda b, x, y: b.op("log_cosh", x), zero=True)
+unary(
+    "tan",
+    bounds=on(opened(-pi / 2, pi / 2), lambda a: Interval(-inf, inf, True, True)),
+    d=lambda b, x, y: b.add(b.const(1.0), b.op("square", y)),
+    total=Need(0, opened(-pi / 2, pi / 2), words="an argument between -π/2 and π/2"),
+    inverse=pointy("atan"),
+    log_slope=lambda b, x, y: b.op("log1p", b.op("square", y)),
+    zero=True,
+)
+unary(
+    "atan",
+    bounds=mono(math.atan, -pi / 2, pi / 2),
+    d=lambda b, x, y: b.op("reciprocal", b.add(b.const(1.0), b.op("square", x))),
+    inverse=pointy("tan"),
+    log_slope=lambda b, x, y: b.neg(b.op("log1p", b.op("square", x))),
+    lipschitz=1.0,
+    zero=True,
+)
+unary(
+    "sinh",
+    bounds=mono(math.sinh, -inf, inf),
+    d=lambda b, x, y: b.op("cosh", x),
+    inverse=pointy("asinh"),
+    log_slope=lambda b, x, y: b.op("log_cosh", x),
+    zero=True,
+)
 unary("cosh", bounds=even_monotone(math.cosh), d=lambda b, x, y: b.op("sinh", x))
-unary("log_cosh", bounds=even_monotone(lambda v: v + math.log1p(math.exp(-2 * v)) - math.log(2)),
-      d=lambda b, x, y: b.op("tanh", x), lipschitz=1.0, zero=True)
-unary("asinh", bounds=mono(math.asinh, -inf, inf),
-      d=lambda b, x, y: b.op("reciprocal", b.op("cosh", y)), inverse=pointy("sinh"),
-      log_slope=lambda b, x, y: b.neg(b.op("log_cosh", y)), lipschitz=1.0, zero=True)
-unary("tanh", bounds=mono(math.tanh, -1.0, 1.0), d=lambda b, x, y: b.op("tanh_slope", x),
-      inverse=pointy("atanh"), log_slope=lambda b, x, y: b.op("log_tanh_slope", x), lipschitz=1.0, zero=True)
+unary(
+    "log_cosh",
+    bounds=even_monotone(lambda v: v + math.log1p(math.exp(-2 * v)) - math.log(2)),
+    d=lambda b, x, y: b.op("tanh", x),
+    lipschitz=1.0,
+    zero=True,
+)
+unary(
+    "asinh",
+    bounds=mono(math.asinh, -inf, inf),
+    d=lambda b, x, y: b.op("reciprocal", b.op("cosh", y)),
+    inverse=pointy("sinh"),
+    log_slope=lambda b, x, y: b.neg(b.op("log_cosh", y)),
+    lipschitz=1.0,
+    zero=True,
+)
+unary(
+    "tanh",
+    bounds=mono(math.tanh, -1.0, 1.0),
+    d=lambda b, x, y: b.op("tanh_slope", x),
+    inverse=pointy("atanh"),
+    log_slope=lambda b, x, y: b.op("log_tanh_slope", x),
+    lipschitz=1.0,
+    zero=True,
+)
+
+
 def _sech2(v: float) -> float:
     return 1 / math.cosh(v) ** 2
+
+
 def _decreasing_even(f: Callable[[float], float], far: float) -> Callable[[Interval], Interval]:
     """Bounds of an even function that falls away from 0 towards `far`."""
     g = safe(f, far, far)
@@ -339,46 +459,114 @@ def _decreasing_even(f: Callable[[float], float], far: float) -> Callable[[Inter
         return Interval(found.lo, found.hi, found.lo_open or found.lo == far, found.hi_open)
 
     return bounds
-unary("tanh_slope", bounds=_decreasing_even(_sech2, 0.0),
-      d=lambda b, x, y: b.mul(b.const(-2.0), b.mul(b.op("tanh", x), y)), lipschitz=0.77)
-unary("log_tanh_slope", bounds=_decreasing_even(lambda v: -2 * (v + math.log1p(math.exp(-2 * v)) - math.log(2)), -inf),
-      d=lambda b, x, y: b.mul(b.const(-2.0), b.op("tanh", x)), lipschitz=2.0, zero=True)
-unary("atanh", bounds=on(opened(-1, 1), mono(math.atanh, -inf, inf)),
-      d=lambda b, x, y: b.op("square", b.op("cosh", y)),
-      total=Need(0, opened(-1, 1), words="an argument between -1 and 1"), inverse=pointy("tanh"),
-      log_slope=lambda b, x, y: b.neg(b.op("log_tanh_slope", y)), zero=True)
-unary("sigmoid", bounds=mono(sigmoid_f, 0.0, 1.0), d=lambda b, x, y: b.op("sigmoid_slope", x),
-      inverse=pointy("logit"), log_slope=lambda b, x, y: b.op("log_sigmoid_slope", x), lipschitz=0.25)
-unary("sigmoid_slope", bounds=_decreasing_even(lambda v: 0.25 / math.cosh(v / 2) ** 2, 0.0),
-      d=lambda b, x, y: b.mul(y, b.neg(b.op("tanh", b.mul(x, b.const(0.5))))), lipschitz=0.0963)
-unary("log_sigmoid_slope", bounds=_decreasing_even(lambda v: -2 * softplus_f(v) + v, -inf),
-      d=lambda b, x, y: b.neg(b.op("tanh", b.mul(x, b.const(0.5)))), lipschitz=1.0)
-unary("log_sigmoid", bounds=mono(log_sigmoid_f, -inf, 0.0), d=lambda b, x, y: b.op("sigmoid", b.neg(x)),
-      inverse=lambda b, y, at: b.neg(b.op("softplus_inverse", b.neg(y))),
-      log_slope=lambda b, x, y: b.op("log_sigmoid", b.neg(x)), lipschitz=1.0)
-unary("logit", bounds=on(UNIT, mono(lambda p: math.log(p) - math.log1p(-p), -inf, inf)),
-      d=lambda b, x, y: b.op("reciprocal", b.mul(x, b.sub(b.const(1.0), x))),
-      total=Need(0, UNIT, words="an argument between 0 and 1"), inverse=pointy("sigmoid"),
-      log_slope=lambda b, x, y: b.neg(b.op("log_sigmoid_slope", y)))
-unary("softplus", bounds=mono(softplus_f, 0.0, inf), d=lambda b, x, y: b.op("sigmoid", x),
-      inverse=pointy("softplus_inverse"), log_slope=lambda b, x, y: b.op("log_sigmoid", x), lipschitz=1.0)
-unary("softplus_inverse", bounds=on(POSITIVE, mono(lambda v: v + math.log(-math.expm1(-v)), -inf, inf)),
-      d=lambda b, x, y: b.op("reciprocal", b.op("sigmoid", y)),
-      total=Need(0, POSITIVE, words="a positive argument"), inverse=pointy("softplus"),
-      log_slope=lambda b, x, y: b.neg(b.op("log_sigmoid", y)))
-unary("erf", bounds=mono(math.erf, -1.0, 1.0),
-      d=lambda b, x, y: b.mul(b.const(2 / math.sqrt(pi)), b.op("exp", b.neg(b.op("square", x)))),
-      inverse=pointy("erfinv"),
-      log_slope=lambda b, x, y: b.sub(b.const(math.log(2 / math.sqrt(pi))), b.op("square", x)),
-      lipschitz=2 / math.sqrt(pi), zero=True)
-unary("erfinv", bounds=on(opened(-1, 1), lambda a: REAL),
-      d=lambda b, x, y: b.mul(b.const(math.sqrt(pi) / 2), b.op("exp", b.op("square", y))),
-      total=Need(0, opened(-1, 1), words="an argument between -1 and 1"), inverse=pointy("erf"),
-      log_slope=lambda b, x, y: b.add(b.const(math.log(math.sqrt(pi) / 2)), b.op("square", y)), zero=True)
-unary("relu", bounds=lambda a: iv.maximum(a, iv.point(0.0)), d=lambda b, x, y: b.op("gt", x, b.const(0.0)),
-      lipschitz=1.0, zero=True, weight=1, why="`relu` sends every negative number to 0")
+
+
+unary(
+    "tanh_slope",
+    bounds=_decreasing_even(_sech2, 0.0),
+    d=lambda b, x, y: b.mul(b.const(-2.0), b.mul(b.op("tanh", x), y)),
+    lipschitz=0.77,
+)
+unary(
+    "log_tanh_slope",
+    bounds=_decreasing_even(lambda v: -2 * (v + math.log1p(math.exp(-2 * v)) - math.log(2)), -inf),
+    d=lambda b, x, y: b.mul(b.const(-2.0), b.op("tanh", x)),
+    lipschitz=2.0,
+    zero=True,
+)
+unary(
+    "atanh",
+    bounds=on(opened(-1, 1), mono(math.atanh, -inf, inf)),
+    d=lambda b, x, y: b.op("square", b.op("cosh", y)),
+    total=Need(0, opened(-1, 1), words="an argument between -1 and 1"),
+    inverse=pointy("tanh"),
+    log_slope=lambda b, x, y: b.neg(b.op("log_tanh_slope", y)),
+    zero=True,
+)
+unary(
+    "sigmoid",
+    bounds=mono(sigmoid_f, 0.0, 1.0),
+    d=lambda b, x, y: b.op("sigmoid_slope", x),
+    inverse=pointy("logit"),
+    log_slope=lambda b, x, y: b.op("log_sigmoid_slope", x),
+    lipschitz=0.25,
+)
+unary(
+    "sigmoid_slope",
+    bounds=_decreasing_even(lambda v: 0.25 / math.cosh(v / 2) ** 2, 0.0),
+    d=lambda b, x, y: b.mul(y, b.neg(b.op("tanh", b.mul(x, b.const(0.5))))),
+    lipschitz=0.0963,
+)
+unary(
+    "log_sigmoid_slope",
+    bounds=_decreasing_even(lambda v: -2 * softplus_f(v) + v, -inf),
+    d=lambda b, x, y: b.neg(b.op("tanh", b.mul(x, b.const(0.5)))),
+    lipschitz=1.0,
+)
+unary(
+    "log_sigmoid",
+    bounds=mono(log_sigmoid_f, -inf, 0.0),
+    d=lambda b, x, y: b.op("sigmoid", b.neg(x)),
+    inverse=lambda b, y, at: b.neg(b.op("softplus_inverse", b.neg(y))),
+    log_slope=lambda b, x, y: b.op("log_sigmoid", b.neg(x)),
+    lipschitz=1.0,
+)
+unary(
+    "logit",
+    bounds=on(UNIT, mono(lambda p: math.log(p) - math.log1p(-p), -inf, inf)),
+    d=lambda b, x, y: b.op("reciprocal", b.mul(x, b.sub(b.const(1.0), x))),
+    total=Need(0, UNIT, words="an argument between 0 and 1"),
+    inverse=pointy("sigmoid"),
+    log_slope=lambda b, x, y: b.neg(b.op("log_sigmoid_slope", y)),
+)
+unary(
+    "softplus",
+    bounds=mono(softplus_f, 0.0, inf),
+    d=lambda b, x, y: b.op("sigmoid", x),
+    inverse=pointy("softplus_inverse"),
+    log_slope=lambda b, x, y: b.op("log_sigmoid", x),
+    lipschitz=1.0,
+)
+unary(
+    "softplus_inverse",
+    bounds=on(POSITIVE, mono(lambda v: v + math.log(-math.expm1(-v)), -inf, inf)),
+    d=lambda b, x, y: b.op("reciprocal", b.op("sigmoid", y)),
+    total=Need(0, POSITIVE, words="a positive argument"),
+    inverse=pointy("softplus"),
+    log_slope=lambda b, x, y: b.neg(b.op("log_sigmoid", y)),
+)
+unary(
+    "erf",
+    bounds=mono(math.erf, -1.0, 1.0),
+    d=lambda b, x, y: b.mul(b.const(2 / math.sqrt(pi)), b.op("exp", b.neg(b.op("square", x)))),
+    inverse=pointy("erfinv"),
+    log_slope=lambda b, x, y: b.sub(b.const(math.log(2 / math.sqrt(pi))), b.op("square", x)),
+    lipschitz=2 / math.sqrt(pi),
+    zero=True,
+)
+unary(
+    "erfinv",
+    bounds=on(opened(-1, 1), lambda a: REAL),
+    d=lambda b, x, y: b.mul(b.const(math.sqrt(pi) / 2), b.op("exp", b.op("square", y))),
+    total=Need(0, opened(-1, 1), words="an argument between -1 and 1"),
+    inverse=pointy("erf"),
+    log_slope=lambda b, x, y: b.add(b.const(math.log(math.sqrt(pi) / 2)), b.op("square", y)),
+    zero=True,
+)
+unary(
+    "relu",
+    bounds=lambda a: iv.maximum(a, iv.point(0.0)),
+    d=lambda b, x, y: b.op("gt", x, b.const(0.0)),
+    lipschitz=1.0,
+    zero=True,
+    weight=1,
+    why="`relu` sends every negative number to 0",
+)
+
+
 def _bump(low: float, f: Callable[[float], float], at: float) -> Callable[[Interval], Interval]:
     """Bounds of silu, gelu, mish: fall to `low` at `at`, then rise."""
+
     def at_end(v: float) -> float:
         return 0.0 if v == -inf else inf if v == inf else f(v) if v > -700 else 0.0
 
@@ -388,26 +576,67 @@ def _bump(low: float, f: Callable[[float], float], at: float) -> Callable[[Inter
         return Interval(least, max(lo, hi), False, a.hi_open and hi == inf)
 
     return bounds
-unary("silu", bounds=_bump(-0.2784645428, lambda v: v * sigmoid_f(v), -1.278464543),
-      d=lambda b, x, y: b.add(b.op("sigmoid", x), b.mul(x, b.op("sigmoid_slope", x))), lipschitz=1.09984, zero=True,
-      why="`silu` is not monotone")
-unary("gelu", bounds=_bump(-0.1699712074, lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))), -0.7517915246),
-      d=lambda b, x, y: b.add(
-          b.mul(b.const(0.5), b.add(b.const(1.0), b.op("erf", b.mul(x, b.const(1 / math.sqrt(2)))))),
-          b.mul(b.mul(x, b.op("exp", b.mul(b.op("square", x), b.const(-0.5)))), b.const(1 / math.sqrt(2 * pi)))),
-      lipschitz=1.12904, zero=True, why="`gelu` is not monotone")
-unary("floor", bounds=lambda a: Interval(a.lo - 1 if a.lo != -inf else -inf, a.hi, a.lo == -inf, a.hi_open),
-      continuous=False, zero=True, weight=1, why="`floor` is piecewise constant")
-unary("round", bounds=lambda a: iv.add(a, closed(-0.5, 0.5)), continuous=False, zero=True, weight=1,
-      why="`round` is piecewise constant")
-unary("stop", bounds=lambda a: a, lipschitz=1.0, zero=True, weight=0, why="`stop` hides the gradient of its value")
-unary("not", bounds=lambda a: closed(0, 1), continuous=False, weight=1, infer=bool_result, why="a condition is no number")
-unary("asin", bounds=on(closed(-1, 1), mono(math.asin, -pi / 2, pi / 2)),
-      total=Need(0, closed(-1, 1), words="an argument between -1 and 1"), zero=True, why="`asin` has no slope at its ends")
-unary("acos", bounds=on(closed(-1, 1), lambda a: closed(0, pi)),
-      total=Need(0, closed(-1, 1), words="an argument between -1 and 1"), why="`acos` has no slope at its ends")
 
-unary("lgamma", bounds=lambda a: REAL, total=Need(0, POSITIVE, words="a positive argument"), why="`lgamma` is not monotone")
+
+unary(
+    "silu",
+    bounds=_bump(-0.2784645428, lambda v: v * sigmoid_f(v), -1.278464543),
+    d=lambda b, x, y: b.add(b.op("sigmoid", x), b.mul(x, b.op("sigmoid_slope", x))),
+    lipschitz=1.09984,
+    zero=True,
+    why="`silu` is not monotone",
+)
+unary(
+    "gelu",
+    bounds=_bump(-0.1699712074, lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))), -0.7517915246),
+    d=lambda b, x, y: b.add(
+        b.mul(b.const(0.5), b.add(b.const(1.0), b.op("erf", b.mul(x, b.const(1 / math.sqrt(2)))))),
+        b.mul(b.mul(x, b.op("exp", b.mul(b.op("square", x), b.const(-0.5)))), b.const(1 / math.sqrt(2 * pi))),
+    ),
+    lipschitz=1.12904,
+    zero=True,
+    why="`gelu` is not monotone",
+)
+unary(
+    "floor",
+    bounds=lambda a: Interval(a.lo - 1 if a.lo != -inf else -inf, a.hi, a.lo == -inf, a.hi_open),
+    continuous=False,
+    zero=True,
+    weight=1,
+    why="`floor` is piecewise constant",
+)
+unary(
+    "round",
+    bounds=lambda a: iv.add(a, closed(-0.5, 0.5)),
+    continuous=False,
+    zero=True,
+    weight=1,
+    why="`round` is piecewise constant",
+)
+unary("stop", bounds=lambda a: a, lipschitz=1.0, zero=True, weight=0, why="`stop` hides the gradient of its value")
+unary(
+    "not", bounds=lambda a: closed(0, 1), continuous=False, weight=1, infer=bool_result, why="a condition is no number"
+)
+unary(
+    "asin",
+    bounds=on(closed(-1, 1), mono(math.asin, -pi / 2, pi / 2)),
+    total=Need(0, closed(-1, 1), words="an argument between -1 and 1"),
+    zero=True,
+    why="`asin` has no slope at its ends",
+)
+unary(
+    "acos",
+    bounds=on(closed(-1, 1), lambda a: closed(0, pi)),
+    total=Need(0, closed(-1, 1), words="an argument between -1 and 1"),
+    why="`acos` has no slope at its ends",
+)
+
+unary(
+    "lgamma",
+    bounds=lambda a: REAL,
+    total=Need(0, POSITIVE, words="a positive argument"),
+    why="`lgamma` is not monotone",
+)
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
@@ -420,10 +649,17 @@ def _clipped_exp(b: Builder, x: int) -> int:
     return b.op("exp", b.op("min", x, b.const(0.0)))
 
 
-unary("selu", bounds=_elu_bounds(SELU_ALPHA, SELU_SCALE), lipschitz=SELU_SCALE * SELU_ALPHA, zero=True,
-      d=lambda b, x, y: b.mul(b.const(SELU_SCALE), b.op(
-          "where", b.op("gt", x, b.const(0.0)), b.const(1.0), b.mul(b.const(SELU_ALPHA), _clipped_exp(b, x)))),
-      why="`selu` has a kink")
+unary(
+    "selu",
+    bounds=_elu_bounds(SELU_ALPHA, SELU_SCALE),
+    lipschitz=SELU_SCALE * SELU_ALPHA,
+    zero=True,
+    d=lambda b, x, y: b.mul(
+        b.const(SELU_SCALE),
+        b.op("where", b.op("gt", x, b.const(0.0)), b.const(1.0), b.mul(b.const(SELU_ALPHA), _clipped_exp(b, x))),
+    ),
+    why="`selu` has a kink",
+)
 
 
 # Unary with an attribute.
@@ -474,7 +710,9 @@ def _clamp() -> Op:
     def bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
         lo, hi = float(node.attrs["lo"]), float(node.attrs["hi"])
         a = ivs[0]
-        return Interval(min(max(a.lo, lo), hi), min(max(a.hi, lo), hi), a.lo_open and a.lo >= lo, a.hi_open and a.hi <= hi)
+        return Interval(
+            min(max(a.lo, lo), hi), min(max(a.hi, lo), hi), a.lo_open and a.lo >= lo, a.hi_open and a.hi <= hi
+        )
 
     return Op(
         "clamp", real_result, depend, elementwise=True, interval=bounds,
@@ -750,7 +988,7 @@ def _extremum(name: str, bounds: Callable[[Interval, Interval], Interval], cmp: 
     def fold(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
         x, y = b.const_value(args[0]), b.const_value(args[1])
         if _number(x) and _number(y):
-            return b.const(min(x, y) if name == "min" else max(x, y))  # type: ignore[type-var]
+            return b.const(min(x, y) if name == "min" else max(x, y))  # type: ignore[type-var, arg-type]
         return None
 
     return Op(

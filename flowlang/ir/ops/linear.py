@@ -125,7 +125,9 @@ def _conv_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     x, w = types[0], types[1]
     channel, space, stride = attrs["channel"], attrs["space"], attrs["stride"]
     if need(x, channel) != w.axes[1].size * attrs["groups"]:
-        raise OpProblem("FL0301", f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {w.axes[1].size}")
+        raise OpProblem(
+            "FL0301", f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {w.axes[1].size}"
+        )
     out = x.resized(channel, w.axes[0].size)
     for s in space:
         out = out.resized(s, (need(x, s) + stride - 1) // stride)

@@ -153,7 +153,9 @@ def _contract_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     return TensorType((*left.axes, *rest))
 
 
-def _contract_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+def _contract_depend(
+    node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]
+) -> Relation:
     found = Relation.equal(node.tensor.axes, types[slot].axes)
     for k, s in enumerate(supports):
         if s is not None:

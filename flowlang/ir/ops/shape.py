@@ -19,7 +19,9 @@ OPS: list[Op] = []
 
 def need(t: TensorType, axis: str) -> int:
     if not t.has(axis):
-        raise OpProblem("FL0302", f"this value has no axis `{axis}`; its axes are {', '.join(f'`{n}`' for n in t.names) or 'none'}")
+        raise OpProblem(
+            "FL0302", f"this value has no axis `{axis}`; its axes are {', '.join(f'`{n}`' for n in t.names) or 'none'}"
+        )
     return t.size(axis)
 
 
@@ -89,7 +91,9 @@ def _slice_simplify(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None
         return args[0]
     inner = b.graph[args[0]]
     if inner.op == "slice" and inner.attrs["axis"] == axis:
-        return b.op("slice", inner.inputs[0], axis=axis, start=inner.attrs["start"] + start, stop=inner.attrs["start"] + stop)
+        return b.op(
+            "slice", inner.inputs[0], axis=axis, start=inner.attrs["start"] + start, stop=inner.attrs["start"] + stop
+        )
     if inner.op == "join" and inner.attrs["axis"] == axis:
         at = 0
         for part in inner.inputs:
@@ -115,9 +119,7 @@ def _pick_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
 def _pick_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
     axis, index = node.attrs["axis"], node.attrs["index"]
     size = types[0].size(axis)
-    return Relation.equal(
-        node.tensor.axes, types[0].axes, extra={(None, axis): mapping(1, size, lambda i: index)}
-    )
+    return Relation.equal(node.tensor.axes, types[0].axes, extra={(None, axis): mapping(1, size, lambda i: index)})
 
 
 def _pick_simplify(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
@@ -245,15 +247,19 @@ def _along(image: Any) -> Any:
     return depend
 
 
+def _reverse_simplify(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
+    inner, axis = b.graph[args[0]], attrs["axis"]
+    if inner.op == "reverse" and inner.attrs["axis"] == axis:
+        return inner.inputs[0]
+    t = b.type(args[0])
+    return args[0] if t.has(axis) and t.size(axis) == 1 else None
+
+
 OPS.append(Op(
     "reverse", _keep_infer, _along(lambda node, n, i: n - 1 - i), interval=one, jvp=same, lipschitz=lip_one,
     invert=lambda b, node, slot, args, out: b.op("reverse", out, axis=node.attrs["axis"]), needs=no_needs,
     log_det=zero_log_det, log_det_cost="0",
-    simplify=lambda b, args, attrs: (
-        b.graph[args[0]].inputs[0]
-        if b.graph[args[0]].op == "reverse" and b.graph[args[0]].attrs["axis"] == attrs["axis"]
-        else args[0] if b.type(args[0]).has(attrs["axis"]) and b.type(args[0]).size(attrs["axis"]) == 1 else None
-    ),
+    simplify=_reverse_simplify,
 ))  # fmt: skip
 
 OPS.append(Op(
@@ -451,9 +457,9 @@ def _merge_depend(node: Node, types: Sequence[TensorType], slot: int, supports: 
 
 def _merge_simplify(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
     inner = b.graph[args[0]]
-    if inner.op == "split" and inner.attrs["axis"] == attrs["into"]:
-        if tuple(n for n, _ in inner.attrs["into"]) == tuple(attrs["axes"]):
-            return inner.inputs[0]
+    same_axis = inner.op == "split" and inner.attrs["axis"] == attrs["into"]
+    if same_axis and tuple(n for n, _ in inner.attrs["into"]) == tuple(attrs["axes"]):
+        return inner.inputs[0]
     return None
 
 

@@ -41,7 +41,10 @@ def _infer(kind: str) -> object:
             axis = p.axes[-1]
             wanted = 2 if offset is None else bins + offset
             if axis.size != wanted:
-                raise OpProblem("FL0301", f"`{kind}` with {bins} bins needs {wanted} values along `{axis.name}`, and gets {axis.size}")
+                raise OpProblem(
+                    "FL0301",
+                    f"`{kind}` with {bins} bins needs {wanted} values along `{axis.name}`, and gets {axis.size}",
+                )
             for a in p.axes[:-1]:
                 if a.name not in sizes:
                     sizes[a.name] = a.size
