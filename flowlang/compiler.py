@@ -9,7 +9,7 @@ from typing import Any
 from flowlang.analysis.ranges import Violation, base_support
 from flowlang.derive.analyse import Analyses, class_rank, shown_class
 from flowlang.derive.invert import shown
-from flowlang.derive.plan import CallInverse, Failure, Plan, Step
+from flowlang.derive.plan import Failure, Plan, Step
 from flowlang.derive.programs import is_map, is_random
 from flowlang.diagnostics import Diagnostic, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned

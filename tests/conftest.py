@@ -1,0 +1,5 @@
+"""One thread for each worker: the tests run in several processes."""
+
+import torch
+
+torch.set_num_threads(1)
