@@ -295,7 +295,7 @@ def _runtime_unary(w: Writer, n: Node) -> Expr:
 
 @emitter("asinh")
 def _asinh(w: Writer, n: Node) -> Expr:
-    return Expr(f"{w.scope.use('stable_asinh')}({argument(w, n.inputs[0])})")
+    return Expr(f"{w.scope.use('torch.asinh')}({argument(w, n.inputs[0])})")
 
 
 for _op in TORCH_UNARY:

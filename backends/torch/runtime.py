@@ -327,14 +327,6 @@ def log_abs(x: Tensor) -> Tensor:
     return torch.log(torch.abs(x))
 
 
-def stable_asinh(x: Tensor) -> Tensor:
-    """asinh without cancellation for large negative x."""
-    a = x.abs()
-    return torch.sign(x) * torch.where(
-        a > 1e4, torch.log(2 * a.clamp_min(1.0)), torch.log1p(a + a * a / (1 + torch.sqrt(a * a + 1)))
-    )
-
-
 def safe_pow(x: Tensor, e: float) -> Tensor:
     return torch.pow(x, e)
 
