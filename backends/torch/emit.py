@@ -269,7 +269,7 @@ def _index(w: Writer, n: Node) -> Expr:
 TORCH_UNARY = {
     "exp": "torch.exp", "log": "torch.log", "log1p": "torch.log1p", "expm1": "torch.expm1", "sqrt": "torch.sqrt",
     "square": "torch.square", "abs": "torch.abs", "sign": "torch.sign", "reciprocal": "torch.reciprocal", "sin": "torch.sin",
-    "cos": "torch.cos", "tan": "torch.tan", "sinh": "torch.sinh", "cosh": "torch.cosh", "tanh": "torch.tanh",
+    "cos": "torch.cos", "tan": "torch.tan", "sinh": "torch.sinh", "cosh": "torch.cosh", "tanh": "torch.tanh", "asinh": "torch.asinh",
     "atanh": "torch.atanh", "atan": "torch.atan", "asin": "torch.asin", "acos": "torch.acos", "sigmoid": "torch.sigmoid",
     "logit": "torch.logit", "softplus": "F.softplus", "log_sigmoid": "F.logsigmoid", "relu": "F.relu", "selu": "F.selu",
     "silu": "F.silu", "gelu": "F.gelu", "erf": "torch.erf", "erfinv": "torch.erfinv", "floor": "torch.floor",
@@ -291,11 +291,6 @@ def argument(w: Writer, n: int) -> str:
 
 def _runtime_unary(w: Writer, n: Node) -> Expr:
     return Expr(f"{w.scope.use(n.op)}({argument(w, n.inputs[0])})")
-
-
-@emitter("asinh")
-def _asinh(w: Writer, n: Node) -> Expr:
-    return Expr(f"{w.scope.use('torch.asinh')}({argument(w, n.inputs[0])})")
 
 
 for _op in TORCH_UNARY:
