@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,24 @@ from flowlang.syntax import tree
 CLASSES = {"1": 0, "D": 1, "D2": 2, "D3": 3}
 
 
+def checked_solver(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    from flowlang.checks.solvers import check_solver
+
+    return check_solver(declaration, report)
+
+
+def checked_path(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    from flowlang.checks.paths import check_path
+
+    return check_path(declaration, report)
+
+
+CHECKED_KINDS: dict[str, Callable[[tree.Declaration, Report], dict[str, Any]]] = {
+    "solver": checked_solver,
+    "path": checked_path,
+}
+
+
 @dataclass
 class Compilation:
     """One spec: its diagnostics, the regions of its declarations and what was found out about them."""
@@ -38,6 +56,7 @@ class Compilation:
     module: ModuleScope
     analyses: Analyses = field(default_factory=Analyses)
     regions: dict[str, Region] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # of declarations that are not graphs
 
     @property
     def ok(self) -> bool:
@@ -67,7 +86,9 @@ def compile_source(
         if target.kind == "flow":
             check_flow(comp, target)
     for target in module.declared():
-        if target.kind in LATER_KINDS:
+        if target.kind in CHECKED_KINDS:
+            comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, report)
+        elif target.kind in LATER_KINDS:
             report.add(
                 Diagnostic(
                     "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
@@ -459,7 +480,7 @@ def info(comp: Compilation) -> list[dict[str, Any]]:
     out = []
     for target in comp.module.declared():
         region = comp.regions.get(target.name) or used_region(comp, target)
-        entry: dict[str, Any] = {"name": target.name, "kind": target.kind}
+        entry: dict[str, Any] = {"name": target.name, "kind": target.kind, **comp.facts.get(target.name, {})}
         if region is not None and not region.broken:
             entry.update(describe_region(comp, region))
         out.append(entry)

@@ -55,6 +55,11 @@ CODES: dict[str, str] = {
     # 05 Jacobian, requirements
     "FL0501": "log-det-too-costly",
     "FL0502": "requirement-failed",
+    # 06 solvers and paths
+    "FL0601": "order-not-reached",
+    "FL0602": "bad-solver",
+    "FL0603": "endpoint-missed",
+    "FL0604": "path-not-smooth",
     # 07 backends and run time
     "FL0701": "cannot-lower",
     "FL0702": "bad-input",

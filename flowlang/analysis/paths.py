@@ -1,0 +1,122 @@
+"""Probability paths between a source x0 (t = 0) and data x1 (t = 1), symbolically in t.
+
+For an affine path x_t = α(t)·x1 + σ(t)·x0 everything follows from α and σ: velocity, score, the
+conversions between predictions, the signal-to-noise ratio (Lipman et al. 2024, arXiv 2412.06264, section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy as sp
+
+t, x0, x1 = sp.symbols("t x0 x1", real=True)
+x = sp.Symbol("x", real=True)
+GRID = 96
+
+
+@dataclass(frozen=True)
+class SymbolicPath:
+    """x_t as an expression in t, x0 and x1."""
+
+    expression: Any
+
+    @cached_property
+    def affine(self) -> tuple[Any, Any] | None:
+        """(α, σ) of x_t = α·x1 + σ·x0; None for a path of another form."""
+        e = sp.expand(self.expression)
+        alpha, sigma = sp.simplify(sp.diff(e, x1)), sp.simplify(sp.diff(e, x0))
+        if alpha.has(x0, x1) or sigma.has(x0, x1) or sp.simplify(e - alpha * x1 - sigma * x0) != 0:
+            return None
+        return alpha, sigma
+
+    @cached_property
+    def velocity(self) -> Any:
+        """d x_t / dt at fixed x0 and x1."""
+        return sp.simplify(sp.diff(self.expression, t))
+
+    def at(self, time: int) -> Any:
+        found = self.expression.subs(t, time)
+        if found.has(sp.nan, sp.zoo, sp.oo):
+            found = sp.limit(self.expression, t, time, "+" if time == 0 else "-")
+        return sp.simplify(found)
+
+    def residual(self, time: int) -> Any:
+        """What is missing at an end: 0 where the path arrives."""
+        return sp.simplify(self.at(time) - (x0 if time == 0 else x1))
+
+    @cached_property
+    def field(self) -> Any:
+        """The conditional velocity u_t(x | x1) = σ'/σ·(x - α·x1) + α'·x1, from x instead of x0; None if not affine."""
+        if self.affine is None:
+            return None
+        alpha, sigma = self.affine
+        return sp.simplify(sp.diff(sigma, t) / sigma * (x - alpha * x1) + sp.diff(alpha, t) * x1)
+
+    @cached_property
+    def signal_to_noise(self) -> Any:
+        if self.affine is None:
+            return None
+        alpha, sigma = self.affine
+        return sp.simplify(alpha**2 / sigma**2)
+
+    def irregular(self) -> tuple[float, str] | None:
+        """A time inside (0, 1) where the path or its velocity is not a finite real number, with what is wrong."""
+        for name, e in (("the path", self.expression), ("its velocity", sp.diff(self.expression, t))):
+            f = sp.lambdify((t, x0, x1), e, "mpmath")
+            for k in range(1, GRID):
+                time = k / GRID
+                try:
+                    value = complex(f(time, 0.7, -1.3))
+                except (ZeroDivisionError, ValueError, OverflowError, TypeError):
+                    return time, name
+                if value.imag != 0 or value != value or abs(value) == float("inf"):
+                    return time, name
+        return None
+
+    def snr_turns(self) -> float | None:
+        """A time where the signal-to-noise ratio does not grow; None where it grows throughout."""
+        ratio = self.signal_to_noise
+        if ratio is None or self.affine is None or self.affine[1] == 0:
+            return None
+        f = sp.lambdify(t, ratio, "mpmath")
+        last: float | None = None
+        for k in range(1, GRID):
+            value = complex(f(k / GRID)).real
+            if last is not None and value < last * (1 - 1e-12):
+                return k / GRID
+            last = value
+        return None
+
+
+def conversions(path: SymbolicPath) -> dict[str, Any]:
+    """For an affine path: velocity from each prediction and each prediction from velocity (v, noise x0, data x1, score s).
+
+    Keys `a_from_b`; expressions in t, x and the symbol of b.
+    """
+    assert path.affine is not None
+    alpha, sigma = path.affine
+    da, ds = sp.diff(alpha, t), sp.diff(sigma, t)
+    v, s = sp.symbols("v s", real=True)
+    wronskian = sp.simplify(sigma * da - ds * alpha)
+    out = {
+        "data_from_velocity": (sigma * v - ds * x) / wronskian,
+        "noise_from_velocity": (da * x - alpha * v) / wronskian,
+        "velocity_from_data": ds / sigma * x + wronskian / sigma * x1,
+        "velocity_from_noise": da / alpha * x - wronskian / alpha * x0,
+        "score_from_noise": -x0 / sigma,
+        "noise_from_score": -sigma * s,
+        "velocity_from_score": da / alpha * x + wronskian * sigma / alpha * s,
+        "score_from_velocity": -(da * x - alpha * v) / (wronskian * sigma),
+    }
+    return {k: sp.simplify(e) for k, e in out.items()}
+
+
+def text(expression: Any) -> str:
+    """An expression in the spec's notation."""
+    return str(expression).replace("**", " ^ ").replace("*", " * ").replace("pi", "π")
+
+
+__all__ = ["SymbolicPath", "conversions", "text"]

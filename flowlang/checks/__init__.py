@@ -1,0 +1,1 @@
+"""What is checked of declarations that are not maps: solvers and paths."""

@@ -1,0 +1,98 @@
+"""`require` on facts that are known by name: `order == 4 and embedded == 3`, `endpoint <= 1e-4`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+from flowlang.diagnostics import Diagnostic, Report
+from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.syntax import tree
+
+NUMBERS = Algebra(lambda n: n.value)
+
+COMPARE = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+class Claims:
+    """Compares the `require` statements of one declaration with its facts."""
+
+    def __init__(self, declaration: tree.Declaration, facts: Mapping[str, Any], report: Report, code: str):
+        self.declaration, self.facts, self.report, self.code = declaration, facts, report, code
+
+    def check(self, besides: Container[str] = ()) -> None:
+        """Judges every claim but those on the names in `besides`."""
+        for part in claims(self.declaration):
+            if not (isinstance(part, tree.Binary) and isinstance(part.left, tree.Name) and part.left.id in besides):
+                self.judge(part)
+
+    def judge(self, e: tree.Expr) -> None:
+        if not (
+            isinstance(e, tree.Binary)
+            and e.op in COMPARE
+            and isinstance(e.left, tree.Name)
+            and e.left.id in self.facts
+        ):
+            self.unknown(e)
+            return
+        have = self.facts[e.left.id]
+        want = static_value(self.declaration, e.right)
+        if want is None:
+            self.unknown(e)
+        elif not COMPARE[e.op](have, want):
+            why = self.facts.get(f"{e.left.id}_fails")
+            self.report.add(
+                Diagnostic(
+                    self.code,
+                    f"{e.left.id} {e.op} {want:g} is required, and the {e.left.id} is {have:g}",
+                    e.span,
+                    notes=(f"the first condition that fails: {why}",) if why else (),
+                    suggestion=f"correct the coefficients, or claim `{e.left.id} {e.op} {have:g}`",
+                )
+            )
+
+    def unknown(self, e: tree.Expr) -> None:
+        known = ", ".join(f"`{k}`" for k in self.facts if not k.endswith("_fails"))
+        self.report.add(
+            Diagnostic(
+                "FL0902", "this requirement is not one that is checked here", e.span, severity="warning",
+                suggestion=f"what is known here: {known}" if known else None,
+            )
+        )  # fmt: skip
+
+
+def claims(declaration: tree.Declaration) -> Iterator[tree.Expr]:
+    """The conditions that a body requires, one by one."""
+    for s in declaration.body or ():
+        if isinstance(s, tree.Require):
+            yield from conjuncts(s.condition)
+
+
+def claim_on(declaration: tree.Declaration, name: str) -> tree.Binary | None:
+    """The claim whose left side is that name."""
+    for e in claims(declaration):
+        if isinstance(e, tree.Binary) and isinstance(e.left, tree.Name) and e.left.id == name:
+            return e
+    return None
+
+
+def static_value(declaration: tree.Declaration, e: tree.Expr) -> float | None:
+    """The number an expression of static parameters stands for, at their defaults."""
+    try:
+        found = Evaluator(NUMBERS, static_names(NUMBERS, declaration, {})).value(e)
+    except NotPlain:
+        return None
+    return found if isinstance(found, int | float) else None
+
+
+def conjuncts(e: tree.Expr) -> Iterator[tree.Expr]:
+    if isinstance(e, tree.Binary) and e.op == "and":
+        yield from conjuncts(e.left)
+        yield from conjuncts(e.right)
+    elif isinstance(e, tree.Paren) and len(e.items) == 1 and e.items[0].left is not None:
+        yield from conjuncts(e.items[0].left)
+    else:
+        yield e

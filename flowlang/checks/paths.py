@@ -1,0 +1,143 @@
+"""Paths: they leave x0 at t = 0, arrive at x1 at t = 1, and are smooth between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flowlang.checks.claims import Claims, claim_on, static_value
+from flowlang.diagnostics import Diagnostic, Report
+from flowlang.elaborate.arithmetic import NotPlain
+from flowlang.elaborate.paths import symbolic
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.analysis.paths import SymbolicPath
+
+
+def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Reports what is wrong with a path; returns its facts (α, σ, velocity, ...)."""
+    try:
+        expression = symbolic(declaration, given)
+    except NotPlain as stop:
+        report.add(
+            Diagnostic(
+                "FL0902", f"the path `{declaration.name}` is not followed: {stop.what} is more than a formula in t, x0 and x1",
+                stop.span, severity="warning",
+            )
+        )  # fmt: skip
+        return {}
+    if expression is None:
+        report.add(
+            Diagnostic("FL0308", f"the path `{declaration.name}` has no value", declaration.name_span or declaration.span,
+                       suggestion="as in `x_t = (1 - t) * x0 + t * x1`")
+        )  # fmt: skip
+        return {}
+    from flowlang.analysis.paths import SymbolicPath, text
+
+    path = SymbolicPath(expression)
+    where = formula_span(declaration)
+    prior, stated = claim_on(declaration, "prior"), claim_on(declaration, "endpoint") is not None
+    facts: dict[str, Any] = {"velocity": text(path.velocity), "affine": path.affine is not None}
+    if path.affine is not None:
+        facts["alpha"], facts["sigma"] = (text(e) for e in path.affine)
+    facts["endpoint"] = max(end_error(path, time) for time in ((1,) if prior is not None else (0, 1)))
+    if not stated:
+        check_ends(path, where, report, (1,) if prior is not None else (0, 1))
+    if prior is not None:
+        check_prior(path, declaration, prior, report)
+    rough = path.irregular()
+    if rough is not None:
+        time, what = rough
+        report.add(
+            Diagnostic("FL0604", f"{what} is not a finite real number at t = {time:g}", where,
+                       suggestion="a path is smooth for 0 < t < 1")
+        )  # fmt: skip
+    else:
+        turn = path.snr_turns()
+        facts["snr_monotone"] = turn is None
+        if turn is not None:
+            report.add(
+                Diagnostic(
+                    "FL0604", f"the signal-to-noise ratio falls near t = {turn:g}", where, severity="warning",
+                    notes=("conversions between predictions and changes of schedule need it to grow",),
+                )
+            )  # fmt: skip
+    if not report.errors:
+        Claims(declaration, {"endpoint": facts["endpoint"]}, report, "FL0603").check(besides=("prior",))
+    return facts
+
+
+def end_error(path: SymbolicPath, time: int) -> float:
+    """The largest coefficient by which an end is missed."""
+    import sympy as sp
+
+    from flowlang.analysis.paths import x0, x1
+
+    residual = path.residual(time)
+    return max(abs(float(sp.N(sp.diff(residual, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
+
+
+def check_ends(path: SymbolicPath, where: Span, report: Report, times: tuple[int, ...]) -> None:
+    from flowlang.analysis.paths import text
+
+    for time in times:
+        residual, end = path.residual(time), ("x0", "x1")[time]
+        if residual != 0:
+            report.add(
+                Diagnostic(
+                    "FL0603", f"at t = {time} the path is at `{text(path.at(time))}`, and must be at `{end}`", where,
+                    notes=(f"it is off by `{text(residual)}`",),
+                    suggestion="correct it, or state how near it comes, as in `require endpoint <= 1e-4`",
+                )
+            )  # fmt: skip
+
+
+PRIOR_TOLERANCE = 0.05  # what of the data, in units of the prior's scale, may be left at t = 0
+SCALE_TOLERANCE = 1e-3
+
+
+def check_prior(path: SymbolicPath, declaration: tree.Declaration, claim: tree.Binary, report: Report) -> None:
+    """`require prior == normal(0, s)`: at t = 0 the path is s·x0, nearly whatever x1 is."""
+    import sympy as sp
+
+    from flowlang.analysis.paths import text, x0, x1
+
+    scale = prior_scale(declaration, claim.right)
+    if scale is None or claim.op != "==":
+        report.add(
+            Diagnostic("FL0306", "a claim on the prior is `prior == normal(0, s)`", claim.span,
+                       suggestion="`s` is a number or a static parameter")
+        )  # fmt: skip
+        return
+    start = path.at(0)
+    sigma, left = (abs(float(sp.N(sp.diff(start, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
+    if abs(sigma - scale) > SCALE_TOLERANCE * scale:
+        report.add(
+            Diagnostic("FL0603", f"at t = 0 the path has scale {sigma:g}, and `normal(0, {scale:g})` is required", claim.span,
+                       notes=(f"it is at `{text(start)}`",))
+        )  # fmt: skip
+    elif left > PRIOR_TOLERANCE * scale:
+        report.add(
+            Diagnostic("FL0603", f"at t = 0 the path still holds {left:.2g} of x1", claim.span,
+                       suggestion="let the signal vanish at t = 0, or take a wider prior")
+        )  # fmt: skip
+
+
+def prior_scale(declaration: tree.Declaration, e: tree.Expr) -> float | None:
+    """s of `normal(0, s)`; 1 for `normal`."""
+    if isinstance(e, tree.Name) and e.id == "normal":
+        return 1.0
+    if not (isinstance(e, tree.Call) and isinstance(e.fn, tree.Name) and e.fn.id == "normal" and len(e.items) == 2):
+        return None
+    mean, scale = (i.eq if i.eq is not None else i.left for i in e.items)
+    if mean is None or scale is None or static_value(declaration, mean) != 0:
+        return None
+    found = static_value(declaration, scale)
+    return found if found is not None and found > 0 else None
+
+
+def formula_span(declaration: tree.Declaration) -> Span:
+    last = [s for s in declaration.body or () if isinstance(s, tree.Bind | tree.ExprStatement)]
+    return last[-1].span if last else declaration.span

@@ -1,0 +1,124 @@
+"""Solvers: a tableau is consistent and has the order that is claimed; so has a step rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from flowlang.analysis.series import FUNCTIONS, Series, StepRule, Vector, rule_order
+from flowlang.analysis.solvers import condition, order, row_sum_faults
+from flowlang.checks.claims import Claims
+from flowlang.diagnostics import Diagnostic, FlowError, Report
+from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.elaborate.tableaus import read_tableau, tableau_of
+from flowlang.syntax import tree
+
+SERIES = Algebra(lambda n: Fraction(n.text.replace("_", "")), FUNCTIONS)
+RULE_PARAMETERS = ("v", "x", "t", "h")
+
+
+def check_solver(declaration: tree.Declaration, report: Report, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Reports what is wrong with a solver; returns its facts (order, stages, embedded order, ...)."""
+    try:
+        facts = tableau_facts(declaration, report, given) if tableau_of(declaration) else rule_facts(declaration, report)
+    except FlowError as e:
+        report.extend(e.diagnostics)
+        return {}
+    Claims(declaration, facts, report, "FL0601").check()
+    return facts
+
+
+def tableau_facts(declaration: tree.Declaration, report: Report, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    found = tableau_of(declaration)
+    assert found is not None
+    tableau = read_tableau(declaration, given)
+    stages = [r for r in found.rows if r.head is not None]
+    for i, total in row_sum_faults(tableau):
+        report.add(
+            Diagnostic(
+                "FL0602", f"stage {i + 1} is at time {tableau.c[i]}, and the sum of its row is {total}", stages[i].span,
+                notes=("a field that depends on time would be evaluated at the wrong time, and order be lost",),
+                suggestion=f"write {total} before the bar, or correct the row",
+            )
+        )  # fmt: skip
+    reached = order(tableau)
+    weights = next(r for r in found.rows if r.head is None)
+    if reached.value == 0:
+        report.add(
+            Diagnostic(
+                "FL0602", f"the weights sum to {sum(tableau.b, Fraction(0))}, and a consistent method's sum to 1", weights.span
+            )
+        )  # fmt: skip
+    facts: dict[str, Any] = {"stages": tableau.stages, "order": reached.value, "explicit": tableau.explicit}
+    if reached.failing is not None:
+        facts["order_fails"] = condition(reached.failing)
+    if tableau.embedded is not None:
+        facts["embedded"] = order(tableau, tableau.embedded).value
+    return facts
+
+
+# ---- step rules ---------------------------------------------------------------------------------
+
+
+class RuleEvaluator(Evaluator):
+    """A step's body; `state` names live from step to step."""
+
+    def __init__(self, algebra: Algebra, names: Mapping[str, Any], state: dict[str, Any]):
+        super().__init__(algebra, {**names, **state})
+        self.state = state
+
+    def run(self, statements: tuple[tree.Statement, ...]) -> Any:
+        result: Any = None
+        for s in statements:
+            if isinstance(s, tree.Declare) and s.word == "state":
+                for entry in s.entries:
+                    if entry.name not in self.state:
+                        if entry.value is None:
+                            raise NotPlain(entry.span, "state without a start")
+                        self.state[entry.name] = self.names[entry.name] = self.ev(entry.value)
+                continue
+            found = super().run((s,))
+            result = found if found is not None else result
+        return result
+
+
+def step_rule(declaration: tree.Declaration) -> StepRule:
+    """The body as a function of series, with state of its own."""
+    names = static_names(SERIES, declaration, {})
+    state: dict[str, Any] = {}
+
+    def step(v: Any, x: Vector, t: Series, h: Series, i: int) -> Vector:
+        evaluator = RuleEvaluator(SERIES, {**names, "v": v, "x": x, "t": t, "h": h, "i": Fraction(i)}, state)
+        out = evaluator.run(declaration.body or ())
+        for name in state:
+            state[name] = evaluator.names[name]
+        if not isinstance(out, Vector):
+            raise NotPlain(declaration.span, "this result")
+        return out
+
+    return step
+
+
+def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    names = {p.name for ps in declaration.parameters for p in ps}
+    missing = [n for n in RULE_PARAMETERS if n not in names]
+    if missing:
+        raise FlowError(
+            Diagnostic(
+                "FL0602",
+                f"a step rule takes (v, x, t, h), and `{declaration.name}` lacks {', '.join(f'`{n}`' for n in missing)}",
+                declaration.name_span or declaration.span,
+                suggestion=f"as in `solver {declaration.name} (v, x, t, h) {{ x + h * v(x, t) }}`, or give a `tableau`",
+            )
+        )
+    try:
+        return {"order": rule_order(lambda: step_rule(declaration))}
+    except NotPlain as stop:
+        report.add(
+            Diagnostic(
+                "FL0902", f"the order of `{declaration.name}` is not shown: {stop.what} is outside the arithmetic that is followed",
+                stop.span, severity="note",
+            )
+        )  # fmt: skip
+        return {}
