@@ -263,7 +263,7 @@ def check_support(comp: Compilation, region: Region) -> None:
     support = base_support(region)
     image = analyses.ranges(region).interval(region.outputs[0])
     where = region.base.span
-    name = region.base.distribution
+    name = region.base.distribution.name
     if image != support and not (image.within(support) and support.within(image)):
         comp.report.add(
             Diagnostic(
@@ -520,7 +520,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
         entry["steps"] = step_count(region)
         entry["chain"] = list(chain_rows(comp, region, data))
     if region.base is not None:
-        entry["base"] = region.base.distribution
+        entry["base"] = region.base.distribution.name
     return entry
 
 

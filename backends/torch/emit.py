@@ -277,6 +277,7 @@ TORCH_UNARY = {
 }  # fmt: skip
 RUNTIME_UNARY = (
     "softplus_inverse", "log_cosh", "log_tanh_slope", "tanh_slope", "sigmoid_slope", "log_sigmoid_slope", "log_abs",
+    "log_bessel_i0e",
 )  # fmt: skip
 
 
@@ -406,6 +407,12 @@ def _extremum(w: Writer, n: Node) -> Expr:
 def _mod(w: Writer, n: Node) -> Expr:
     a, b = (w.aligned(i, n.tensor) for i in n.inputs)
     return Expr(f"torch.remainder({a.text}, {b.text})")
+
+
+@emitter("rotate")
+def _rotate(w: Writer, n: Node) -> Expr:
+    a, b = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"{w.scope.use('rotate')}({a.text}, {b.text})")
 
 
 @emitter("where")
@@ -748,9 +755,9 @@ for _kind in KINDS:
 @emitter("random_like")
 def _random(w: Writer, n: Node) -> Expr:
     sizes = "".join(f", {s}" for _, s in n.attrs["axes"])
-    df = f", df={argument(w, n.inputs[0])}" if n.inputs else ""
+    shape = "".join(f", {w.aligned(i, n.tensor).text}" for i in n.inputs)
     return Expr(
-        f'{w.scope.use("standard_noise")}("{n.attrs["kind"]}", ({w.batch_text()}{sizes or ","}), {w.scope.zero_like()}, {w.generator}{df})'
+        f'{w.scope.use("standard_noise")}("{n.attrs["kind"]}", ({w.batch_text()}{sizes or ","}), {w.scope.zero_like()}, {w.generator}{shape})'
     )
 
 

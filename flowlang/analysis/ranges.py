@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flowlang.ir.distributions import DISTRIBUTIONS
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.interval import REAL, Interval, closed, point
@@ -150,12 +149,11 @@ def hull_operand(graph: Graph, node: Node) -> int | None:
 def base_support(region: Region) -> Interval:
     """The support of a flow's base."""
     assert region.base is not None
-    table = DISTRIBUTIONS[region.base.distribution]
     arguments: dict[str, float | None] = {}
     for name, id in region.base.arguments:
         node = region.graph[id]
         arguments[name] = float(node.attrs["value"]) if node.op == "const" and not node.tensor.axes else None
-    return table.support(arguments)
+    return region.base.distribution.support(arguments)
 
 
 __all__ = ["Ranges", "Violation", "base_support", "hull_operand", "point"]

@@ -21,8 +21,8 @@ from flowlang.derive.plan import (
 )
 from flowlang.derive.programs import Program, build, is_map
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import Graph, Node, Region
-from flowlang.ir.interval import REAL, Interval
+from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region
+from flowlang.ir.interval import POSITIVE, REAL, Interval
 from flowlang.ir.lipschitz import constant
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
@@ -68,10 +68,24 @@ class Analyses:
         ranges = self.ranges(region)
         for o in [*region.outputs, *(e.value for e in region.emissions)]:
             ranges.bounds(o)
-        for arguments in (*(e.arguments for e in region.emissions), *(d.arguments for d in region.draws)):
-            for _, a in arguments:
-                ranges.bounds(a)
-        return [*ranges.violations, *self._violations[id(region)]]
+        laws = [*region.emissions, *region.draws, *([region.base] if region.base is not None else [])]
+        found = [v for law in laws for v in self.argument_violations(region, law)]
+        return [*ranges.violations, *self._violations[id(region)], *found]
+
+    def argument_violations(self, region: Region, law: Emission | Draw | BaseDistribution) -> list[Violation]:
+        """Arguments of a distribution that may leave where they must lie."""
+        out: list[Violation] = []
+        if law.distribution is None:
+            return out
+        for slot, (name, id) in enumerate(law.arguments):
+            found = self.ranges(region).interval(id)
+            wanted = law.distribution.parameters[name][1]
+            if not found.within(wanted):
+                node = region.graph[id]
+                use = Node(-1, law.distribution.name, (), node.type, span=law.span or node.span)
+                words = f"a positive `{name}`" if wanted == POSITIVE else f"`{name}` in {wanted}"
+                out.append(Violation(use, Need(slot, wanted, words=words), found, region.graph))
+        return out
 
     def call_bounds(
         self, graph: Graph, node: Node, operands: Sequence[Interval], sink: list[Violation]

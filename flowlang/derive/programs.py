@@ -25,7 +25,6 @@ from flowlang.derive.plan import (
     Unjoin,
 )
 from flowlang.ir.build import Builder
-from flowlang.ir.distributions import DISTRIBUTIONS
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops import OPS
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
@@ -163,7 +162,7 @@ class Replay:
         emission = next(e for e in self.region.emissions if e.value == n)
         arguments = {k: self.value(id) for k, id in emission.arguments}
         assert emission.distribution is not None
-        self.env[n] = sample_from(self.b, emission.distribution, self.source[n].tensor, arguments)
+        self.env[n] = emission.distribution.draw(self.b, self.source[n].tensor, arguments)
         self.program.random = True
 
     # ---- calls ----------------------------------------------------------------------------------
@@ -435,11 +434,10 @@ class Replay:
         """log p of emissions and -log q of draws, at this region (score and generate)."""
         for e in self.region.emissions:
             if e.distribution is not None:
-                self.weights.append(
-                    log_prob_of(self.b, e.distribution, self.value(e.value), {k: self.value(i) for k, i in e.arguments})
-                )
+                arguments = {k: self.value(i) for k, i in e.arguments}
+                self.weights.append(e.distribution.total_log_prob(self.b, self.value(e.value), arguments))
         for d in self.region.draws:
-            q = log_prob_of(self.b, d.distribution, self.value(d.value), {k: self.value(i) for k, i in d.arguments})
+            q = d.distribution.total_log_prob(self.b, self.value(d.value), {k: self.value(i) for k, i in d.arguments})
             self.weights.append(self.b.neg(q))
 
     def finish(self, outputs: list[int], *, log_det: bool) -> Program:
@@ -614,35 +612,6 @@ def draws_noise(region: Region, method: str) -> bool:
     return any(any(e.distribution is not None for e in r.emissions) for r in region.walk())
 
 
-def sample_from(b: Builder, name: str, type_: TensorType, arguments: dict[str, int]) -> int:
-    """A sample of a type: standard noise, then the distribution's transform."""
-    table = DISTRIBUTIONS[name]
-    arguments = with_defaults(b, name, arguments)
-    shape = {"kind": table.noise, "axes": tuple((a.name, a.size) for a in type_.axes)}
-    inputs: tuple[int, ...] = (arguments["df"],) if table.noise == "student_t" else ()
-    noise = b.graph.add("random_like", inputs, type_, shape, batched=True).id
-    value = table.transform(b, noise, arguments)
-    return b.op("order", b.expand(value, type_), names=type_.names)
-
-
-def with_defaults(b: Builder, name: str, arguments: dict[str, int]) -> dict[str, int]:
-    """Arguments whose absence a formula cannot leave out get their default value."""
-    if name == "uniform":
-        out = dict(arguments)
-        for k, (default, _) in DISTRIBUTIONS[name].parameters.items():
-            if k not in out and default is not None:
-                out[k] = b.const(default)
-        return out
-    return arguments
-
-
-def log_prob_of(b: Builder, name: str, value: int, arguments: dict[str, int]) -> int:
-    """log p for each sample: summed over all axes of the value."""
-    table = DISTRIBUTIONS[name]
-    each = table.log_prob(b, value, with_defaults(b, name, arguments))
-    return b.total(each, b.type(value).axes)
-
-
 def prune(program: Program, keep_inputs: bool = False) -> Program:
     """Drops what no result needs; ids are renumbered in order."""
     graph = program.graph
@@ -693,9 +662,8 @@ def forward_program(region: Region, plan: Plan, name: str) -> Program:
         r.feed(i)
     r.feed_context()
     for d in region.draws:
-        r.env[d.value] = sample_from(
-            r.b, d.distribution, r.source[d.value].tensor, {k: r.value(i) for k, i in d.arguments}
-        )
+        arguments = {k: r.value(i) for k, i in d.arguments}
+        r.env[d.value] = d.distribution.draw(r.b, r.source[d.value].tensor, arguments)
         if r.source[d.value].label:
             r.b.graph.relabel(r.env[d.value], r.source[d.value].label or "")
         r.program.random = True
@@ -710,7 +678,7 @@ def forward_program(region: Region, plan: Plan, name: str) -> Program:
     if name == "log_prob":
         assert region.base is not None
         arguments = {k: r.value(i) for k, i in region.base.arguments}
-        r.weights.append(log_prob_of(r.b, region.base.distribution, outputs[0], arguments))
+        r.weights.append(region.base.distribution.total_log_prob(r.b, outputs[0], arguments))
         return r.finish([], log_det=True)
     return r.finish([*outputs, *emissions], log_det=True)
 
@@ -731,7 +699,7 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
         assert region.base is not None
         arguments = {k: r.value(i) for k, i in region.base.arguments}
         for o in region.outputs:
-            r.env[o] = sample_from(r.b, region.base.distribution, r.source[o].tensor, arguments)
+            r.env[o] = region.base.distribution.draw(r.b, r.source[o].tensor, arguments)
         r.program.random = True
     if generate:
         for e in region.emissions:
@@ -747,7 +715,7 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
         if name == "sample_and_log_prob":
             assert region.base is not None
             arguments = {k: r.value(i) for k, i in region.base.arguments}
-            r.weights.append(log_prob_of(r.b, region.base.distribution, r.env[region.outputs[0]], arguments))
+            r.weights.append(region.base.distribution.total_log_prob(r.b, r.env[region.outputs[0]], arguments))
         return r.finish(outputs, log_det=True)
     r.weights = [r.b.neg(r.total_weight())]
     return r.finish(outputs, log_det=True)

@@ -26,7 +26,8 @@ from flowlang.elaborate.values import (
     Tuple,
     describe,
 )
-from flowlang.ir.distributions import DISTRIBUTIONS
+from flowlang.ir.distributions import DISTRIBUTIONS, Distribution, categorical, mixture
+from flowlang.ir.domains import Domain
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -186,6 +187,12 @@ def binary(name: str) -> Fn:
         return body.node(name, operand(body, args), operand(body, args, 1), span=span(args))
 
     return call
+
+
+def rotate(body: Body, args: Arguments) -> Any:
+    """`rotate(x, t)`: the angle x turned by t, kept in [-π, π)."""
+    expect(body, args, "rotate", 2)
+    return body.node("rotate", operand(body, args), operand(body, args, 1), span=span(args))
 
 
 def extremum(name: str) -> Fn:
@@ -587,31 +594,94 @@ def not_yet(name: str, what: str) -> Fn:
     return call
 
 
+def named_arguments(body: Body, args: Arguments, name: str, names: list[str]) -> dict[str, Any]:
+    """Numbers and tensors by the names of a distribution's parameters."""
+    values: dict[str, Any] = {}
+    for k, v in args.keywords.items():
+        if k not in names:
+            raise body.fail(
+                "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
+                suggestion=did_you_mean(k, names) or f"its arguments are {', '.join(f'`{n}`' for n in names)}",
+            )  # fmt: skip
+        values[k] = v
+    free = [n for n in names if n not in values]
+    if len(args.positional) > len(free):
+        raise body.fail("FL0202", f"`{name}` takes {len(names)} arguments", span(args))
+    values.update(zip(free, args.positional, strict=False))
+    for k, v in values.items():
+        if not isinstance(v, Tensor | int | float | Pending):
+            raise body.fail(
+                "FL0306", f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}", span(args)
+            )
+    return {n: values[n] for n in names if n in values}
+
+
+def complete(body: Body, args: Arguments, law: Distribution, values: dict[str, Any]) -> DistributionValue:
+    for n, (default, _) in law.parameters.items():
+        if default is None and n not in values:
+            raise body.fail("FL0203", f"`{law.name}` needs `{n}`", span(args))
+    for n in law.matrices:
+        node = body.graph[operand_id(body, values[n], span(args))]
+        domain = node.attrs.get("domain")
+        if not isinstance(domain, Domain) or domain.structure not in ("lower", "unit_lower"):
+            raise body.fail(
+                "FL0311",
+                f"`{n}` of `{law.name}` is a lower-triangular matrix with a positive diagonal",
+                span(args),
+                suggestion=f"declare it so: `param {node.label or 'L'}: LowerTriangular[D', D]`",
+            )
+    return DistributionValue(law, tuple(values.items()), span(args))
+
+
+def operand_id(body: Body, value: Any, where: Span) -> int:
+    return body.tensor(body.capture(value), where)
+
+
 def distribution(name: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
-        table = DISTRIBUTIONS[name]
-        names = list(table.parameters)
-        values: dict[str, Any] = {}
-        for k, v in args.keywords.items():
-            if k not in names:
-                raise body.fail(
-                    "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
-                    suggestion=did_you_mean(k, names) or f"its arguments are {', '.join(f'`{n}`' for n in names)}",
-                )  # fmt: skip
-            values[k] = v
-        free = [n for n in names if n not in values]
-        if len(args.positional) > len(free):
-            raise body.fail("FL0202", f"`{name}` takes {len(names)} arguments", span(args))
-        values.update(zip(free, args.positional, strict=False))
-        for k, v in values.items():
-            if not isinstance(v, Tensor | int | float | Pending):
-                raise body.fail(
-                    "FL0306", f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}", span(args)
-                )
-        ordered = tuple((n, values[n]) for n in names if n in values)
-        return DistributionValue(name, ordered, span(args))
+        law = DISTRIBUTIONS[name]
+        return complete(body, args, law, named_arguments(body, args, name, list(law.parameters)))
 
     return call
+
+
+def logits_axis(body: Body, args: Arguments, logits: Any, name: str) -> str:
+    """The axis of the alternatives: in brackets, or the only one that the logits have."""
+    t = body.b.type(operand_id(body, logits, span(args)))
+    names = axis_list(body, args)
+    if len(names) == 1 and t.has(names[0]):
+        return names[0]
+    if not names and t.rank == 1:
+        return t.names[0]
+    raise body.fail(
+        "FL0307", f"`{name}` runs over one axis of its logits, and these are `{t}`", span(args),
+        suggestion=f"name it, as in `{name}[K](..)`",
+    )  # fmt: skip
+
+
+def mixture_of(body: Body, args: Arguments) -> Any:
+    """`mixture[K](logits = w, normal(mean = m, scale = s))`: the components lie along K."""
+    logits = args.keywords.get("logits")
+    rest = list(args.positional)
+    if logits is None and rest:
+        logits = rest.pop(0)
+    unknown = [k for k in args.keywords if k != "logits"]
+    inner = rest[0] if len(rest) == 1 else None
+    if unknown or not isinstance(logits, Tensor) or not isinstance(inner, DistributionValue):
+        raise body.fail(
+            "FL0203", "`mixture` takes logits and the distribution of its components", span(args),
+            suggestion="as in `mixture[K](logits = w, normal(mean = m, scale = s))`, m and s having the axis K",
+        )  # fmt: skip
+    law = mixture(inner.law, logits_axis(body, args, logits, "mixture"))
+    return complete(body, args, law, {"logits": logits, **dict(inner.arguments)})
+
+
+def categorical_of(body: Body, args: Arguments) -> Any:
+    """`categorical[K](logits = w)`: whole numbers below K's size."""
+    values = named_arguments(body, args, "categorical", ["logits"])
+    if not isinstance(values.get("logits"), Tensor):
+        raise body.fail("FL0203", "`categorical` needs `logits`, a tensor", span(args))
+    return complete(body, args, categorical(logits_axis(body, args, values["logits"], "categorical")), values)
 
 
 def _table() -> dict[str, Any]:
@@ -628,6 +698,7 @@ def _table() -> dict[str, Any]:
     put("clamp", clamp)
     put("where", where)
     put("mod", binary("mod"))
+    put("rotate", rotate)
     put("min", extremum("min"))
     put("max", extremum("max"))
     for name in ("sum", "mean", "var", "std", "prod", "logsumexp", "argmax", "any", "all"):
@@ -667,6 +738,8 @@ def _table() -> dict[str, Any]:
         put(name, not_yet(name, what))
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")
+    put("mixture", mixture_of, kind="distribution")
+    put("categorical", categorical_of, kind="distribution")
     table.update(NETWORKS)
     table.update({"true": True, "false": False, "π": math.pi, "pi": math.pi, "none": ABSENT, "inf": math.inf})
     return table

@@ -276,7 +276,7 @@ class Elaborator:
             case Bracketed():
                 return ("bracketed", self.static_key(value.fn), tuple(i.span.text for i in value.items))
             case DistributionValue():
-                return ("distribution", value.name, tuple((k, self.static_key(v)) for k, v in value.arguments))
+                return ("distribution", value.name, value.law.event_axes, tuple((k, self.static_key(v)) for k, v in value.arguments))
             case list():
                 return ("list", tuple(self.static_key(v) for v in value))
             case bool() | int() | float() | str():

@@ -28,7 +28,7 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
-from flowlang.ir.distributions import DISTRIBUTIONS
+from flowlang.ir.distributions import COMBINED, DISTRIBUTIONS
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Child, Draw, Emission, Graph, Region, Step
 from flowlang.ir.ops.base import OpProblem
@@ -200,17 +200,19 @@ def draw(body: Body, statement: tree.Bind) -> Any:
         return POISON
     spec = evaluate_type(body, target.type) if target.type is not None else None
     arguments = distribution_arguments(body, dist)
-    type_ = draw_type(body, spec, arguments, statement.span)
+    type_ = draw_type(body, spec, arguments, statement.span, dist.law.event_axes)
     value = body.b.leaf(
         "input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw"
     )
-    body.region.draws.append(Draw(value, dist.name, arguments, statement.span))
+    body.region.draws.append(Draw(value, dist.law, arguments, statement.span))
     result = Tensor(value, body)
     bind_name(body, target, result, "=")
     return result
 
 
-def draw_type(body: Body, spec: Any, arguments: tuple[tuple[str, int], ...], span: Span) -> TensorType:
+def draw_type(
+    body: Body, spec: Any, arguments: tuple[tuple[str, int], ...], span: Span, hidden: tuple[str, ...]
+) -> TensorType:
     if isinstance(spec, TypeSpec):
         axes = list(spec.axes)
         if spec.rest:
@@ -221,8 +223,9 @@ def draw_type(body: Body, spec: Any, arguments: tuple[tuple[str, int], ...], spa
         return TensorType.of(*((n, s) for n, s in axes if s is not None))
     best = SCALAR
     for _, id in arguments:
-        if body.b.type(id).rank > best.rank:
-            best = body.b.type(id)
+        found = body.b.type(id).without(hidden)
+        if found.rank > best.rank:
+            best = found
     return best.as_kind("real")
 
 
@@ -232,19 +235,59 @@ def distribution(body: Body, expr: tree.Expr) -> DistributionValue | None:
     if isinstance(value, Poison):
         return None
     if isinstance(value, Builtin) and value.kind == "distribution":
-        return DistributionValue(value.name, (), expr.span)
+        return bare_distribution(body, value, expr.span)
     if isinstance(value, DistributionValue):
         return value
     raise body.fail(
         "FL0211",
         f"a distribution is needed here, and this is {describe(value)}",
         expr.span,
-        suggestion=f"distributions are {', '.join(f'`{d}`' for d in sorted(DISTRIBUTIONS))}",
+        suggestion=f"distributions are {', '.join(f'`{d}`' for d in sorted([*DISTRIBUTIONS, *COMBINED]))}",
     )
 
 
-def distribution_arguments(body: Body, dist: DistributionValue) -> tuple[tuple[str, int], ...]:
-    return tuple((n, body.tensor(body.capture(v), dist.span)) for n, v in dist.arguments)
+def bare_distribution(body: Body, builtin: Builtin, span: Span) -> DistributionValue:
+    law = DISTRIBUTIONS.get(builtin.name)
+    needed = [n for n, (default, _) in law.parameters.items() if default is None] if law is not None else []
+    if law is None or needed:
+        words = f"needs {', '.join(f'`{n}`' for n in needed)}" if needed else "needs its arguments"
+        raise body.fail("FL0203", f"`{builtin.name}` {words}", span, suggestion=DISTRIBUTION_HINTS.get(builtin.name))
+    return DistributionValue(law, (), span)
+
+
+DISTRIBUTION_HINTS = {
+    "student_t": "as in `student_t(df = 5)`",
+    "multivariate_normal": "as in `multivariate_normal(scale_tril = L)` with `param L: LowerTriangular[D', D]`",
+    "mixture": "as in `mixture[K](logits = w, normal(mean = m, scale = s))`, m and s having the axis K",
+    "categorical": "as in `categorical[K](logits = w)`",
+}
+
+
+def distribution_arguments(
+    body: Body, dist: DistributionValue, value: TensorType | None = None
+) -> tuple[tuple[str, int], ...]:
+    """The arguments as values here; each may vary along the axes of the value alone."""
+    found = tuple((n, body.tensor(body.capture(v), dist.span)) for n, v in dist.arguments)
+    if value is not None:
+        for name, id in found:
+            own = set(body.b.type(id).names) - set(dist.law.event_axes)
+            if name in dist.law.matrices:
+                own.discard(body.b.type(id).names[-2])
+            extra = sorted(n for n in own if not value.has(n))
+            if extra:
+                raise body.fail(
+                    "FL0307",
+                    f"`{name}` of `{dist.name}` has an axis `{extra[0]}`, which the value `{value}` lacks",
+                    dist.span,
+                )
+            for a in body.b.type(id).axes:
+                if value.has(a.name) and value.size(a.name) != a.size:
+                    raise body.fail(
+                        "FL0301",
+                        f"axis `{a.name}` has size {a.size} in `{name}` of `{dist.name}`, and {value.size(a.name)} in the value",
+                        dist.span,
+                    )
+    return found
 
 
 def expression(body: Body, statement: tree.ExprStatement, last: bool) -> Any:
@@ -456,7 +499,7 @@ def emit(body: Body, statement: tree.Emit) -> None:
         raise_poison()
     assert dist is not None
     id = body.tensor(value, statement.value.span)
-    body.region.emissions.append(Emission(id, dist.name, distribution_arguments(body, dist), statement.span))
+    body.region.emissions.append(Emission(id, dist.law, distribution_arguments(body, dist, body.b.type(id)), statement.span))
 
 
 def raise_poison() -> None:
@@ -475,7 +518,8 @@ def base(body: Body, statement: tree.Base) -> None:
     dist = distribution(body, statement.value)
     if dist is None:
         return
-    body.region.base = BaseDistribution(dist.name, distribution_arguments(body, dist), statement.span)
+    arguments = distribution_arguments(body, dist, body.chain_value.type)
+    body.region.base = BaseDistribution(dist.law, arguments, statement.span)
 
 
 # ---- chains -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flowlang.ir.distributions import Distribution
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Region
 from flowlang.ir.types import Axis, TensorType
@@ -151,11 +152,15 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class DistributionValue:
-    """A distribution with its arguments, tensors or numbers; `name` is a key of ir.distributions."""
+    """A distribution with its arguments, tensors or numbers."""
 
-    name: str
+    law: Distribution
     arguments: tuple[tuple[str, Any], ...]
     span: Span
+
+    @property
+    def name(self) -> str:
+        return self.law.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
 from flowlang.ir.types import TensorType, TupleType, Type
 from flowlang.source import Span
+
+if TYPE_CHECKING:
+    from flowlang.ir.distributions import Distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +107,11 @@ class Graph:
 class Emission:
     """A value that leaves a bijector under its own distribution: log p(value | arguments).
 
-    `distribution` is a key of ir.distributions; None where a called region scores it itself.
+    `distribution` is None where a called region scores it itself.
     """
 
     value: int
-    distribution: str | None
+    distribution: Distribution | None
     arguments: tuple[tuple[str, int], ...]
     span: Span | None = None
 
@@ -118,16 +121,16 @@ class Draw:
     """A draw inside a bijector: an input node `value` with its distribution; −log q is scored."""
 
     value: int
-    distribution: str
+    distribution: Distribution
     arguments: tuple[tuple[str, int], ...]
     span: Span | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BaseDistribution:
-    """The base of a flow: a distribution of ir.distributions with its arguments as graph values."""
+    """The base of a flow: a distribution with its arguments as graph values."""
 
-    distribution: str
+    distribution: Distribution
     arguments: tuple[tuple[str, int], ...]
     span: Span | None = None
 

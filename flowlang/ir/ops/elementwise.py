@@ -297,6 +297,13 @@ unary(
     simplify=lambda b, args, at: args[0],
 )
 unary("exp", bounds=mono(math.exp, 0.0, inf), d=lambda b, x, y: y, inverse=pointy("log"), log_slope=lambda b, x, y: x)
+# log(exp(-x)·I0(x)) of the modified Bessel function: the normaliser of von Mises.
+unary(
+    "log_bessel_i0e",
+    bounds=lambda a: Interval(-inf, 0.0, True, False),
+    why="`log_bessel_i0e` is even",
+)
+
 unary(
     "log",
     bounds=on(POSITIVE, mono(math.log, -inf, inf)),
@@ -1011,6 +1018,23 @@ OPS.append(Op(
     "mod", number_result, depend, elementwise=True, interval=_mod_bounds, continuous=lambda slot: False, cost=flops(4),
     total=lambda node, types: (Need(1, nonzero=True, words="a divisor that is never zero"),),
     why_not={"invert": "`mod` wraps around", "jvp": "`mod` jumps", "lipschitz": "`mod` jumps"},
+))  # fmt: skip
+
+CIRCLE = Interval(-pi, pi, False, True)
+
+
+def _rotate_needs(node: Node, slot: int, facts: Facts) -> Sequence[Need] | str:
+    if slot == 1:
+        return "only the angle can be told from `rotate`, not by how much it was turned"
+    return full_operand(node, slot, facts) or (Need(0, CIRCLE, words="may leave [-π, π), the domain `Torus`"),)
+
+
+# rotate(x, t): x + t brought back to [-π, π). A bijection of the circle, though it jumps as a map of numbers.
+OPS.append(Op(
+    "rotate", number_result, depend, elementwise=True, interval=lambda ivs, t, n: CIRCLE, continuous=lambda slot: False,
+    jvp=_linear_jvp((1, 1)), invert=lambda b, node, slot, args, out: b.op("rotate", out, b.neg(args[1])),  # type: ignore[arg-type]
+    needs=_rotate_needs, log_det=lambda b, node, slot, args, out: LocalLogDet(None), log_det_cost="0", cost=flops(5),
+    why_not={"lipschitz": "`rotate` jumps as a map of numbers"},
 ))  # fmt: skip
 
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "and", "or"):
