@@ -68,7 +68,9 @@ class Analyses:
         ranges = self.ranges(region)
         for o in [*region.outputs, *(e.value for e in region.emissions)]:
             ranges.bounds(o)
-        laws = [*region.emissions, *region.draws, *([region.base] if region.base is not None else [])]
+        laws: list[Emission | Draw | BaseDistribution] = [*region.emissions, *region.draws]
+        if region.base is not None:
+            laws.append(region.base)
         found = [v for law in laws for v in self.argument_violations(region, law)]
         return [*ranges.violations, *self._violations[id(region)], *found]
 
