@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint types layers clean
+.PHONY: demo test test-all tables lint types layers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ test: $(VENV)/.installed
 
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The parser's tables, after a change of the grammar.
+tables: $(VENV)/.installed
+	$(BIN)/python -c "from flowlang.syntax.tables import dump; open('grammar/tables.json', 'w').write(dump())"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

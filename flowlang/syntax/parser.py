@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
 from typing import Any
 
 from flowlang import limits
@@ -13,6 +11,7 @@ from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.source import Source, Span
 from flowlang.syntax import tree
 from flowlang.syntax.lexing import CLOSING, OPENING, Comment, Shaped, items_of, shape
+from flowlang.syntax.tables import Node, Token, engine, scan
 
 EDITION = 1
 
@@ -24,52 +23,6 @@ class Parsed:
     module: tree.Module
     broken: frozenset[str]
     comments: tuple[Comment, ...]
-
-
-class _Keep:
-    """Keeps terminals that no rule uses; decisions come later, in `lexing.shape`."""
-
-    always_accept = ("COMMENT", "NEWLINE", "BADNUMBER", "BAD", "SEMICOLON")
-
-    def process(self, stream: Any) -> Any:
-        return stream
-
-
-class Node:
-    """A parse-tree node that knows where it starts and ends."""
-
-    __slots__ = ("children", "data", "end", "start")
-
-    def __init__(self, data: Any, children: list[Any], meta: Any = None):
-        self.data = str(data)
-        self.children = children
-        self.start = self.end = -1
-        for c in children:
-            if c is not None:
-                first = c.start if isinstance(c, Node) else c.start_pos
-                if first >= 0:
-                    self.start = first
-                    break
-        for c in reversed(children):
-            if c is not None:
-                last = c.end if isinstance(c, Node) else c.end_pos
-                if last >= 0:
-                    self.end = last
-                    break
-
-
-def grammar_text() -> str:
-    return resources.files("flowlang.grammar").joinpath("flowlang.lark").read_text("utf-8")
-
-
-@lru_cache(maxsize=1)
-def _lark() -> Any:
-    from lark import Lark
-
-    return Lark(
-        grammar_text(), parser="lalr", lexer="basic", postlex=_Keep(), tree_class=Node, keep_all_tokens=True,
-        maybe_placeholders=True, start=["file", "item", "statement", "row", "expr"],
-    )  # fmt: skip
 
 
 def parse(source: Source, report: Report) -> Parsed:
@@ -93,7 +46,7 @@ def parse_expression(text: str) -> tree.Expr:
     """One expression, for tests and tools; raises FlowError."""
     source = Source.of("expression", text)
     report = Report()
-    shaped = shape(source, _lark().lex(text))
+    shaped = shape(source, scan(text))
     report.extend(shaped.problems)
     parser = _Parser(source, report)
     found = parser.piece(shaped.tokens, "expr") if report.ok else None
@@ -122,7 +75,7 @@ class _Parser:
     # ---- files, items, recovery -----------------------------------------------------------------
 
     def run(self) -> Parsed:
-        shaped = shape(self.source, _lark().lex(self.source.text))
+        shaped = shape(self.source, scan(self.source.text))
         self.report.extend(shaped.problems)
         whole = Span(self.source, 0, len(self.source.text))
         items: list[Any] = []
@@ -240,18 +193,15 @@ class _Parser:
             return None
 
     def feed(self, tokens: list[Any], start: str) -> Any:
-        from lark import Token
         from lark.exceptions import UnexpectedInput
 
-        parser = _lark().parse_interactive(start=start)
+        parser = engine().parse_interactive(start=start)
         last = tokens[-1] if tokens else None
+        at = last.end_pos if last is not None else 0
         try:
             for t in tokens:
                 parser.feed_token(t)
-            end = Token(
-                "$END", "", last.end_pos if last is not None else 0, end_pos=last.end_pos if last is not None else 0
-            )
-            return parser.feed_token(end)
+            return parser.feed_token(Token("$END", "", at, at))
         except UnexpectedInput as e:
             raise _Failure(self.unexpected(e, last)) from None
 
@@ -641,4 +591,4 @@ def _with_docs(module: tree.Module, source: Source, comments: list[Comment]) -> 
     return tree.Module(module.source, module.edition, tuple(items), span=module.span)
 
 
-__all__ = ["CLOSING", "OPENING", "Comment", "Parsed", "grammar_text", "parse", "parse_expression"]
+__all__ = ["CLOSING", "OPENING", "Comment", "Parsed", "parse", "parse_expression"]
