@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import networkx as nx
 
 from flowlang.analysis.dependence import Dependence, Summaries, call_relation, local_relation
 from flowlang.analysis.ranges import Ranges
@@ -358,6 +357,8 @@ class Inverter:
 
     def dominators(self, p: Problem, stuck: list[int]) -> dict[int, list[int]]:
         """For each stuck member, the unknown values that every way from the unknown targets to it crosses."""
+        import networkx as nx  # takes longer than checking most specs: only where propagation sticks
+
         g: nx.DiGraph[int] = nx.DiGraph()
         root = -1
         g.add_node(root)

@@ -132,11 +132,11 @@ class Body:
             return self.axes[name]
         if name in self.module.names:
             self.elab.used_names.add((id(self.module), name))
-            return self.module.names[name]
+            return self.elab.constant_value(self.module.names[name])
         if name in self.module.broken:
             self.region.broken = True
             return POISON
-        value = self.elab.global_name(name)
+        value = self.elab.constant_value(self.elab.global_name(name))
         if value is not None:
             return value
         raise self.fail(
@@ -528,7 +528,7 @@ class Body:
             )
         if isinstance(value, ModuleScope):
             if expr.name in value.names:
-                return value.names[expr.name]
+                return self.elab.constant_value(value.names[expr.name])
             raise self.fail(
                 "FL0201", f"unknown name `{expr.name}`", expr.span, suggestion=did_you_mean(expr.name, value.names)
             )

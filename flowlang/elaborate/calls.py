@@ -141,8 +141,6 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
             )
             return fn.builtin.fn(body, merged)
         case Declared():
-            if fn.kind == "const":
-                return dispatch(body, body.elab.constant(fn), args)
             return call_target(body, Instance(fn, {}, args.span), args)
         case BuiltinNet():
             return call_target(body, Instance(fn, {}, args.span), args)

@@ -36,7 +36,7 @@ from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Loader, Source, Span
 from flowlang.syntax import tree
-from flowlang.syntax.parser import parse
+from flowlang.syntax.parser import parse, parse_library
 
 WITNESS_SIZES = (3, 2, 5)
 
@@ -68,7 +68,7 @@ class Elaborator:
     def add_module(self, source: Source, chain: tuple[str, ...] = ()) -> ModuleScope:
         if source.name in self.modules:
             return self.modules[source.name]
-        result = parse(source, self.report)
+        result = parse_library(source) if source.library else parse(source, self.report)
         scope = ModuleScope(source, result.module, broken=result.broken)
         self.modules[source.name] = scope
         for item in result.module.items:
@@ -173,8 +173,12 @@ class Elaborator:
             )
         return value
 
-    def constant(self, target: Declared) -> Any:
-        return self.resolve_alias(target)
+    def constant_value(self, value: Any) -> Any:
+        """A name of a `const` stands for the constant's value."""
+        if isinstance(value, Declared) and value.kind == "const":
+            found = self.resolve_alias(value)
+            return value if found is None else found
+        return value
 
     def check_kind(self, body: Body, target: Declared, span: Span) -> None:
         if target.kind in LATER_KINDS:
@@ -723,7 +727,11 @@ class Elaborator:
         return None
 
     def witness_static(self, scope: Body, p: tree.Parameter, span: Span) -> Any:
-        spec = evaluate_type(scope, p.type) if p.type is not None else None
+        try:
+            spec = evaluate_type(scope, p.type) if p.type is not None else None
+        except Fail as e:
+            self.report.add(e.diagnostic)
+            return None
         if not isinstance(spec, Static):
             return None
         match spec.name:

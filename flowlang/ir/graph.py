@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
-
 from flowlang.ir.types import TensorType, TupleType, Type
 from flowlang.source import Span
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from flowlang.ir.distributions import Distribution
 
 
@@ -41,8 +41,8 @@ class Graph:
     """Append-only; passes build new graphs."""
 
     def __init__(self) -> None:
-        self.nx: nx.MultiDiGraph[int] = nx.MultiDiGraph()
         self._nodes: dict[int, Node] = {}
+        self._users: dict[int, list[tuple[int, int]]] = {}  # node -> (user, slot), users in the order of creation
 
     def add(
         self,
@@ -59,18 +59,29 @@ class Graph:
             batched = any(self._nodes[i].batched for i in inputs)
         node = Node(len(self._nodes), op, inputs, type, dict(attrs or {}), span, label, batched)
         self._nodes[node.id] = node
-        self.nx.add_node(node.id, node=node)
         for slot, source in enumerate(inputs):
-            self.nx.add_edge(source, node.id, key=slot)
+            self._users.setdefault(source, []).append((node.id, slot))
         return node
 
     def relabel(self, id: int, label: str) -> None:
         """Gives a node the name under which the spec binds it (the first name stays)."""
         old = self._nodes[id]
         if old.label is None:
-            node = Node(old.id, old.op, old.inputs, old.type, old.attrs, old.span, label, old.batched)
-            self._nodes[id] = node
-            self.nx.nodes[id]["node"] = node
+            self._nodes[id] = Node(old.id, old.op, old.inputs, old.type, old.attrs, old.span, label, old.batched)
+
+    @property
+    def nx(self) -> nx.MultiDiGraph[int]:
+        """The graph for networkx's algorithms: node data `node`, the key of an edge is the operand's slot.
+
+        Made when asked for: importing networkx takes longer than checking most specs.
+        """
+        import networkx
+
+        graph: nx.MultiDiGraph[int] = networkx.MultiDiGraph()
+        for node in self:
+            graph.add_node(node.id, node=node)
+            graph.add_edges_from((source, node.id, slot) for slot, source in enumerate(node.inputs))
+        return graph
 
     def __getitem__(self, id: int) -> Node:
         return self._nodes[id]
@@ -86,10 +97,7 @@ class Graph:
 
     def users(self, id: int) -> list[tuple[Node, int]]:
         """(user, slot) pairs in the order of creation."""
-        return sorted(
-            ((self._nodes[v], slot) for _, v, slot in self.nx.out_edges(id, keys=True)),
-            key=lambda pair: (pair[0].id, pair[1]),
-        )
+        return [(self._nodes[user], slot) for user, slot in self._users.get(id, ())]
 
     def reachable(self, roots: list[int]) -> set[int]:
         """All nodes that the roots need, roots included."""

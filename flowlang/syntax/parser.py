@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from flowlang import limits
@@ -40,6 +41,16 @@ def parse(source: Source, report: Report) -> Parsed:
     finally:
         if enabled:
             gc.enable()
+
+
+@lru_cache(maxsize=128)
+def parse_library(source: Source) -> Parsed:
+    """A file of the standard library, parsed once in a process. Trees are never changed, so runs may share them."""
+    report = Report()
+    parsed = parse(source, report)
+    if not report.ok:
+        raise FlowError(report.errors)
+    return parsed
 
 
 def parse_expression(text: str) -> tree.Expr:
