@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-
 from flowlang.analysis.dependence import Dependence, Summaries, call_relation, local_relation
 from flowlang.analysis.ranges import Ranges
 from flowlang.derive.jvp import NoDerivative, tangent

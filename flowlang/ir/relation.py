@@ -215,6 +215,17 @@ class Relation:
                 return found
         return None
 
+    def pairs(self, part: Conjunction, row: str, col: str, size: int) -> Matrix | None:
+        """What a conjunction says of two axes of one size, by what it says of either alone too."""
+        found = self.matrix(part, row, col)
+        alone, other = self.matrix(part, row, None), self.matrix(part, None, col)
+        if alone is not None or other is not None:
+            keep = other.bits()[0] if other is not None else (1 << size) - 1
+            rows = alone.bits() if alone is not None else (1,) * size
+            bits = found.bits() if found is not None else ((1 << size) - 1,) * size
+            found = matrix(size, size, (b & keep if r else 0 for b, r in zip(bits, rows, strict=True)))
+        return found
+
     def within(self, row: str, col: str, cmp: str) -> bool:
         """Whether row index `cmp` column index holds wherever the relation does."""
         size = next((a.size for a in self.rows if a.name == row), None)
@@ -223,7 +234,7 @@ class Relation:
             return not self.parts
         wanted = compare(size, cmp)
         for part in self.parts:
-            found = self.matrix(part, row, col)
+            found = self.pairs(part, row, col, size)
             if found is None:
                 if wanted is None or not wanted.is_full:
                     return False
@@ -257,7 +268,10 @@ class Relation:
         size = next((a.size for a in self.rows if a.name == row), None)
         if size is None:
             return self
-        return self.meet({(row, col): eye(size)})
+        found = self.meet({(row, col): eye(size)})
+        # What either index alone is held to may leave no pair of equal ones.
+        kept = tuple(p for p in found.parts if not (m := self.pairs(p, row, col, size)) or not m.empty)
+        return Relation(self.rows, self.cols, kept)
 
     def compose(self, inner: Relation) -> Relation:
         """self: result on operand; inner: operand on entry; the result on the entry."""
