@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.backends.torch.names import Names
 
-from flowlang.derive.programs import Program, draws_noise, is_map, is_random
+from flowlang.derive.programs import Program, is_map
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.types import TensorType, TupleType
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ATOM, POWER, UNARY, PRODUCT, SUM, COMPARE = 6, 5, 4, 3, 2, 1
 INLINE_WIDTH = 56
+RESULT_WIDTH = 72
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,18 @@ class Writer:
         self.names = names or Names(scope.generator.reserved)
         self.env: dict[int, Expr] = {}
         self.lines: list[str] = []
-        self.batch = ""
-        self.batch_source = ""
-        self.batch_used = False
+        self.batch = ""  # the batch shape, as a tuple
         self.generator = "None"
+        self.reference = ""  # a tensor of the flow's dtype and device
         self.uses: dict[int, int] = {}
+        self.results: set[int] = set()
         self.pairs: dict[tuple[Any, ...], tuple[str, str]] = {}
         self.alias: dict[int, Node] = {}  # body inputs that stand for parameters outside
 
     # ---- driving --------------------------------------------------------------------------------
 
     def run(self, outputs: Sequence[int]) -> list[str]:
+        self.results = set(outputs)
         needed = self.graph.reachable(list(outputs))
         for n in needed:
             node = self.graph[n]
@@ -79,38 +81,42 @@ class Writer:
             self.env[node.id] = expr
             return
         simple = expr.level == ATOM and "(" not in expr.text and "[" not in expr.text
-        once = self.uses.get(node.id, 0) <= 1 and node.label is None
-        if simple or (once and len(expr.text) <= INLINE_WIDTH):
+        once = self.uses.get(node.id, 0) <= 1
+        width = RESULT_WIDTH if node.id in self.results else INLINE_WIDTH if node.label is None else 0
+        if simple or (once and len(expr.text) <= width):
             self.env[node.id] = expr
             return
         self.env[node.id] = Expr(self.assign(node, expr.text))
 
     def assign(self, node: Node, text: str, wanted: str | None = None) -> str:
-        name = self.names.fresh(wanted or node.label or short(node.op, node))
+        name = self.names.fresh(wanted or node.label or self.short(node))
         comment = ""
         if isinstance(node.type, TensorType) and node.tensor.axes and len(text) < 80:
             comment = f"  # [{', '.join(node.tensor.names)}]"
         self.lines.append(f"{name} = {text}{comment}")
         return name
 
+    def short(self, node: Node) -> str:
+        """A name for a value that the spec does not name; that of what it rearranges, where it only does so."""
+        while node.op in ("rename", "order", "split", "merge", "expand") and self.graph[node.inputs[0]].label is None:
+            node = self.graph[node.inputs[0]]
+        if node.op == "add" and any(self.graph[i].op == "contract" for i in node.inputs):
+            return "linear"
+        return node.label or short(node.op, node)
+
     def variable(self, n: int, wanted: str | None = None) -> str:
         """The value as a plain name (solver bodies capture names, not expressions)."""
         expr = self.env[n]
         if expr.text.isidentifier():
             return expr.text
-        name = self.names.fresh(wanted or self.graph[n].label or short(self.graph[n].op))
+        name = self.names.fresh(wanted or self.graph[n].label or self.short(self.graph[n]))
         self.lines.append(f"{name} = {expr.text}")
         self.env[n] = Expr(name)
         return name
 
-    def prelude(self) -> list[str]:
-        return [f"batch = {self.batch_source}"] if self.batch_used and self.batch != "batch" else []
-
     def batch_text(self) -> str:
         """The batch dims, to be spread into a shape."""
-        if not self.batch:
-            self.batch_used = True
-        return "*batch"
+        return f"*{self.batch}"
 
     # ---- operands -------------------------------------------------------------------------------
 
@@ -131,20 +137,22 @@ class Writer:
 
     def as_tensor(self, n: int) -> str:
         """A tensor even where the value is a number in Python."""
-        if self.const(n) is not None or self.is_number(n):
-            return f"({self.scope.zero_like()} + {self.env[n].at(SUM)})"
-        return self.env[n].at(ATOM)
+        return self.full((), n) if self.is_number(n) else self.env[n].at(ATOM)
+
+    def full(self, shape: Sequence[str], n: int) -> str:
+        """A tensor of a shape (texts of sizes) filled with a number."""
+        sizes = f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+        if self.const(n) == 0:
+            return f"{self.reference}.new_zeros({sizes})"
+        return f"{self.reference}.new_full({sizes}, {self.env[n].text})"
 
     def is_number(self, n: int) -> bool:
-        """Whether the value is a Python number: made of constants alone."""
+        """Whether the value is a Python number: arithmetic on constants alone."""
         node = self.graph[n]
         if node.op == "const":
             return not node.tensor.axes
-        return (
-            bool(node.inputs) and not node.tensor.axes and all(self.is_number(i) for i in node.inputs)
-            if isinstance(node.type, TensorType) and node.op not in ("call", "repeat", "get")
-            else False
-        )
+        arithmetic = ("neg", "add", "sub", "mul", "div", "identity", "rename", "order")
+        return node.op in arithmetic and not node.tensor.axes and all(self.is_number(i) for i in node.inputs)
 
     def aligned(self, n: int, target: TensorType) -> Expr:
         """The operand with its axes where the result has them."""
@@ -158,16 +166,13 @@ class Writer:
         inserted = False
         index: list[str] = []
         seen_left = False
-        for k, a in enumerate(target.names):
+        for a in target.names:
             if t.has(a):
                 index.append(":")
                 seen_left = True
             elif seen_left or self.graph[n].batched:
                 index.append("None")
                 inserted = True
-            del k
-        while index and index[-1] == ":" and False:
-            index.pop()
         if inserted:
             expr = Expr(f"{expr.at(ATOM)}[..., {', '.join(index)}]")
         return expr
@@ -197,17 +202,18 @@ def moved(text: str, have: Sequence[str], want: Sequence[str]) -> str:
     return f"{text}.movedim({source}, {tuple(range(-n, 0))})"
 
 
+NAMES = {
+    "add": "total", "sub": "difference", "mul": "scaled", "div": "ratio", "neg": "negative", "contract": "product",
+    "sum": "total", "exp": "scale", "get": "part", "random_like": "noise", "matrix_log_det": "log_det",
+    "log_abs": "log_size", "order": "moved", "expand": "spread", "masked": "weight", "norm_bounded": "weight",
+}  # fmt: skip
+
+
 def short(op: str, node: Node | None = None) -> str:
+    """A name for a value that the spec does not name."""
     if node is not None and op == "call":
         return f"{node.attrs['child']}_out"
-    names = {
-        "contract": "product",
-        "get": "part",
-        "random_like": "noise",
-        "matrix_log_det": "log_det",
-        "log_abs": "log_size",
-    }
-    return names.get(op, op.split("_")[0] if len(op) > 12 else op)
+    return NAMES.get(op, op.split("_")[0] if len(op) > 12 else op)
 
 
 def literal(value: float | int | bool) -> str:
@@ -219,6 +225,19 @@ def literal(value: float | int | bool) -> str:
         if value == -math.inf:
             return "-math.inf"
     return repr(value)
+
+
+def integers(values: Sequence[int]) -> str:
+    """A list of whole numbers, as a short expression where there is one."""
+    n = len(values)
+    if n > 1 and list(values) == list(range(values[0], values[0] + n)):
+        return f"range({n})" if values[0] == 0 else f"range({values[0]}, {values[0] + n})"
+    if n > 2 and len(set(values)) == 1:
+        return f"[{values[0]}] * {n}"
+    for top in (values[-1], values[-1] + 1):
+        if n > 4 and list(values) == [j * top // n for j in range(n)]:
+            return f"[j * {top} // {n} for j in range({n})]"
+    return repr(list(values))
 
 
 Emitter = Callable[[Writer, Node], "Expr | None"]
@@ -419,7 +438,7 @@ def _rotate(w: Writer, n: Node) -> Expr:
 def _where(w: Writer, n: Node) -> Expr:
     c, a, b = (w.aligned(i, n.tensor) for i in n.inputs)
     if w.is_number(n.inputs[1]) and w.is_number(n.inputs[2]):
-        return Expr(f"torch.where({c.text}, {w.scope.zero_like()} + {a.at(SUM)}, {b.text})")
+        return Expr(f"torch.where({c.text}, {w.as_tensor(n.inputs[1])}, {b.text})")
     return Expr(f"torch.where({c.text}, {a.text}, {b.text})")
 
 
@@ -599,7 +618,7 @@ def _expand(w: Writer, n: Node) -> Expr:
     i = n.inputs[0]
     sizes = ", ".join(str(a.size) for a in n.tensor.axes)
     if w.is_number(i):
-        return Expr(f"{w.as_tensor(i)}.expand({sizes})")
+        return Expr(w.full([str(a.size) for a in n.tensor.axes], i))
     text = w.aligned(i, n.tensor).at(ATOM)
     if w.graph[i].batched:
         return Expr(f"{text}.expand({w.batch_text()}, {sizes})")
@@ -619,7 +638,8 @@ def _gather(w: Writer, n: Node) -> Expr:
 def _masked(w: Writer, n: Node) -> Expr:
     t = n.tensor
     row, col = n.attrs["row"], n.attrs["col"]
-    made = f"{w.scope.use('degree_mask')}({list(n.attrs['row_degrees'])!r}, {list(n.attrs['col_degrees'])!r}, {bool(n.attrs['strict'])})"
+    rows, cols = integers(n.attrs["row_degrees"]), integers(n.attrs["col_degrees"])
+    made = f"{w.scope.use('degree_mask')}({rows}, {cols}, strict={bool(n.attrs['strict'])})"
     mask = w.scope.buffer("mask", made)
     have = [a for a in t.names if a in (row, col)]
     if have != [row, col]:
@@ -757,7 +777,7 @@ def _random(w: Writer, n: Node) -> Expr:
     sizes = "".join(f", {s}" for _, s in n.attrs["axes"])
     shape = "".join(f", {w.aligned(i, n.tensor).text}" for i in n.inputs)
     return Expr(
-        f'{w.scope.use("standard_noise")}("{n.attrs["kind"]}", ({w.batch_text()}{sizes or ","}), {w.scope.zero_like()}, {w.generator}{shape})'
+        f'{w.scope.use("standard_noise")}("{n.attrs["kind"]}", ({w.batch_text()}{sizes or ","}), {w.reference}, {w.generator}{shape})'
     )
 
 
@@ -808,41 +828,39 @@ def _results(w: Writer, n: Node) -> list[str]:
     return out
 
 
-def _method(n: Node, region: Region) -> str:
-    method = n.attrs.get("method", "forward")
-    return "" if method == "forward" else f".{method}"
+def method_name(program: str, value_only: bool) -> str:
+    """The method of a class that runs a program, with its log-det or without."""
+    if not value_only:
+        return program
+    return "value" if program == "forward" else f"{program}_value"
+
+
+def called(n: Node) -> tuple[Region, str, bool]:
+    """What a call or repeat runs: region, program, and whether without the log-det."""
+    region: Region = n.attrs["region"]
+    return region, n.attrs.get("method", "forward"), is_map(region) and not n.attrs.get("log_det")
+
+
+def _method(n: Node) -> str:
+    _, program, value_only = called(n)
+    name = method_name(program, value_only)
+    return "" if name == "forward" else f".{name}"
 
 
 @emitter("call")
 def _call(w: Writer, n: Node) -> Expr | None:
     region: Region = n.attrs["region"]
     arguments = _call_arguments(w, n, region)
-    method = n.attrs.get("method", "forward")
-    if takes_generator(region, method):
+    if w.scope.generator.noisy(*called(n)):
         arguments.append(f"generator={w.generator}")
     child = w.scope.children[n.attrs["child"]]
-    text = f"self.{child}{_method(n, region)}({', '.join(arguments)})"
-    if is_map(region) and not n.attrs.get("log_det"):
-        count = len(result_types(n.type))
-        text = f"{text}[0]" if count == 1 else f"{text}[:{count}]"
+    text = f"self.{child}{_method(n)}({', '.join(arguments)})"
     if isinstance(n.type, TupleType):
         names = _results(w, n)
         w.lines.append(f"{', '.join(names)} = {text}")
         _bind_results(w, n, names)
         return None
     return Expr(text)
-
-
-def takes_generator(region: Region, method: str) -> bool:
-    if not is_map(region):
-        return False
-    if method in ("score", "generate"):
-        return is_random(region)
-    return needs_noise(region)
-
-
-def needs_noise(region: Region) -> bool:
-    return draws_noise(region, "score")
 
 
 def _bind_results(w: Writer, n: Node, names: Sequence[str]) -> None:
@@ -859,9 +877,8 @@ def _get(w: Writer, n: Node) -> Expr:
 
 @emitter("repeat")
 def _repeat(w: Writer, n: Node) -> Expr | None:
-    region: Region = n.attrs["region"]
     carried = int(n.attrs["carried"])
-    method = n.attrs.get("method", "forward")
+    _, method, _ = called(n)
     child = w.scope.children[n.attrs["child"]]
     with_log_det = bool(n.attrs.get("log_det"))
     count = len(result_types(n.type))
@@ -874,22 +891,20 @@ def _repeat(w: Writer, n: Node) -> Expr | None:
     context = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in n.inputs[carried:]]
     block = w.names.fresh("block")
     arguments = [*values, *context]
-    if takes_generator(region, method):
+    if w.scope.generator.noisy(*called(n)):
         arguments.append(f"generator={w.generator}")
     backwards = method in ("inverse", "generate")
     source = f"reversed(self.{child})" if backwards else f"self.{child}"
-    one = f"{block}{_method(n, region)}({', '.join(arguments)})"
+    one = f"{block}{_method(n)}({', '.join(arguments)})"
     if with_log_det:
         total = names[count - 1]
         part = w.names.fresh("part")
-        w.lines.append(f"{total} = {w.scope.zero_like()}")
+        w.lines.append(f"{total} = 0.0")
         w.lines.append(f"for {block} in {source}:")
         w.lines.append(f"    {', '.join([*values, part])} = {one}")
         w.lines.append(f"    {total} = {total} + {part}")
     else:
         w.lines.append(f"for {block} in {source}:")
-        if is_map(region):
-            one = f"{one}[:{carried}]" if carried > 1 else f"{one}[0]"
         w.lines.append(f"    {', '.join(values)} = {one}")
     if isinstance(n.type, TupleType):
         _bind_results(w, n, names)
@@ -905,7 +920,8 @@ def _body(w: Writer, n: Node, outer: Sequence[int], name: str) -> str:
     """A local function for a solver's body; what it captures are variables of the method."""
     body: Program = n.attrs["body"]
     inner = Writer(w.scope, body.graph, Names(w.names.taken))
-    inner.batch, inner.batch_source, inner.generator = w.batch, w.batch_source, w.generator
+    inner.batch, inner.generator = w.batch, w.generator
+    inner.reference = w.reference
     entry = body.graph[body.inputs[0]]
     var = inner.names.fresh(entry.label or "u")
     inner.env[body.inputs[0]] = Expr(var)
@@ -928,7 +944,6 @@ def _body(w: Writer, n: Node, outer: Sequence[int], name: str) -> str:
         fixed.append(r)
     w.lines.append(f"    return {', '.join(fixed)}")
     w.lines.append("")
-    w.batch_used = w.batch_used or inner.batch_used
     w.names.taken |= inner.names.taken
     return function
 
@@ -963,4 +978,6 @@ def _estimate(w: Writer, n: Node) -> Expr:
     x, *outer = n.inputs
     g = _body(w, n, outer, "residual")
     event = w.type(x).rank
-    return Expr(f"{w.scope.use('estimate_log_det')}({g}, {w.tensor(x)}, {event}, {n.attrs['constant']!r})")
+    return Expr(
+        f"{w.scope.use('estimate_log_det')}({g}, {w.tensor(x)}, {event}, {n.attrs['constant']!r}, {w.generator})"
+    )

@@ -717,5 +717,5 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
             arguments = {k: r.value(i) for k, i in region.base.arguments}
             r.weights.append(region.base.distribution.total_log_prob(r.b, r.env[region.outputs[0]], arguments))
         return r.finish(outputs, log_det=True)
-    r.weights = [r.b.neg(r.total_weight())]
+    r.weights = [r.b.neg(w) for w in r.weights]
     return r.finish(outputs, log_det=True)

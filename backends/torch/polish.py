@@ -1,0 +1,67 @@
+"""Names of local variables, made fewer: a value that nobody reads any more hands its name on."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+
+
+@dataclass
+class Life:
+    """The top-level statements at which a variable is first bound and last used."""
+
+    born: int
+    dies: int
+    looped: bool = False  # bound first inside a loop
+    held: bool = False  # a closure has it
+
+
+def lives(body: list[ast.stmt]) -> dict[str, Life]:
+    found: dict[str, Life] = {}
+    for k, statement in enumerate(body):
+        closure = isinstance(statement, ast.FunctionDef)
+        for node in ast.walk(statement):
+            name = (
+                node.id
+                if isinstance(node, ast.Name)
+                else node.arg
+                if isinstance(node, ast.arg)
+                else node.name
+                if isinstance(node, ast.FunctionDef)
+                else None
+            )
+            if name is None:
+                continue
+            life = found.setdefault(name, Life(k, k, looped=isinstance(statement, ast.For)))
+            life.dies = k
+            life.held = life.held or closure
+    return found
+
+
+def reuse_names(arguments: list[str], lines: list[str]) -> list[str]:
+    """The statements of a method with `h`, `h_2`, `h_3` folded into `h` where their lives do not overlap."""
+    if not lines:
+        return lines
+    known = lives(ast.parse("\n".join(lines)).body)
+    until = {a: known[a].dies if a in known else -1 for a in arguments}
+    held = {n for n, life in known.items() if life.held}
+    renamed: dict[str, str] = {}
+    for name in sorted((n for n in known if n not in arguments), key=lambda n: (known[n].born, n)):
+        life = known[name]
+        stem = re.fullmatch(r"(.*?)_?\d+", name)
+        base = stem[1] if stem else name
+        if base == name or name in held or base in held or base not in until:
+            until.setdefault(name, life.dies)
+            continue
+        if until[base] < life.born or (until[base] == life.born and not life.looped):
+            renamed[name] = base
+            until[base] = life.dies
+    out = [substitute(line, renamed) for line in lines]
+    return [x for x in out if not re.fullmatch(r"(\w+) = \1", x)]
+
+
+def substitute(line: str, renamed: dict[str, str]) -> str:
+    """Renames in code, not in comments or strings or after a dot."""
+    code, mark, comment = line.partition("  # ")
+    return re.sub(r"(?<![\w.\"'])[A-Za-z_]\w*(?![\w\"'])", lambda m: renamed.get(m[0], m[0]), code) + mark + comment

@@ -1,0 +1,208 @@
+"""The face of a flow: what users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flowlang.backends.torch.runtime.errors import bad_input
+from torch import Tensor, nn
+
+
+class Flow(nn.Module):
+    """A density model: data -> base. Every value may have any number of leading batch dimensions.
+
+    Generated classes give the shapes of one sample, and `types`, which has them in the spec's words.
+    Not-a-number in one sample makes the results of that sample not-a-number, and of no other.
+    """
+
+    data_shape: tuple[int, ...] = ()
+    base_shape: tuple[int, ...] = ()
+    emitted_shapes: tuple[tuple[int, ...], ...] = ()
+    given_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+    types: dict[str, str] = {}  # noqa: RUF012
+    like: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Has the dtype and the device of the flow, also when it has no parameters.
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor, /, **given: Tensor) -> tuple[Tensor, ...]:
+        """z and log|det dz/dx|; parts that leave on the way stand between them."""
+        (x,), context = self._fit([("data", x, self.data_shape)], given)
+        return self._forward(x, *context)
+
+    def inverse(self, z: Tensor, /, *parts: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
+        """x and log|det dx/dz| from the base's value and the parts that left."""
+        if len(parts) != len(self.emitted_shapes):
+            raise bad_input(
+                f"{len(self.emitted_shapes)} parts leave this flow on the way, and `inverse` got {len(parts)}",
+                "give the parts in the order in which `forward` returns them",
+            )
+        named = [(f"part {k + 1}", p, s) for k, (p, s) in enumerate(zip(parts, self.emitted_shapes, strict=True))]
+        values, context = self._fit([("base", z, self.base_shape), *named], given)
+        return self._inverse(*values, *context)
+
+    def log_prob(self, x: Tensor, /, **given: Tensor) -> Tensor:
+        """log p(x | given), for each sample, in nats."""
+        (x,), context = self._fit([("data", x, self.data_shape)], given)
+        return self._log_prob(x, *context)
+
+    def rsample(self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor) -> Tensor:
+        """Samples through which gradients flow. `shape` is the batch shape (a number or a tuple).
+
+        Context is broadcast to it; when `shape` is (), the batch shape is the context's.
+        """
+        batch, context = self._fit_sample(shape, given)
+        return self._sample(batch, *context, generator=generator)
+
+    @torch.no_grad()
+    def sample(self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor) -> Tensor:
+        """Samples, as `rsample` gives them, without gradient."""
+        return self.rsample(shape, generator, **given)
+
+    def sample_and_log_prob(
+        self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Samples through which gradients flow, with their log-density, in one pass."""
+        batch, context = self._fit_sample(shape, given)
+        return self._sample_and_log_prob(batch, *context, generator=generator)
+
+    def to_distribution(self, **given: Tensor) -> torch.distributions.Distribution:
+        """The flow, with its context fixed, as a torch distribution."""
+        return FlowDistribution(self, given)
+
+    def extra_repr(self) -> str:
+        given = ", ".join(f"{k}: {self.types.get(k, v)}" for k, v in self.given_shapes.items())
+        maps = f"{self.types.get('data', self.data_shape)} -> {self.types.get('base', self.base_shape)}"
+        return f"{maps} given {given}" if given else maps
+
+    # ---- programs of a generated class ------------------------------------------------------------
+
+    def _forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def _inverse(self, *values: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _log_prob(self, *values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _sample(self, batch: tuple[int, ...], *context: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _sample_and_log_prob(
+        self, batch: tuple[int, ...], *context: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    # ---- inputs ---------------------------------------------------------------------------------
+
+    def _fit(
+        self, values: list[tuple[str, Tensor, tuple[int, ...]]], given: dict[str, Any]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The values and the context, checked and broadcast to one batch shape."""
+        checked = [(name, self._check(name, v, shape), shape) for name, v, shape in values]
+        checked += self._context(given)
+        n = len(values)
+        if len(checked) > 1:
+            batches = {name: v.shape[: v.dim() - len(shape)] for name, v, shape in checked}
+            batch = self._common(batches)
+            fitted = [v.expand(batch + shape) for _, v, shape in checked]
+            return fitted[:n], fitted[n:]
+        return [checked[0][1]], []
+
+    def _fit_sample(self, shape: Any, given: dict[str, Any]) -> tuple[tuple[int, ...], list[Tensor]]:
+        """The batch shape of samples, and the context broadcast to it."""
+        batch = (shape,) if isinstance(shape, int | torch.SymInt) else tuple(shape)
+        context = self._context(given)
+        batches = {name: tuple(c.shape[: c.dim() - len(s)]) for name, c, s in context}
+        if not batch:
+            batch = self._common(batches) if batches else ()
+        elif batches and self._common({"shape": batch, **batches}) != batch:
+            raise bad_input(
+                f"samples of batch shape {batch} were asked for, and the context has batch shape "
+                f"{', '.join(str(b) for b in batches.values())}",
+                "ask for a shape to which the context broadcasts, or leave it out",
+            )
+        return batch, [c.expand(batch + s) for _, c, s in context]
+
+    def _context(self, given: dict[str, Any]) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        if given.keys() != self.given_shapes.keys():
+            expected = ", ".join(f"`{k}`: {self.types.get(k, s)}" for k, s in self.given_shapes.items())
+            for name in given:
+                if name not in self.given_shapes:
+                    raise bad_input(
+                        f"`{name}` is no context of this flow",
+                        f"its context is {expected}" if expected else "it takes none",
+                    )
+            name = next(k for k in self.given_shapes if k not in given)
+            raise bad_input(
+                f"the context `{name}` is missing; it is {self.types.get(name, self.given_shapes[name])}",
+                f"give it by name, as in `{name} = ...`",
+            )
+        return [(name, self._check(name, given[name], shape), shape) for name, shape in self.given_shapes.items()]
+
+    def _common(self, batches: dict[str, Any]) -> tuple[int, ...]:
+        shapes = list(batches.values())
+        if all(s == shapes[0] for s in shapes):
+            return tuple(shapes[0])
+        try:
+            return tuple(torch.broadcast_shapes(*shapes))
+        except RuntimeError:
+            found = ", ".join(f"`{k}` {tuple(s)}" for k, s in batches.items())
+            raise bad_input(f"the batch shapes do not fit each other: {found}", "give shapes that broadcast") from None
+
+    def _check(self, name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+        """The value as a tensor of the flow's dtype whose last dimensions are `shape`."""
+        if not isinstance(x, Tensor):
+            try:
+                x = torch.as_tensor(x, dtype=self.like.dtype, device=self.like.device)
+            except (TypeError, ValueError, RuntimeError):
+                raise bad_input(f"`{name}` is a {type(x).__name__}", "give a tensor") from None
+        if x.shape[x.dim() - len(shape) :] != shape or x.dim() < len(shape):
+            wanted = self.types.get(name, str(shape))
+            raise bad_input(
+                f"`{name}` has shape {tuple(x.shape)}, and one sample is {wanted}",
+                f"give a shape that ends in {shape}; batch dimensions come first",
+            )
+        if x.dtype != self.like.dtype:
+            if x.is_complex() or x.is_floating_point():
+                raise bad_input(
+                    f"`{name}` is {x.dtype}, and the flow is {self.like.dtype}",
+                    f"convert one of them, as by `.to({self.like.dtype})`",
+                )
+            x = x.to(self.like.dtype)
+        if x.device != self.like.device:
+            raise bad_input(
+                f"`{name}` is on {x.device}, and the flow is on {self.like.device}",
+                f"move one of them, as by `.to({str(self.like.device)!r})`",
+            )
+        return x
+
+
+class FlowDistribution(torch.distributions.Distribution):
+    """A flow with fixed context as `torch.distributions.Distribution`."""
+
+    has_rsample = True
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, flow: Flow, given: dict[str, Tensor]):
+        self.flow, self.given = flow, given
+        batch, _ = flow._fit_sample((), given)
+        super().__init__(torch.Size(batch), torch.Size(flow.data_shape), validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return torch.distributions.constraints.independent(torch.distributions.constraints.real, len(self.event_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.flow.log_prob(value, **self.given)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.flow.rsample((*tuple(sample_shape), *self.batch_shape), **self.given)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)

@@ -1,0 +1,124 @@
+"""Functions that torch lacks: stable elementwise ones, and structure along an axis.
+
+Values are laid out `[*batch, *axes]`; dims are negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- elementwise --------------------------------------------------------------------------------
+
+
+def softplus_inverse(y: Tensor) -> Tensor:
+    """log(exp(y) - 1), stable; NaN for y <= 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def log_cosh(x: Tensor) -> Tensor:
+    a = x.abs()
+    return a + F.softplus(-2 * a) - math.log(2)
+
+
+def log_tanh_slope(x: Tensor) -> Tensor:
+    """log(1 - tanh²x), from x."""
+    return -2 * log_cosh(x)
+
+
+def tanh_slope(x: Tensor) -> Tensor:
+    return torch.exp(-2 * log_cosh(x))
+
+
+def sigmoid_slope(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def log_sigmoid_slope(x: Tensor) -> Tensor:
+    return -F.softplus(x) - F.softplus(-x)
+
+
+def log_abs(x: Tensor) -> Tensor:
+    return torch.log(torch.abs(x))
+
+
+def log_bessel_i0e(x: Tensor) -> Tensor:
+    """log(exp(-x)·I0(x)) for x >= 0."""
+    return torch.log(torch.special.i0e(x))
+
+
+def rotate(x: Tensor, by: Tensor | float) -> Tensor:
+    """The angle x turned by `by`, in [-π, π)."""
+    top = math.pi if x.dtype == torch.float64 else 3.1415925  # the largest number below π
+    return (torch.remainder(x + by + math.pi, 2 * math.pi) - math.pi).clamp(-top, top - torch.finfo(x.dtype).eps)
+
+
+def safe_pow(x: Tensor, e: float) -> Tensor:
+    return torch.pow(x, e)
+
+
+# ---- structure ----------------------------------------------------------------------------------
+
+
+def broadcast(parts: Sequence[Tensor], event: int) -> list[Tensor]:
+    """Parts with their leading (batch) dims expanded to a common shape; the last `event` dims stay."""
+    batch = torch.broadcast_shapes(*(p.shape[: p.dim() - event] for p in parts))
+    return [p.expand(*batch, *p.shape[p.dim() - event :]) for p in parts]
+
+
+def broadcast_cat(parts: Sequence[Tensor], dim: int, event: int) -> Tensor:
+    return torch.cat(broadcast(parts, event), dim)
+
+
+def broadcast_stack(parts: Sequence[Tensor], dim: int, event: int) -> Tensor:
+    return torch.stack(broadcast(parts, event), dim)
+
+
+def shift_along(x: Tensor, k: int, dim: int) -> Tensor:
+    """x[t - k] at t, zeros where there is none."""
+    n = x.shape[dim]
+    k = max(min(k, n), -n)
+    if k == 0:
+        return x
+    zeros = torch.zeros_like(x.narrow(dim, 0, abs(k)))
+    if k > 0:
+        return torch.cat((zeros, x.narrow(dim, 0, n - k)), dim)
+    return torch.cat((x.narrow(dim, -k, n + k), zeros), dim)
+
+
+def take_along(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """x at an index along `dim`; the index's axes come in front of x's other axes."""
+    return torch.movedim(x, dim, 0)[index.long()]
+
+
+def cumsum_along(x: Tensor, dim: int, exclusive: bool, reverse: bool) -> Tensor:
+    if reverse:
+        x = x.flip(dim)
+    y = torch.cumsum(x, dim)
+    if exclusive:
+        y = y - x
+    return y.flip(dim) if reverse else y
+
+
+def causal_softmax(x: Tensor, dim: int, query: int, log: bool = False) -> Tensor:
+    """Softmax along `dim` over the entries up to the query's index."""
+    n = x.shape[dim]
+    i = torch.arange(n, device=x.device)
+    shape_q = [1] * x.dim()
+    shape_k = [1] * x.dim()
+    shape_q[query], shape_k[dim] = n, n
+    hidden = i.view(shape_k) > i.view(shape_q)
+    x = x.masked_fill(hidden, -math.inf)
+    return torch.log_softmax(x, dim) if log else torch.softmax(x, dim)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
+    """Convolution over the last two dims with any number of batch dims; zeros keep the size (before striding)."""
+    kh, kw = ((weight.shape[k] - 1) * dilation for k in (-2, -1))
+    padded = F.pad(x.reshape(-1, *x.shape[-3:]), (kw // 2, kw - kw // 2, kh // 2, kh - kh // 2))
+    y = F.conv2d(padded, weight, bias, stride, 0, dilation, groups)
+    return y.reshape(*x.shape[:-3], *y.shape[-3:])

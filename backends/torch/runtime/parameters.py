@@ -1,0 +1,288 @@
+"""Starts of parameters, and parameters that stay in a domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# ---- starts of parameters -----------------------------------------------------------------------
+
+
+def initial(shape: Sequence[int], kind: str | float, *args: float) -> Tensor:
+    """A start of a parameter: a number, or random by name (torch's global generator)."""
+    if not isinstance(kind, str):
+        return torch.full(tuple(shape), float(kind))
+    t = torch.empty(tuple(shape))
+    fan = max(math.prod(shape[1:]), 1)
+    if kind == "uniform":
+        return t.uniform_(args[0], args[1])
+    if kind == "normal":
+        return t.normal_(args[0], args[1])
+    if kind == "unit_normal":
+        t.normal_()
+        return t / t.norm().clamp_min(1e-12)
+    if kind == "kaiming_uniform":
+        return t.uniform_(-math.sqrt(3 / fan), math.sqrt(3 / fan))
+    if kind in ("kaiming_normal", "lecun_normal"):
+        return t.normal_(0, math.sqrt((2 if kind == "kaiming_normal" else 1) / fan))
+    if kind == "xavier_uniform":
+        bound = math.sqrt(6 / (fan + shape[0]))
+        return t.uniform_(-bound, bound)
+    raise ValueError(kind)
+
+
+def initial_values(data: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """A start from a list of numbers."""
+    return torch.tensor(data, dtype=torch.get_default_dtype()).reshape(tuple(shape))
+
+
+# ---- parameters in a domain ---------------------------------------------------------------------
+
+SOFT_BOUND = 6.0
+
+
+def soft_bound(x: Tensor, bound: float) -> Tensor:
+    """x for small x, never beyond ±bound: keeps scales finite whatever training does."""
+    return bound * torch.tanh(x / bound)
+
+
+class Positive(nn.Module):
+    """A positive parameter: exp of a softly bounded number."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.raw = nn.Parameter(SOFT_BOUND * torch.atanh(torch.log(value).clamp(-5.9, 5.9) / SOFT_BOUND))
+
+    def forward(self) -> Tensor:
+        return torch.exp(soft_bound(self.raw, SOFT_BOUND))
+
+
+class Interval(nn.Module):
+    """A parameter strictly between lo and hi."""
+
+    def __init__(self, value: Tensor, lo: float, hi: float):
+        super().__init__()
+        self.lo, self.hi = lo, hi
+        p = ((value - lo) / (hi - lo)).clamp(1e-4, 1 - 1e-4)
+        self.raw = nn.Parameter(torch.log(p) - torch.log1p(-p))
+
+    def forward(self) -> Tensor:
+        return self.lo + (self.hi - self.lo) * torch.sigmoid(soft_bound(self.raw, 12.0))
+
+
+class Simplex(nn.Module):
+    """Positive weights that sum to 1 along the last axis."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.raw = nn.Parameter(torch.zeros(tuple(shape)))
+
+    def forward(self) -> Tensor:
+        return torch.softmax(self.raw, -1)
+
+
+class Sphere(nn.Module):
+    """A unit vector along the last axis."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(tuple(shape)))
+
+    def forward(self) -> Tensor:
+        return self.raw / torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+class ZeroMean(nn.Module):
+    """A parameter whose mean along one axis is 0."""
+
+    def __init__(self, value: Tensor, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.raw = nn.Parameter(value)
+
+    def forward(self) -> Tensor:
+        return self.raw - self.raw.mean(self.dim, keepdim=True)
+
+
+def orthogonal_start(shape: Sequence[int]) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(tuple(shape), dtype=torch.float64))
+    return (q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)).to(torch.get_default_dtype())
+
+
+def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool, unit: bool, transposed: bool) -> Tensor:
+    """x with M x = y along the last axis of y (Mᵀ x = y when transposed), M triangular."""
+    if transposed:
+        matrix, upper = matrix.mT, not upper
+    return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit).squeeze(-1)
+
+
+class PluMatrix(nn.Module):
+    """An invertible matrix P·L·U with a fixed permutation and a diagonal that cannot vanish (Glow, eq. 10)."""
+
+    perm: Tensor
+    sign: Tensor
+
+    def __init__(self, shape: Sequence[int], identity: bool = False):
+        super().__init__()
+        n = shape[-1]
+        w = torch.eye(n).expand(tuple(shape)) if identity else orthogonal_start(shape)
+        p, lower, upper = torch.linalg.lu(w.to(torch.float64))
+        diagonal = torch.diagonal(upper, dim1=-2, dim2=-1)
+        dtype = torch.get_default_dtype()
+        self.register_buffer("perm", p.to(dtype))
+        self.register_buffer("sign", torch.sign(diagonal).to(dtype))
+        self.lower = nn.Parameter(torch.tril(lower, -1).to(dtype))
+        self.upper = nn.Parameter(torch.triu(upper, 1).to(dtype))
+        size = SOFT_BOUND * torch.atanh(torch.log(diagonal.abs().clamp_min(1e-3)).clamp(-5.9, 5.9) / SOFT_BOUND)
+        self.log_diagonal = nn.Parameter(size.to(dtype))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        n = self.lower.shape[-1]
+        eye = torch.eye(n, dtype=self.lower.dtype, device=self.lower.device)
+        diagonal = self.sign * torch.exp(soft_bound(self.log_diagonal, SOFT_BOUND))
+        return torch.tril(self.lower, -1) + eye, torch.triu(self.upper, 1) + torch.diag_embed(diagonal)
+
+    def forward(self) -> Tensor:
+        lower, upper = self.factors()
+        return self.perm @ lower @ upper
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        lower, upper = self.factors()
+        if transposed:
+            x = solve_rows(upper, y, upper=True, unit=False, transposed=True)
+            x = solve_rows(lower, x, upper=False, unit=True, transposed=True)
+            return (self.perm @ x.unsqueeze(-1)).squeeze(-1)
+        x = (self.perm.mT @ y.unsqueeze(-1)).squeeze(-1)
+        x = solve_rows(lower, x, upper=False, unit=True, transposed=False)
+        return solve_rows(upper, x, upper=True, unit=False, transposed=False)
+
+    def log_det(self) -> Tensor:
+        return soft_bound(self.log_diagonal, SOFT_BOUND).sum(-1)
+
+
+class DenseMatrix(nn.Module):
+    """An invertible matrix stored as such; its determinant is a factorisation."""
+
+    def __init__(self, shape: Sequence[int], identity: bool = False):
+        super().__init__()
+        w = torch.eye(shape[-1]).expand(tuple(shape)).clone() if identity else orthogonal_start(shape)
+        self.matrix = nn.Parameter(w)
+
+    def forward(self) -> Tensor:
+        return self.matrix
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        m = self.matrix.mT if transposed else self.matrix
+        return torch.linalg.solve(m, y.unsqueeze(-1)).squeeze(-1)
+
+    def log_det(self) -> Tensor:
+        return torch.linalg.slogdet(self.matrix)[1]
+
+
+class Rotation(nn.Module):
+    """An orthogonal matrix as a product of Householder reflections; the first `columns` of it for Stiefel."""
+
+    def __init__(self, shape: Sequence[int], columns: int | None = None):
+        super().__init__()
+        n = shape[-2]
+        self.columns = columns
+        self.vectors = nn.Parameter(torch.randn(*shape[:-2], n, n))
+
+    def forward(self) -> Tensor:
+        n = self.vectors.shape[-1]
+        v = self.vectors / torch.linalg.vector_norm(self.vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+        q = torch.eye(n, dtype=v.dtype, device=v.device)
+        for k in range(n):
+            u = v[..., k, :]
+            q = q - 2 * u.unsqueeze(-1) * (u.unsqueeze(-2) @ q)
+        return q if self.columns is None else q[..., : self.columns]
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        q = self()
+        return ((q if transposed else q.mT) @ y.unsqueeze(-1)).squeeze(-1)
+
+    def log_det(self) -> Tensor:
+        return self.vectors.new_zeros(self.vectors.shape[:-2])
+
+
+class Cayley(nn.Module):
+    """An orthogonal matrix (I - A)(I + A)⁻¹ of a skew-symmetric A."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.raw = nn.Parameter(0.1 * torch.randn(tuple(shape)))
+
+    def forward(self) -> Tensor:
+        skew = torch.tril(self.raw, -1)
+        skew = skew - skew.mT
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        return torch.linalg.solve(eye + skew, eye - skew)
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        q = self()
+        return ((q if transposed else q.mT) @ y.unsqueeze(-1)).squeeze(-1)
+
+    def log_det(self) -> Tensor:
+        return self.raw.new_zeros(self.raw.shape[:-2])
+
+
+class LowerMatrix(nn.Module):
+    """A lower-triangular matrix with a positive diagonal (or a diagonal of ones)."""
+
+    def __init__(self, shape: Sequence[int], unit: bool = False):
+        super().__init__()
+        self.unit = unit
+        self.lower = nn.Parameter(torch.zeros(tuple(shape)))
+        if not unit:
+            self.log_diagonal = nn.Parameter(torch.zeros(*shape[:-2], shape[-1]))
+
+    def diagonal(self) -> Tensor:
+        if self.unit:
+            return torch.ones(self.lower.shape[-1], dtype=self.lower.dtype, device=self.lower.device)
+        return torch.exp(soft_bound(self.log_diagonal, SOFT_BOUND))
+
+    def forward(self) -> Tensor:
+        return torch.tril(self.lower, -1) + torch.diag_embed(self.diagonal())
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        return solve_rows(self(), y, upper=False, unit=self.unit, transposed=transposed)
+
+    def log_det(self) -> Tensor:
+        if self.unit:
+            return self.lower.new_zeros(self.lower.shape[:-2])
+        return soft_bound(self.log_diagonal, SOFT_BOUND).sum(-1)
+
+
+class SpdMatrix(nn.Module):
+    """A symmetric positive-definite matrix L·Lᵀ."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.factor = LowerMatrix(shape)
+
+    def forward(self) -> Tensor:
+        lower = self.factor()
+        return lower @ lower.mT
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        return self.factor.solve(self.factor.solve(y), transposed=True)
+
+    def log_det(self) -> Tensor:
+        return 2 * self.factor.log_det()
+
+
+def norm_bounded(weight: Tensor, bound: float, inputs: int) -> Tensor:
+    """The weight scaled so that its spectral norm, the last `inputs` axes against the others, is at most `bound`."""
+    rows = math.prod(weight.shape[: weight.dim() - inputs])
+    norm = torch.linalg.matrix_norm(weight.reshape(rows, -1), ord=2)
+    return weight * (bound / torch.clamp_min(norm, bound))
+
+
+def degree_mask(rows: Sequence[int], cols: Sequence[int], strict: bool) -> Tensor:
+    """1 where a row's degree is at least (strictly: above) a column's (MADE, Germain et al. 2015)."""
+    r, c = torch.tensor(rows).unsqueeze(1), torch.tensor(cols).unsqueeze(0)
+    return ((r > c) if strict else (r >= c)).to(torch.get_default_dtype())
