@@ -11,6 +11,7 @@ from flowlang.backends.torch.names import Names
 
 from flowlang.derive.programs import Program, is_map
 from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.ops.splines import SPLINES, bin_axis, kind_of, numbers_of
 from flowlang.ir.types import TensorType, TupleType
 
 if TYPE_CHECKING:
@@ -719,22 +720,24 @@ def _conv(w: Writer, n: Node) -> Expr:
 
 # ---- splines ------------------------------------------------------------------------------------
 
-KINDS = ("rqs", "linear_spline", "quadratic_spline", "cubic_spline")
-
 
 def _spline_key(n: Node, inputs: Sequence[int]) -> tuple[Any, ...]:
-    return (n.op.removesuffix("_log_slope").removesuffix("_inverse"), tuple(inputs), tuple(sorted(n.attrs.items())))
+    return (kind_of(n.op), tuple(inputs), tuple(sorted(n.attrs.items())))
 
 
 def _spline_call(w: Writer, n: Node, function: str) -> str:
     x, *params = n.inputs
     parts = [w.aligned(x, n.tensor).text]
     for p in params:
-        t = w.type(p)
-        target = TensorType((*n.tensor.axes, t.axes[-1]))
-        parts.append(w.aligned(p, target).text)
-    bound = f", bound={float(n.attrs.get('bound', 3.0))!r}"
-    return f"{w.scope.use(function)}({', '.join(parts)}{bound})"
+        # The runtime's layout: bins in front of x's axes.
+        bins = bin_axis(w.type(x), w.type(p), n.attrs)
+        assert bins is not None
+        parts.append(w.aligned(p, TensorType((bins, *n.tensor.axes))).text)
+    defaults = SPLINES[kind_of(n.op)].numbers
+    parts += [f"{k}={v!r}" for k, v in numbers_of(n).items() if k == "bound" or v != defaults[k]]
+    if n.tensor.rank != 1:
+        parts.append(f"dim={-1 - n.tensor.rank}")
+    return f"{w.scope.use(function)}({', '.join(parts)})"
 
 
 def _spline(w: Writer, n: Node) -> Expr | None:
@@ -763,7 +766,7 @@ def _spline_slope(w: Writer, n: Node) -> Expr | None:
     return None
 
 
-for _kind in KINDS:
+for _kind in SPLINES:
     EMITTERS[_kind] = _spline
     EMITTERS[f"{_kind}_inverse"] = _spline
     EMITTERS[f"{_kind}_log_slope"] = _spline_slope

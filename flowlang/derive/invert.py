@@ -383,9 +383,19 @@ class Inverter:
 
     def between(self, p: Problem, u: int, e: int) -> list[int]:
         """Unknown nodes on paths from u to e, both included."""
-        up = self.graph.reachable([e])
-        below = descendants(self.graph, [u])
-        return sorted(n for n in below if n in up and (n in p.unknown or n in (e, u)))
+        # A path through a known value (one dropped by a scan, say) brings nothing unknown.
+        free = p.unknown | {u, e}
+        up, stack = {e}, [e]
+        while stack:
+            n = stack.pop()
+            new = [i for i in self.graph[n].inputs if i in free and i not in up and n != u]
+            up.update(new)
+            stack.extend(new)
+        below = {u}
+        for n in sorted(up):
+            if n != u and any(i in below for i in self.graph[n].inputs):
+                below.add(n)
+        return sorted(up & below)
 
     def scalar(self, p: Problem, u: int, e: int) -> Step | None:
         graph = self.graph

@@ -7,6 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph
 from flowlang.ir.ops import OPS
+from flowlang.ir.ops.base import NoTangent
 
 
 class NoDerivative(Exception):
@@ -37,7 +38,10 @@ def tangent(b: Builder, graph: Graph, env: Mapping[int, int], path: set[int], en
             rule = OPS[node.op].jvp
             if rule is None:
                 raise NoDerivative(i)
-            part = rule(b, node, [env[k] for k in node.inputs], env[i], slot, t)
+            try:
+                part = rule(b, node, [env[k] for k in node.inputs], env[i], slot, t)
+            except NoTangent:
+                raise NoDerivative(i) from None
             if part is not None:
                 total = part if total is None else b.add(total, part)
         tangents[i] = total

@@ -395,6 +395,8 @@ class Replay:
                     self.weights.append(b.total(local.value, [a for a in operand.axes if a.name not in local.consumed]))
             case Scalar():
                 for n in step.path:
+                    for i in source[n].inputs if n != step.entry else ():
+                        self.value(i)  # the solved value stands for the exit, so its operands may be new here
                     self.value(n)
                 slope = tangent(b, source, self.env, set(step.path), step.entry, step.exit)
                 assert slope is not None

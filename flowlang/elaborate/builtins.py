@@ -28,6 +28,7 @@ from flowlang.elaborate.values import (
 )
 from flowlang.ir.distributions import DISTRIBUTIONS, Distribution, categorical, mixture
 from flowlang.ir.domains import Domain
+from flowlang.ir.ops.splines import SPLINES
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -495,27 +496,32 @@ def present(body: Body, args: Arguments) -> Any:
     return not isinstance(args.positional[0], Absent)
 
 
-def spline(op: str, shapes: tuple[str, ...]) -> Fn:
+def spline(op: str) -> Fn:
     """Monotone splines, elementwise in x with raw parameters along one axis: `rqs[K](x, widths, heights, slopes, bound)`."""
+    kind = SPLINES[op]
 
     def call(body: Body, args: Arguments) -> Any:
-        words = ("bound", "min_width", "min_height", "min_slope")
-        tensors = [v for v in args.positional if isinstance(v, Tensor)]
-        numbers = [v for v in args.positional if isinstance(v, int | float)]
-        for k in args.keywords:
-            if k not in words:
+        tensors = [(v, s) for v, s in zip(args.positional, args.spans, strict=True) if isinstance(v, Tensor | Pending)]
+        numbers = [v for v in args.positional if isinstance(v, int | float) and not isinstance(v, bool)]
+        for k, v in args.keywords.items():
+            if k not in kind.numbers:
                 raise body.fail(
-                    "FL0202", f"`{op}` has no argument `{k}`", args.keyword_spans[k], suggestion=did_you_mean(k, words)
-                )
-        if len(tensors) != 1 + len(shapes):
-            raise body.fail("FL0203", f"`{op}` takes x and {len(shapes)} parameters: {', '.join(shapes)}", span(args))
+                    "FL0202", f"`{op}` has no argument `{k}`", args.keyword_spans[k],
+                    suggestion=did_you_mean(k, kind.numbers),
+                )  # fmt: skip
+            if not isinstance(v, int | float) or isinstance(v, bool):
+                raise body.fail("FL0306", f"`{k}` of `{op}` is a number", args.keyword_spans[k])
+        if len(tensors) != 1 + len(kind.raw) or len(tensors) + len(numbers) != len(args.positional) or len(numbers) > 1:
+            raise body.fail(
+                "FL0203", f"`{op}` takes x and {len(kind.raw)} parameters: {', '.join(kind.raw)}", span(args)
+            )
         names = axis_list(body, args)
         if len(names) != 1:
             raise body.fail(
                 "FL0307", f"`{op}` needs the axis of its bins", span(args), suggestion=f"as in `{op}[K](..)`"
             )
-        ids = [body.tensor(t, span(args)) for t in tensors]
-        attrs: dict[str, Any] = {k: float(v) for k, v in args.keywords.items()}
+        ids = [body.tensor(v, s) for v, s in tensors]
+        attrs = {k: float(v) for k, v in args.keywords.items()}
         if numbers:
             attrs["bound"] = float(numbers[0])
         return body.node(op, *ids, axis=names[0], span=span(args), **attrs)
@@ -719,10 +725,8 @@ def _table() -> dict[str, Any]:
     put("checker", checker)
     put("size", size)
     put("present", present)
-    put("rqs", spline("rqs", ("widths", "heights", "slopes")))
-    put("linear_spline", spline("linear_spline", ("heights",)))
-    put("quadratic_spline", spline("quadratic_spline", ("widths", "heights")))
-    put("cubic_spline", spline("cubic_spline", ("widths", "heights", "ends")))
+    for name in SPLINES:
+        put(name, spline(name))
     put("rearrange", rearrange, step=True)
     put("elementwise", elementwise, step=True)
     put("inverse", inverse)

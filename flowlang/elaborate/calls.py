@@ -166,10 +166,10 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
     if isinstance(inst.target, BuiltinNet):
         return inst.target.build(body, inst, args)
     alias = body.elab.resolve_alias(inst.target)
-    if alias is not None and not isinstance(alias, Declared):
+    if alias is not None:
         if isinstance(alias, Poison):
             return POISON
-        if not args.positional and not args.keywords:
+        if not isinstance(alias, Declared) and not args.positional and not args.keywords:
             return alias
         return dispatch(body, alias, args)
     body.elab.check_kind(body, inst.target, args.span)

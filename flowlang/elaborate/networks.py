@@ -244,11 +244,12 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
     """Masked MLP (MADE, Germain et al. 2015): the result at index i of the axis depends on x before i only.
 
     Every hidden unit has a degree d and sees inputs 0..d; outputs at i see hidden units of degree < i.
-    Context joins unmasked.
+    Context joins the first layer unmasked. `blocks` pre-activation residual blocks of two masked layers
+    follow the hidden layers (Durkan et al. 2019).
     """
     assert args.span is not None
     span = args.span
-    options = keywords(body, inst, args, ("hidden", "act", "weight"))
+    options = keywords(body, inst, args, ("hidden", "act", "weight", "blocks"))
     tensors, rest = split_arguments(args)
     for v, where in rest:
         if isinstance(v, list):
@@ -267,51 +268,103 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
         raise body.fail(
             "FL0307", "`autoregressive_mlp` must be told its axis", span, suggestion="as in `autoregressive_mlp[D](x)`"
         )
-    size = axis_rules.need_axis(body, t, axis, span)
+    axis_rules.need_axis(body, t, axis, span)
     context = [body.tensor(v, s) for v, s in tensors[1:] if not isinstance(v, Absent)]
-    hidden = options.get("hidden", [64, 64])
+    hidden, blocks = options.get("hidden", [64, 64]), options.get("blocks", 0)
     if not isinstance(hidden, list) or not all(isinstance(h, int) and h > 0 for h in hidden):
         raise body.fail("FL0306", "`hidden` is a list of widths, as in `[64, 64]`", span)
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 0 or (blocks and not hidden):
+        raise body.fail("FL0306", "`blocks` is a number of residual blocks, after at least one hidden layer", span)
+    made = Made(body, inst.name or body.fresh_child_name("made"), axis, context, options, span)
 
     def resolve(wanted: list[Any]) -> list[Any]:
-        from flowlang.elaborate.calls import apply
-
-        keep = set(t.names)
-        pieces, total = pieces_of(body, wanted, keep, span)
-        name = inst.name or body.fresh_child_name("made")
-        degrees = tuple(range(size))
-        h, before, n_before = x, axis, size
-        for k, width in enumerate(hidden):
-            unit = free_name(body.b.type(h), f"H{k + 1}")
-            own = tuple(j * max(size - 1, 1) // width for j in range(width))
-            w = make_param(body, f"{name}_weight{k + 1}", ((unit, width), (before, n_before)),
-                           start_of(body, None, n_before, span), span)  # fmt: skip
-            w = body.b.op("masked", w, row=unit, col=before, row_degrees=own, col_degrees=degrees, strict=False)
-            b = make_param(body, f"{name}_bias{k + 1}", ((unit, width),), start_of(body, None, n_before, span), span)
-            h = body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
-            if k == 0:
-                for j, c in enumerate(context):
-                    h = add_context(body, h, c, unit, width, f"{name}_context{j + 1}", span)
-            act = options.get("act") or body.elab.global_name("silu")
-            h = body.tensor(apply(body, act, [Tensor(h, body)], {}, span), span)
-            degrees, before, n_before = own, unit, width
-        made = body.b.type(h)
-        out, per = free_name(made, f"{axis}^"), free_name(made, "out")
-        scale = options.get("weight")
-        w = make_param(body, f"{name}_weight_out", ((out, size), (per, total), (before, n_before)),
-                       start_of(body, scale, n_before, span), span)  # fmt: skip
-        w = body.b.op(
-            "masked", w, row=out, col=before, row_degrees=tuple(range(size)), col_degrees=degrees, strict=True
-        )
-        b = make_param(body, f"{name}_bias_out", ((out, size), (per, total)), 0.0, span)
-        y = body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
-        if not hidden:
-            for j, c in enumerate(context):
-                y = add_context(body, y, c, per, total, f"{name}_context{j + 1}", span)
-        y = body.b.op("rename", y, pairs=((out, axis),), span=span)
+        pieces, total = pieces_of(body, wanted, set(t.names), span)
+        y, per = made.build(x, hidden, blocks, total)
         return cut(body, y, per, pieces, wanted, span)
 
     return Pending(resolve, span, "autoregressive_mlp", lambda: resolve([TensorType(t.axes)])[0])
+
+
+class Made:
+    """The layers of one `autoregressive_mlp`."""
+
+    def __init__(
+        self, body: Body, name: str, axis: str, context: list[int], options: dict[str, Any], span: Span
+    ) -> None:
+        self.body, self.name, self.axis, self.context, self.options, self.span = (
+            body,
+            name,
+            axis,
+            context,
+            options,
+            span,
+        )
+        self.count = 0
+
+    def act(self, h: int) -> int:
+        from flowlang.elaborate.calls import apply
+
+        body = self.body
+        act = self.options.get("act") or body.elab.global_name("silu")
+        return body.tensor(apply(body, act, [Tensor(h, body)], {}, self.span), self.span)
+
+    def layer(
+        self, h: int, before: str, rows: tuple[tuple[str, int], ...], degrees: tuple[tuple[int, ...], tuple[int, ...]],
+        name: str, *, strict: bool, start: Any, bias: Any,
+    ) -> int:  # fmt: skip
+        """Σ W h + b over `before`, with W zero where the row's degree (the last axis of `rows`) is too small."""
+        body, span = self.body, self.span
+        size = body.b.type(h).size(before)
+        w = make_param(body, f"{self.name}_weight{name}", (*rows, (before, size)), start, span)
+        w = body.b.op(
+            "masked", w, row=rows[-1][0], col=before, row_degrees=degrees[0], col_degrees=degrees[1], strict=strict
+        )
+        b = make_param(body, f"{self.name}_bias{name}", rows, bias, span)
+        return body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
+
+    def hidden_layer(
+        self, h: int, before: str, width: int, known: tuple[int, ...], own: tuple[int, ...]
+    ) -> tuple[int, str]:
+        self.count += 1
+        unit = free_name(self.body.b.type(h), f"H{self.count}")
+        start = start_of(self.body, None, self.body.b.type(h).size(before), self.span)
+        name = str(self.count)
+        h = self.layer(h, before, ((unit, width),), (own, known), name, strict=False, start=start, bias=start)
+        return h, unit
+
+    def build(self, x: int, hidden: list[int], blocks: int, total: int) -> tuple[int, str]:
+        """`total` values for each index of the axis, and the name of their axis, which comes first."""
+        body, span, axis = self.body, self.span, self.axis
+        size = body.b.type(x).size(axis)
+        h, before, degrees = x, axis, tuple(range(size))
+        for k, width in enumerate(hidden):
+            own = tuple(j * max(size - 1, 1) // width for j in range(width))
+            if k:
+                h = self.act(h)
+            h, before = self.hidden_layer(h, before, width, degrees, own)
+            degrees = own
+            if k == 0:
+                for j, c in enumerate(self.context):
+                    h = add_context(body, h, c, before, width, f"{self.name}_context{j + 1}", span)
+        for _ in range(blocks):
+            width, inner, unit = hidden[-1], h, before
+            for _ in range(2):
+                inner, unit = self.hidden_layer(self.act(inner), unit, width, degrees, degrees)
+            h = body.b.op("add", h, body.b.op("rename", inner, pairs=((unit, before),), span=span), span=span)
+        if hidden:
+            h = self.act(h)
+        made = body.b.type(h)
+        out, per = free_name(made, f"{axis}^"), free_name(made, "out")
+        scale = self.options.get("weight")
+        # The axis comes last, so that each of the `total` values is a contiguous slice.
+        y = self.layer(
+            h, before, ((per, total), (out, size)), (tuple(range(size)), degrees), "_out", strict=True,
+            start=start_of(body, scale, made.size(before), span), bias=0.0,
+        )  # fmt: skip
+        if not hidden:
+            for j, c in enumerate(self.context):
+                y = add_context(body, y, c, per, total, f"{self.name}_context{j + 1}", span)
+        return body.b.op("rename", y, pairs=((out, axis),), span=span), per
 
 
 def add_context(body: Body, h: int, c: int, unit: str, width: int, name: str, span: Span) -> int:

@@ -1,4 +1,10 @@
-"""Monotone splines: each gives its value and the logarithm of its slope."""
+"""Monotone splines: each gives its value and the logarithm of its slope.
+
+x is [*batch, *axes]; raw parameters are [*batch, K, *axes], with the bins along `dim` in front of x's
+axes: reductions over a leading axis are vectorised, over a short last axis they are not. Inside the
+box everything happens on the unit square, u = x / 2B + 1/2. Values outside (and NaN) take the place
+of its centre first, so that neither they nor their gradients pass through a bin.
+"""
 
 from __future__ import annotations
 
@@ -6,160 +12,240 @@ import math
 
 import torch
 import torch.nn.functional as F
-from flowlang.backends.torch.runtime.parameters import soft_bound
 from torch import Tensor
 
-LOGIT_BOUND = 8.0
+
+def unit_of(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Whether x lies in the box, and its place on the unit interval (the centre where it does not)."""
+    inside = x.abs() < bound
+    return inside, torch.where(inside, x * (0.5 / bound) + 0.5, 0.5)
 
 
-def spline_knots(logits: Tensor, bound: float, least: float) -> tuple[Tensor, Tensor]:
-    """Sizes and knots of bins on [-bound, bound]; every bin has at least the share `least`."""
-    k = logits.shape[-1]
-    sizes = least + (1 - least * k) * torch.softmax(soft_bound(logits, LOGIT_BOUND), -1)
-    inner = torch.cumsum(sizes, -1)[..., :-1]
-    edges = torch.cat((torch.zeros_like(sizes[..., :1]), inner, torch.ones_like(sizes[..., :1])), -1)
-    knots = bound * (2 * edges - 1)
-    return knots[..., 1:] - knots[..., :-1], knots
+def from_unit(inside: Tensor, x: Tensor, y: Tensor, slope: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """The value and log-slope in x's own units; the identity outside the box."""
+    return torch.where(inside, (y - 0.5) * (2 * bound), x), torch.where(inside, torch.log(slope), 0.0)
 
 
-def find_bin(x: Tensor, knots: Tensor) -> Tensor:
-    """The index of the bin that holds x (inside), along the last axis."""
-    return (x.unsqueeze(-1) >= knots[..., 1:-1]).sum(-1, keepdim=True)
+def spline_bins(logits: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Shares of the unit interval, each at least `least`, and where they end."""
+    n = logits.shape[dim]
+    shares = torch.softmax(logits, dim)
+    if least > 0:
+        shares = torch.lerp(shares, shares.new_full((), 1 / n), least * n)
+    return shares, torch.cumsum(shares, dim)
 
 
-def at_bin(table: Tensor, index: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(table.shape[:-1], index.shape[:-1])
-    return torch.gather(table.expand(*shape, table.shape[-1]), -1, index.expand(*shape, 1)).squeeze(-1)
+def find_bin(u: Tensor, ends: Tensor, dim: int) -> Tensor:
+    """The index of the bin that holds u, kept as an axis of size 1 at `dim`."""
+    inner = ends.detach().narrow(dim, 0, ends.shape[dim] - 1)
+    return (u.detach().unsqueeze(dim) >= inner).sum(dim, keepdim=True)
 
 
-def rqs_table(widths: Tensor, heights: Tensor, slopes: Tensor, bound: float) -> tuple[Tensor, ...]:
-    w, x_knots = spline_knots(widths, bound, 1e-3)
-    h, y_knots = spline_knots(heights, bound, 1e-3)
-    inner = 1e-3 + F.softplus(soft_bound(slopes, LOGIT_BOUND) + math.log(math.expm1(1 - 1e-3)))
-    shape = torch.broadcast_shapes(w.shape[:-1], inner.shape[:-1])
-    ones = torch.ones((*shape, 1), dtype=w.dtype, device=w.device)
-    d = torch.cat((ones, inner.expand(*shape, inner.shape[-1]), ones), -1)
-    return w, x_knots, h, y_knots, d
+def at_bin(table: Tensor, k: Tensor, dim: int) -> Tensor:
+    """The table's entries at k, without the axis of bins."""
+    shape = list(torch.broadcast_shapes(table.movedim(dim, 0).shape[1:], k.squeeze(dim).shape))
+    place = len(shape) + 1 + dim
+    wide = [*shape[:place], table.shape[dim], *shape[place:]]
+    return table.expand(wide).gather(dim, k.expand(*shape[:place], 1, *shape[place:])).squeeze(dim)
 
 
-def rqs_slope(theta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    rest = 1 - theta
-    den = s + (d1 + d0 - 2 * s) * theta * rest
-    return 2 * torch.log(s) + torch.log(d1 * theta**2 + 2 * s * theta * rest + d0 * rest**2) - 2 * torch.log(den)
+def bin_at(bins: tuple[Tensor, Tensor], k: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Start and size of the bins k."""
+    size = at_bin(bins[0], k, dim)
+    return at_bin(bins[1], k, dim) - size, size
 
 
-def rqs(x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Rational-quadratic spline and its log-slope (Durkan et al. 2019, eq. 4-5); the identity outside [-bound, bound]."""
-    w, xk, h, yk, d = rqs_table(widths, heights, slopes, bound)
-    inside = (x >= -bound) & (x <= bound)
-    xc = x.clamp(-bound, bound)
-    k = find_bin(xc, xk)
-    w0, x0, h0, y0 = at_bin(w, k), at_bin(xk, k), at_bin(h, k), at_bin(yk, k)
-    d0, d1, s = at_bin(d, k), at_bin(d, k + 1), h0 / w0
-    theta = ((xc - x0) / w0).clamp(0, 1)
-    den = s + (d1 + d0 - 2 * s) * theta * (1 - theta)
-    y = y0 + h0 * (s * theta**2 + d0 * theta * (1 - theta)) / den
-    return torch.where(inside, y, x), torch.where(inside, rqs_slope(theta, s, d0, d1), torch.zeros_like(y))
+def inner_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Slopes at both ends of bin k, 1 at the ends of the box; raw 0 is slope 1 (least + softplus of a shifted raw)."""
+    n = raw.shape[dim]
+    if n == 0:
+        one = torch.ones_like(k.squeeze(dim), dtype=raw.dtype)
+        return one, one
+    unit = math.log(math.expm1(1 - least))
+    left = least + F.softplus(at_bin(raw, (k - 1).clamp_min(0), dim) + unit)
+    right = least + F.softplus(at_bin(raw, k.clamp_max(n - 1), dim) + unit)
+    at = k.squeeze(dim)
+    return torch.where(at > 0, left, 1.0), torch.where(at < n, right, 1.0)
+
+
+def tied_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
+    """Slopes at both ends of bin k on a circle, where the last knot is the first."""
+    unit = math.log(math.expm1(1 - least))
+    after = torch.where(k + 1 < raw.shape[dim], k + 1, 0)
+    left, right = at_bin(raw, k, dim), at_bin(raw, after, dim)
+    return least + F.softplus(left + unit), least + F.softplus(right + unit)
+
+
+def rational(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
+    """The rational quadratic on one bin, as a share of its height, and its slope (Durkan et al. 2019, eq. 4-5)."""
+    rest = 1 - t
+    both, square = t * rest, t * t
+    scale = s / (s + (d1 + d0 - 2 * s) * both)
+    share = (square + d0 / s * both) * scale
+    return share, (d1 * square + 2 * s * both + d0 * rest * rest) * scale * scale
+
+
+def rational_inverse(rise: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    """t from the share of the height (eq. 6-8), by the root of the quadratic that does not cancel."""
+    bend = rise * (d1 + d0 - 2 * s)
+    a, b, c = s - d0 + bend, d0 - bend, s * rise
+    square = torch.addcmul(b * b, a, c, value=4)
+    return 2 * c / (b + torch.sqrt(square.clamp_min(torch.finfo(square.dtype).tiny)))
+
+
+def rqs(
+    x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
+    min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rational-quadratic spline and its log-slope (Durkan et al. 2019); the identity outside [-bound, bound]."""
+    inside, u = unit_of(x, bound)
+    bins = spline_bins(widths, min_width, dim)
+    k = find_bin(u, bins[1], dim)
+    x0, w = bin_at(bins, k, dim)
+    y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
+    share, slope = rational((u - x0) / w, h / w, *inner_slopes(slopes, k, min_slope, dim))
+    return from_unit(inside, x, y0 + h * share, slope, bound)
 
 
 def rqs_inverse(
-    y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float = 3.0
-) -> tuple[Tensor, Tensor]:
-    """The inverse, and the log-slope of the forward map there (eq. 6-8, in the form without cancellation)."""
-    w, xk, h, yk, d = rqs_table(widths, heights, slopes, bound)
-    inside = (y >= -bound) & (y <= bound)
-    yc = y.clamp(-bound, bound)
-    k = find_bin(yc, yk)
-    w0, x0, h0, y0 = at_bin(w, k), at_bin(xk, k), at_bin(h, k), at_bin(yk, k)
-    d0, d1, s = at_bin(d, k), at_bin(d, k + 1), h0 / w0
-    rise = (yc - y0).clamp_min(0)
-    bend = rise * (d1 + d0 - 2 * s)
-    a, b, c = h0 * (s - d0) + bend, h0 * d0 - bend, -s * rise
-    root = torch.sqrt((b * b - 4 * a * c).clamp_min(torch.finfo(y.dtype).tiny))
-    theta = (2 * c / (-b - root)).clamp(0, 1)
-    x = x0 + theta * w0
-    return torch.where(inside, x, y), torch.where(inside, rqs_slope(theta, s, d0, d1), torch.zeros_like(x))
-
-
-def linear_spline(x: Tensor, heights: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Piecewise-linear map with bins of equal width (Müller et al. 2019, section 4.1)."""
-    h, yk = spline_knots(heights, bound, 1e-3)
-    n = heights.shape[-1]
-    width = 2 * bound / n
-    inside = (x >= -bound) & (x <= bound)
-    xc = x.clamp(-bound, bound)
-    k = torch.floor((xc.detach() + bound) / width).nan_to_num(0).clamp(0, n - 1).long().unsqueeze(-1)
-    slope = at_bin(h, k) / width
-    y = at_bin(yk, k) + slope * (xc - (k.squeeze(-1) * width - bound))
-    return torch.where(inside, y, x), torch.where(inside, torch.log(slope), torch.zeros_like(y))
-
-
-def linear_spline_inverse(y: Tensor, heights: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
-    h, yk = spline_knots(heights, bound, 1e-3)
-    width = 2 * bound / heights.shape[-1]
-    inside = (y >= -bound) & (y <= bound)
-    yc = y.clamp(-bound, bound)
-    k = find_bin(yc, yk)
-    slope = at_bin(h, k) / width
-    x = (k.squeeze(-1) * width - bound) + (yc - at_bin(yk, k)) / slope
-    return torch.where(inside, x, y), torch.where(inside, torch.log(slope), torch.zeros_like(x))
-
-
-def quadratic_table(widths: Tensor, heights: Tensor, bound: float) -> tuple[Tensor, ...]:
-    w, xk = spline_knots(widths, bound, 1e-3)
-    v = torch.exp(soft_bound(heights, LOGIT_BOUND)) + 1e-3
-    area = ((v[..., 1:] + v[..., :-1]) * w).sum(-1, keepdim=True) / 2
-    v = v * (2 * bound) / area
-    steps = (v[..., 1:] + v[..., :-1]) * w / 2
-    edges = torch.cumsum(steps, -1)[..., :-1] - bound
-    end = torch.full_like(steps[..., :1], bound)
-    return w, xk, v, torch.cat((-end, edges, end), -1)
-
-
-def quadratic_spline(x: Tensor, widths: Tensor, heights: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Piecewise-quadratic map (Müller et al. 2019, section 4.2)."""
-    w, xk, v, yk = quadratic_table(widths, heights, bound)
-    inside = (x >= -bound) & (x <= bound)
-    xc = x.clamp(-bound, bound)
-    k = find_bin(xc, xk)
-    w0, v0, v1 = at_bin(w, k), at_bin(v, k), at_bin(v, k + 1)
-    alpha = ((xc - at_bin(xk, k)) / w0).clamp(0, 1)
-    y = at_bin(yk, k) + w0 * alpha * (v0 + (v1 - v0) * alpha / 2)
-    slope = v0 + (v1 - v0) * alpha
-    return torch.where(inside, y, x), torch.where(inside, torch.log(slope), torch.zeros_like(y))
-
-
-def quadratic_spline_inverse(y: Tensor, widths: Tensor, heights: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
-    w, xk, v, yk = quadratic_table(widths, heights, bound)
-    inside = (y >= -bound) & (y <= bound)
-    yc = y.clamp(-bound, bound)
-    k = find_bin(yc, yk)
-    w0, v0, v1 = at_bin(w, k), at_bin(v, k), at_bin(v, k + 1)
-    rise = ((yc - at_bin(yk, k)) / w0).clamp_min(0)
-    root = torch.sqrt((v0 * v0 + 2 * (v1 - v0) * rise).clamp_min(torch.finfo(y.dtype).tiny))
-    alpha = (2 * rise / (v0 + root)).clamp(0, 1)
-    x = at_bin(xk, k) + alpha * w0
-    slope = v0 + (v1 - v0) * alpha
-    return torch.where(inside, x, y), torch.where(inside, torch.log(slope), torch.zeros_like(x))
-
-
-def cubic_table(widths: Tensor, heights: Tensor, ends: Tensor, bound: float) -> tuple[Tensor, ...]:
-    """Knots and slopes there, monotone by Steffen's rule (Durkan et al. 2019, Cubic-Spline Flows)."""
-    w, xk = spline_knots(widths, bound, 1e-3)
-    h, yk = spline_knots(heights, bound, 1e-3)
+    y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
+    min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The inverse of `rqs`, and the log-slope of the forward map there."""
+    inside, v = unit_of(y, bound)
+    bins = spline_bins(heights, min_height, dim)
+    k = find_bin(v, bins[1], dim)
+    y0, h = bin_at(bins, k, dim)
+    x0, w = bin_at(spline_bins(widths, min_width, dim), k, dim)
+    d0, d1 = inner_slopes(slopes, k, min_slope, dim)
     s = h / w
-    mean = (s[..., :-1] * w[..., 1:] + s[..., 1:] * w[..., :-1]) / (w[..., 1:] + w[..., :-1])
-    inner = torch.minimum(2 * torch.minimum(s[..., :-1], s[..., 1:]), mean)
-    edge = 3 * torch.sigmoid(soft_bound(ends, LOGIT_BOUND) - math.log(2))
-    d = torch.cat((edge[..., :1] * s[..., :1], inner, edge[..., 1:] * s[..., -1:]), -1)
-    return w, xk, h, yk, d
+    t = rational_inverse((v - y0) / h, s, d0, d1)
+    return from_unit(inside, y, x0 + w * t, rational(t, s, d0, d1)[1], bound)
 
 
-def cubic_terms(k: Tensor, table: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    w, xk, h, yk, d = table
-    w0, h0 = at_bin(w, k), at_bin(h, k)
-    d0, d1 = at_bin(d, k) * w0 / h0, at_bin(d, k + 1) * w0 / h0
-    return w0, at_bin(xk, k), h0, at_bin(yk, k), d0, d1
+def turned(y: Tensor, shift: Tensor, bound: float, dim: int) -> Tensor:
+    """y moved along the circle [-bound, bound)."""
+    return torch.remainder(y + shift.squeeze(dim) + bound, 2 * bound) - bound
+
+
+def rqs_circular(
+    x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, shift: Tensor, *, bound: float = math.pi,
+    min_width: float = 1e-3, min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Rational-quadratic spline on the circle [-bound, bound), then a turn by `shift` (Rezende et al. 2020, 2.1.2)."""
+    u = x * (0.5 / bound) + 0.5
+    bins = spline_bins(widths, min_width, dim)
+    k = find_bin(u, bins[1], dim)
+    x0, w = bin_at(bins, k, dim)
+    y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
+    share, slope = rational((u - x0) / w, h / w, *tied_slopes(slopes, k, min_slope, dim))
+    return turned((y0 + h * share - 0.5) * (2 * bound), shift, bound, dim), torch.log(slope)
+
+
+def rqs_circular_inverse(
+    y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, shift: Tensor, *, bound: float = math.pi,
+    min_width: float = 1e-3, min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v = turned(y, -shift, bound, dim) * (0.5 / bound) + 0.5
+    bins = spline_bins(heights, min_height, dim)
+    k = find_bin(v, bins[1], dim)
+    y0, h = bin_at(bins, k, dim)
+    x0, w = bin_at(spline_bins(widths, min_width, dim), k, dim)
+    d0, d1 = tied_slopes(slopes, k, min_slope, dim)
+    s = h / w
+    t = rational_inverse((v - y0) / h, s, d0, d1)
+    return (x0 + w * t - 0.5) * (2 * bound), torch.log(rational(t, s, d0, d1)[1])
+
+
+def linear_spline(
+    x: Tensor, heights: Tensor, *, bound: float = 3.0, min_height: float = 1e-3, dim: int = -2
+) -> tuple[Tensor, Tensor]:
+    """Piecewise-linear map with bins of equal width (Müller et al. 2019, section 4.1)."""
+    n = heights.shape[dim]
+    inside, u = unit_of(x, bound)
+    at = torch.floor(u.detach() * n).clamp(0, n - 1)
+    y0, h = bin_at(spline_bins(heights, min_height, dim), at.long().unsqueeze(dim), dim)
+    return from_unit(inside, x, y0 + h * (u * n - at), h * n, bound)
+
+
+def linear_spline_inverse(
+    y: Tensor, heights: Tensor, *, bound: float = 3.0, min_height: float = 1e-3, dim: int = -2
+) -> tuple[Tensor, Tensor]:
+    n = heights.shape[dim]
+    inside, v = unit_of(y, bound)
+    bins = spline_bins(heights, min_height, dim)
+    k = find_bin(v, bins[1], dim)
+    y0, h = bin_at(bins, k, dim)
+    return from_unit(inside, y, (k.squeeze(dim) + (v - y0) / h) / n, h * n, bound)
+
+
+def quadratic_table(
+    widths: Tensor, heights: Tensor, min_width: float, min_slope: float, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Widths and ends of the bins, slopes at the knots (of mean 1 over the box), and the values at the ends."""
+    shares, ends = spline_bins(widths, min_width, dim)
+    n = shares.shape[dim]
+    raw = 1e-3 + F.softplus(heights)
+    area = ((raw.narrow(dim, 0, n) + raw.narrow(dim, 1, n)) * shares).sum(dim, keepdim=True) / 2
+    v = min_slope + (1 - min_slope) * raw / area
+    rise = (v.narrow(dim, 0, n) + v.narrow(dim, 1, n)) * shares / 2
+    return shares, ends, v, torch.cumsum(rise, dim)
+
+
+def quadratic_bin(
+    table: tuple[Tensor, Tensor, Tensor, Tensor], k: Tensor, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shares, ends, v, rises = table
+    x0, w = bin_at((shares, ends), k, dim)
+    v0, v1 = at_bin(v, k, dim), at_bin(v, k + 1, dim)
+    return x0, w, at_bin(rises, k, dim) - (v0 + v1) * w / 2, v0, v1
+
+
+def quadratic_spline(
+    x: Tensor, widths: Tensor, heights: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
+    min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Piecewise-quadratic map: the integral of a piecewise-linear density (Müller et al. 2019, section 4.2)."""
+    inside, u = unit_of(x, bound)
+    table = quadratic_table(widths, heights, min_width, min_slope, dim)
+    x0, w, y0, v0, v1 = quadratic_bin(table, find_bin(u, table[1], dim), dim)
+    t = (u - x0) / w
+    return from_unit(inside, x, y0 + w * t * (v0 + (v1 - v0) * t / 2), v0 + (v1 - v0) * t, bound)
+
+
+def quadratic_spline_inverse(
+    y: Tensor, widths: Tensor, heights: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
+    min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inside, v = unit_of(y, bound)
+    table = quadratic_table(widths, heights, min_width, min_slope, dim)
+    x0, w, y0, v0, v1 = quadratic_bin(table, find_bin(v, table[3], dim), dim)
+    rise = (v - y0) / w
+    root = torch.sqrt((v0 * v0 + 2 * (v1 - v0) * rise).clamp_min(torch.finfo(y.dtype).tiny))
+    t = 2 * rise / (v0 + root)
+    return from_unit(inside, y, x0 + w * t, v0 + (v1 - v0) * t, bound)
+
+
+def cubic_bin(
+    k: Tensor, widths: tuple[Tensor, Tensor], heights: tuple[Tensor, Tensor], ends: Tensor, min_slope: float, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A bin and the slopes at its ends in the bin's own units, monotone by Steffen's rule (1990)."""
+    n = widths[0].shape[dim]
+    secants = heights[0] / widths[0]
+    # The end slopes lie between 3·least and 3·(1 - least) secants; raw 0 is one secant.
+    third = math.log((1 / 3 - min_slope) / (2 / 3 - min_slope))
+    edge = 3 * (min_slope + (1 - 2 * min_slope) * torch.sigmoid(ends + third))
+    x0, w = bin_at(widths, k, dim)
+    y0, h = bin_at(heights, k, dim)
+    s, at = h / w, k.squeeze(dim)
+
+    def inner(j: Tensor) -> Tensor:
+        sj, wj = at_bin(secants, j, dim), at_bin(widths[0], j, dim)
+        return torch.minimum(2 * torch.minimum(s, sj), (s * wj + sj * w) / (w + wj)) / s
+
+    d0 = torch.where(at > 0, inner((k - 1).clamp_min(0)), edge.select(dim, 0))
+    d1 = torch.where(at < n - 1, inner((k + 1).clamp_max(n - 1)), edge.select(dim, 1))
+    return x0, w, y0, h, d0, d1
 
 
 def cubic_unit(t: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,35 +254,38 @@ def cubic_unit(t: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
     return t * (d0 + t * (b + t * a)), d0 + t * (2 * b + 3 * a * t)
 
 
-def cubic_spline(x: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, bound: float = 3.0) -> tuple[Tensor, Tensor]:
+def cubic_spline(
+    x: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
+    min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Monotone piecewise-cubic map (Durkan et al. 2019, Cubic-Spline Flows)."""
-    table = cubic_table(widths, heights, ends, bound)
-    inside = (x >= -bound) & (x <= bound)
-    xc = x.clamp(-bound, bound)
-    w0, x0, h0, y0, d0, d1 = cubic_terms(find_bin(xc, table[1]), table)
-    value, slope = cubic_unit(((xc - x0) / w0).clamp(0, 1), d0, d1)
-    slope = slope.clamp_min(torch.finfo(x.dtype).eps) * h0 / w0
-    return torch.where(inside, y0 + h0 * value, x), torch.where(inside, torch.log(slope), torch.zeros_like(x))
+    inside, u = unit_of(x, bound)
+    shares = spline_bins(widths, min_width, dim)
+    k = find_bin(u, shares[1], dim)
+    x0, w, y0, h, d0, d1 = cubic_bin(k, shares, spline_bins(heights, min_height, dim), ends, min_slope, dim)
+    value, slope = cubic_unit((u - x0) / w, d0, d1)
+    return from_unit(inside, x, y0 + h * value, slope * (h / w), bound)
 
 
 def cubic_spline_inverse(
-    y: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, bound: float = 3.0
-) -> tuple[Tensor, Tensor]:
-    """Bisection to the last digits, then one Newton step that carries the gradient."""
-    table = cubic_table(widths, heights, ends, bound)
-    inside = (y >= -bound) & (y <= bound)
-    yc = y.clamp(-bound, bound)
-    w0, x0, h0, y0, d0, d1 = cubic_terms(find_bin(yc, table[3]), table)
-    goal = ((yc - y0) / h0).clamp(0, 1)
+    y: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
+    min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Newton's steps kept in a bracket that at least halves, without gradient; one more step carries the gradient."""
+    inside, v = unit_of(y, bound)
+    rises = spline_bins(heights, min_height, dim)
+    k = find_bin(v, rises[1], dim)
+    x0, w, y0, h, d0, d1 = cubic_bin(k, spline_bins(widths, min_width, dim), rises, ends, min_slope, dim)
+    goal = (v - y0) / h
     with torch.no_grad():
         lo, hi = torch.zeros_like(goal), torch.ones_like(goal)
-        for _ in range(54 if y.dtype == torch.float64 else 26):
-            mid = (lo + hi) / 2
-            below = cubic_unit(mid, d0, d1)[0] < goal
-            lo, hi = torch.where(below, mid, lo), torch.where(below, hi, mid)
-        t = (lo + hi) / 2
+        t = goal.clamp(0, 1)
+        for _ in range(20 if y.dtype == torch.float64 else 12):
+            value, slope = cubic_unit(t, d0, d1)
+            below = value < goal
+            lo, hi = torch.where(below, t, lo), torch.where(below, hi, t)
+            step = t - (value - goal) / slope
+            t = torch.where((step > lo) & (step < hi), step, (lo + hi) / 2)
     value, slope = cubic_unit(t, d0, d1)
-    slope = slope.clamp_min(torch.finfo(y.dtype).eps)
-    t = (t - (value - goal) / slope.detach()).clamp(0, 1)
-    slope = cubic_unit(t, d0, d1)[1].clamp_min(torch.finfo(y.dtype).eps) * h0 / w0
-    return torch.where(inside, x0 + t * w0, y), torch.where(inside, torch.log(slope), torch.zeros_like(y))
+    t = t - (value - goal) / slope.detach()
+    return from_unit(inside, y, x0 + w * t, cubic_unit(t, d0, d1)[1] * (h / w), bound)

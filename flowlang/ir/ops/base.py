@@ -29,6 +29,10 @@ class OpProblem(Exception):
         self.code, self.message, self.suggestion, self.notes = code, message, suggestion, tuple(notes)
 
 
+class NoTangent(Exception):
+    """A jvp rule's refusal: the op has no derivative in that operand that is a graph."""
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """What an operand must satisfy for a rule to hold: its values lie in `interval`.
@@ -90,7 +94,7 @@ class Op:
     total       what operands must satisfy for the op to be defined (log needs a positive one)
     continuous  (slot) -> whether the op has no jump in that operand
     jvp         (b, node, args, out, slot, tangent) -> contribution of that operand's tangent, or None
-                for zero; `args`, `out` are ids in the program being built
+                for zero; `args`, `out` are ids in the program being built. Raises NoTangent where none exists
     invert      (b, node, slot, args, out) -> the operand from the result and the other operands
     needs       (node, slot, facts) -> the conditions of `invert`, or words that say why not
     log_det     (b, node, slot, args, out) -> log|d result / d operand|, other operands held fixed
