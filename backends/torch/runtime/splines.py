@@ -123,30 +123,25 @@ def rqs_inverse(
     return from_unit(inside, y, x0 + w * t, rational(t, s, d0, d1)[1], bound)
 
 
-def turned(y: Tensor, shift: Tensor, bound: float, dim: int) -> Tensor:
-    """y moved along the circle [-bound, bound)."""
-    return torch.remainder(y + shift.squeeze(dim) + bound, 2 * bound) - bound
-
-
 def rqs_circular(
-    x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, shift: Tensor, *, bound: float = math.pi,
+    x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, bound: float = math.pi,
     min_width: float = 1e-3, min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rational-quadratic spline on the circle [-bound, bound), then a turn by `shift` (Rezende et al. 2020, 2.1.2)."""
+    """Rational-quadratic spline on the circle [-bound, bound) (Rezende et al. 2020, 2.1.2)."""
     u = x * (0.5 / bound) + 0.5
     bins = spline_bins(widths, min_width, dim)
     k = find_bin(u, bins[1], dim)
     x0, w = bin_at(bins, k, dim)
     y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
     share, slope = rational((u - x0) / w, h / w, *tied_slopes(slopes, k, min_slope, dim))
-    return turned((y0 + h * share - 0.5) * (2 * bound), shift, bound, dim), torch.log(slope)
+    return (y0 + h * share - 0.5) * (2 * bound), torch.log(slope)
 
 
 def rqs_circular_inverse(
-    y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, shift: Tensor, *, bound: float = math.pi,
+    y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, bound: float = math.pi,
     min_width: float = 1e-3, min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    v = turned(y, -shift, bound, dim) * (0.5 / bound) + 0.5
+    v = y * (0.5 / bound) + 0.5
     bins = spline_bins(heights, min_height, dim)
     k = find_bin(v, bins[1], dim)
     y0, h = bin_at(bins, k, dim)

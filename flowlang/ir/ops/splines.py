@@ -11,7 +11,7 @@ What raw parameters mean (B = bound, K bins, n = softmax over the bins, all on [
   quadratic         slopes at the knots min + (1 - min) v / v̄, v = 1e-3 + softplus(raw), v̄ its mean over the box
   cubic             two end slopes 3 (min + (1 - 2 min) sigmoid(raw + c)) times the secant there, raw 0 being the
                     secant; inner slopes by Steffen's rule (1990)
-  circular          as rational-quadratic with K slopes, the last knot being the first; then a turn by `shift`
+  circular          as rational-quadratic with K slopes, the last knot being the first
 So every raw parameter 0 is the identity.
 """
 
@@ -51,7 +51,7 @@ LEAST = 1e-3
 _BINS = {"min_width": LEAST, "min_height": LEAST, "min_slope": LEAST}
 SPLINES: dict[str, SplineKind] = {
     "rqs": SplineKind({"widths": 0, "heights": 0, "slopes": -1}, {"bound": 3.0, **_BINS}),
-    "rqs_circular": SplineKind({"widths": 0, "heights": 0, "slopes": 0, "shift": Fixed(1)}, {"bound": pi, **_BINS}),
+    "rqs_circular": SplineKind({"widths": 0, "heights": 0, "slopes": 0}, {"bound": pi, **_BINS}),
     "linear_spline": SplineKind({"heights": 0}, {"bound": 3.0, "min_height": LEAST}),
     "quadratic_spline": SplineKind({"widths": 0, "heights": 1}, {"bound": 3.0, "min_width": LEAST, "min_slope": LEAST}),
     "cubic_spline": SplineKind({"widths": 0, "heights": 0, "ends": Fixed(2)}, {"bound": 3.0, **_BINS}),
@@ -161,14 +161,14 @@ def _make(kind: str) -> None:
     cost = 40
     OPS.append(Op(
         kind, infer, _depend, interval=_bounds, jvp=jvp, invert=invert, needs=_needs,  # type: ignore[arg-type]
-        total=_on_circle if circular else None, continuous=lambda slot: not circular,
+        total=_on_circle if circular else None,
         log_det=lambda b, node, slot, args, out: LocalLogDet(slope(b, node, args[0], args[1:])),
         cost=lambda node, types: cost * node.tensor.count + 4 * sum(t.count for t in types[1:]),
         why_not={"lipschitz": "the slope is bounded by parameters only"},
     ))  # fmt: skip
     OPS.append(Op(
         f"{kind}_inverse", infer, _depend, interval=_bounds, total=_on_circle if circular else None,  # type: ignore[arg-type]
-        continuous=lambda slot: not circular, cost=lambda node, types: cost * node.tensor.count,
+        cost=lambda node, types: cost * node.tensor.count,
         why_not={"invert": "made by inversion only", "jvp": "made by inversion only", "lipschitz": "no bound is known"},
     ))  # fmt: skip
     OPS.append(Op(
