@@ -8,7 +8,7 @@ from typing import Any
 
 from flowlang.analysis.ranges import Violation, base_support
 from flowlang.derive.analyse import Analyses, class_rank, shown_class
-from flowlang.derive.invert import shown
+from flowlang.derive.explain import shown
 from flowlang.derive.plan import Failure, Plan, Step
 from flowlang.derive.programs import is_map, is_random
 from flowlang.diagnostics import Diagnostic, Label, Report
@@ -401,7 +401,7 @@ def require_log_det(comp: Compilation, statement: tree.Require, condition: tree.
     if order[have] <= wanted:
         return
     at = getattr(costliest[1], "node", None)
-    span = (region.graph[at].span if at is not None else None) or statement.span
+    span = (comp.analyses.view(region).graph[at].span if at is not None else None) or statement.span
     named = ["O(1)", "O(D)", "O(D²)", "O(D³)"][wanted]
     comp.report.add(
         Diagnostic(

@@ -29,6 +29,28 @@ class Summaries:
         return self._known[id(region)]
 
 
+class Supports:
+    """Where the nodes of one graph are exactly zero."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._known: dict[int, Support | None] = {}
+
+    def of(self, id: int) -> Support | None:
+        if id not in self._known:
+            for i in sorted(self.graph.reachable([id])):
+                if i not in self._known:
+                    self._known[i] = self.evaluate(self.graph[i])
+        return self._known[id]
+
+    def evaluate(self, node: Node) -> Support | None:
+        op = OPS.get(node.op)
+        if op is None or op.support is None:
+            return None
+        types = [self.graph[i].tensor for i in node.inputs]
+        return op.support(node, types, [self._known[i] for i in node.inputs])
+
+
 class Dependence:
     """Relations of the nodes of one graph on one entry node. `cut` nodes count as independent of it."""
 
@@ -39,7 +61,7 @@ class Dependence:
         self.cut = frozenset(cut) - {entry}
         self.cols = graph[entry].tensor.axes
         self._known: dict[int, Relation | None] = {entry: Relation.equal(self.cols, self.cols)}
-        self._supports: dict[int, Support | None] = {}
+        self.supports = Supports(graph)
 
     def all(self, ids: Sequence[int]) -> list[Relation | None]:
         return [self.of(i) for i in ids]
@@ -51,17 +73,6 @@ class Dependence:
                 if i not in self._known:
                     self._known[i] = None if i < self.entry or i in self.cut else self.evaluate(self.graph[i])
         return self._known[id]
-
-    def support(self, id: int) -> Support | None:
-        if id not in self._supports:
-            node = self.graph[id]
-            op = OPS.get(node.op)
-            found = None
-            if op is not None and op.support is not None:
-                types = [self.graph[i].tensor for i in node.inputs]
-                found = op.support(node, types, [self.support(i) for i in node.inputs])
-            self._supports[id] = found
-        return self._supports[id]
 
     def evaluate(self, node: Node) -> Relation | None:
         total: Relation | None = None
@@ -75,7 +86,7 @@ class Dependence:
                 if not isinstance(node.type, TensorType):
                     return Relation.full((), self.cols)  # a marker: results are read by `get`
                 return self.call_result(node, 0)
-            local = local_relation(self.graph, node, slot, [self.support(j) for j in node.inputs])
+            local = local_relation(self.graph, node, slot, [self.supports.of(j) for j in node.inputs])
             if local is None:
                 continue
             found = local.compose(inner)

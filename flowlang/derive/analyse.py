@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from flowlang.analysis.dependence import Summaries
 from flowlang.analysis.ranges import Ranges, Violation
-from flowlang.derive.invert import Inverter, mapped_slots
 from flowlang.derive.plan import (
     CallInverse,
     Failure,
@@ -20,6 +19,7 @@ from flowlang.derive.plan import (
     Step,
 )
 from flowlang.derive.programs import Program, build, is_map
+from flowlang.derive.search import Inverter
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region
 from flowlang.ir.interval import POSITIVE, REAL, Interval
@@ -164,19 +164,21 @@ class Analyses:
         return self._bounds[key]
 
     def solver_bounds(self, graph: Graph, node: Node, operands: Sequence[Interval], sink: list[Violation]) -> Interval:
-        if node.op == "bracket_solve":
-            image: Interval = node.attrs["image"]
-            if not operands[0].within(image):
-                sink.append(Violation(node, Need(0, image, words=f"a value in {image}"), operands[0], graph))
-            found = node.attrs["domain"]
-            assert isinstance(found, Interval)
-            return found
+        if node.op in ("fixed_point_solve", "estimate_log_det"):
+            return REAL
+        domain: Interval = node.attrs["domain"]
         if node.op == "scan_solve":
             body: Program = node.attrs["body"]
-            inner = self.program_bounds(body, [REAL, *operands])
+            inner = self.program_bounds(body, [domain, *operands[1:]])
             sink.extend(Violation(node, v.need, v.found, graph) for v in inner.violations)
+            if not inner.outputs[0].within(domain):
+                sink.append(Violation(node, Need(0, domain, words=f"a result in {domain}"), inner.outputs[0], graph))
             return inner.outputs[0]
-        return REAL
+        needed: list[Interval] = [node.attrs["image"], *node.attrs["assumed"]]
+        for k, (iv, wanted) in enumerate(zip(operands, needed, strict=True)):
+            if not iv.within(wanted):
+                sink.append(Violation(node, Need(k, wanted, words=f"a value in {wanted}"), iv, graph))
+        return domain
 
     # ---- plans and programs ---------------------------------------------------------------------
 
@@ -194,7 +196,7 @@ class Analyses:
         """Every inverse step is total on what the outputs may be, and leads back into the declared domain."""
         if region.kind == "flow":
             return None
-        program = build(region, plan, "inverse")
+        program = build(plan.region, plan, "inverse")
         self._programs[(id(region), "inverse")] = program
         ranges = self.ranges(region)
         results = [*region.outputs, *(e.value for e in region.emissions)]
@@ -224,7 +226,7 @@ class Analyses:
         if key not in self._programs:
             plan = self.plan(region) if is_map(region) else None
             assert not isinstance(plan, Failure), plan
-            self._programs[key] = build(region, plan, name)
+            self._programs[key] = build(region if plan is None else plan.region, plan, name)
         return self._programs[key]
 
     def lipschitz(self, region: Region, slot: int, index: int) -> float | None:
@@ -236,6 +238,11 @@ class Analyses:
         return self._lipschitz[key]
 
     # ---- what an inversion costs ----------------------------------------------------------------
+
+    def view(self, region: Region) -> Region:
+        """The form of the region that its plan's steps refer to."""
+        plan = self.plan(region)
+        return plan.region if isinstance(plan, Plan) else region
 
     def steps_of(self, region: Region) -> list[Step]:
         plan = self.plan(region)
@@ -256,27 +263,22 @@ class Analyses:
                 inner = "analytic"
                 for s in step.steps:
                     inner = costlier(inner, self.step_way(region, s))
-                return costlier(f"scan over {step.axis}", inner)
+                return costlier(f"scan over {step.axes}", inner)
             case FixedPoint():
                 return "fixed point"
             case CallInverse(n):
-                node = region.graph[n]
-                inner_region: Region = node.attrs["region"]
-                if node.attrs.get("method") == "inverse":
-                    return "analytic"
-                found = self.way(inner_region)
-                if found.startswith("scan over ") and node.attrs.get("lifted"):
-                    return found
-                return found
+                node = self.view(region).graph[n]
+                return "analytic" if node.attrs.get("method") == "inverse" else self.way(node.attrs["region"])
         return "analytic"
 
     def log_det_class(self, region: Region, step: Step) -> str:
         """Cost class of a step's log-det: "0", "1", "D", "D3:n" or "estimator"."""
         match step:
             case Solve(n, slot):
-                node = region.graph[n]
+                view = self.view(region)
+                node = view.graph[n]
                 cost = OPS[node.op].log_det_cost
-                return cost if isinstance(cost, str) else cost(node, slot, self.inverter(region))
+                return cost if isinstance(cost, str) else cost(node, slot, Inverter(view, self))
             case Scalar() | LowRank():
                 return "D"
             case FixedPoint():
@@ -284,12 +286,8 @@ class Analyses:
             case Scan():
                 return worst(self.log_det_class(region, s) for s in step.steps)
             case CallInverse(n):
-                inner: Region = region.graph[n].attrs["region"]
-                return self.region_class(inner)
+                return self.region_class(self.view(region).graph[n].attrs["region"])
         return "0"
-
-    def inverter(self, region: Region) -> Inverter:
-        return Inverter(region, self)
 
     def region_class(self, region: Region) -> str:
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
@@ -328,4 +326,4 @@ def shown_class(c: str, data: int) -> str:
     return {"0": "O(1)", "1": "O(1)", "D": "O(D)"}.get(c, c)
 
 
-__all__ = ["Analyses", "Evaluated", "costlier", "mapped_slots", "shown_class"]
+__all__ = ["Analyses", "Evaluated", "costlier", "shown_class"]

@@ -219,7 +219,7 @@ def jvp_program(region: Region, how: Tangents) -> Program:
     outputs = [mode.values[o] for o in region.outputs]
     outputs += [mode.tangent(o, how.type(region.graph[o].tensor)) for o in region.outputs]
     mode.program.outputs = outputs
-    return prune(mode.program, keep_inputs=True)
+    return prune(mode.program)
 
 
 def basis(b: Builder, t: TensorType) -> int:
@@ -265,7 +265,7 @@ def divergence_program(region: Region, *, exact: bool = True) -> Program:
         trace = b.const(0.0)
     mode.program.outputs = [mode.values[out], trace]
     assert b.type(trace) == SCALAR
-    return prune(mode.program, keep_inputs=True)
+    return prune(mode.program)
 
 
 __all__ = ["DIRECTION", "NoDerivative", "Tangents", "divergence_program", "jvp_program"]

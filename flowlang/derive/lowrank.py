@@ -6,10 +6,10 @@ slope is det J. Products V·w are simplified first: a unit vector has V·V = 1, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.ranges import Ranges
+from flowlang.derive.bodies import Body
 from flowlang.derive.jvp import NoDerivative, tangent
 from flowlang.derive.plan import LowRank
 from flowlang.ir.build import Builder
@@ -19,8 +19,9 @@ from flowlang.ir.interval import REAL, Interval, point, split
 from flowlang.ir.types import TensorType
 
 if TYPE_CHECKING:
-    from flowlang.derive.invert import Inverter
-    from flowlang.derive.programs import Replay
+    from flowlang.derive.problem import Problem
+    from flowlang.derive.replay import Replay
+    from flowlang.derive.search import Inverter
 
 Linear = dict[int, float]  # node -> coefficient; key -1 is the constant
 
@@ -147,20 +148,22 @@ def projected(b: Builder, inv_graph: Graph, env: dict[int, int], step: LowRank) 
     return value, slope
 
 
-def low_rank_update(inv: Inverter, unknown: set[int], u: int, e: int) -> LowRank | None:
-    graph = inv.graph
+def low_rank(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> LowRank | None:
+    """exit = u + w(s), s = V·u a scalar for each sample, and s + V·w(s) strictly monotone in s (A8)."""
+    graph, e = inv.graph, exits[0]
     node = graph[e]
-    if node.op != "add" or u not in node.inputs or node.tensor != graph[u].tensor or inv.interval(u) != REAL:
+    if len(exits) > 1 or p.scans or node.op != "add" or u not in node.inputs or inv.interval(u) != REAL:
         return None
     w = node.inputs[1 - node.inputs.index(u)]
-    if w == u or graph[w].tensor.axes != node.tensor.axes:
+    if w == u or node.tensor != graph[u].tensor or graph[w].tensor.axes != node.tensor.axes:
         return None
-    for s, v in bottlenecks(graph, unknown, u):
+    if not inv.sound_region(p, inv.between(p, u, exits)):
+        return None
+    for s, v in bottlenecks(graph, p.unknown, u):
         path = between(graph, s, w)
         if w not in path or reaches_without(graph, u, w, s):
             continue
-        axes = tuple(graph[s].attrs["axes"])
-        step = LowRank(u, e, w, s, axes, v, tuple(sorted(path)), True, REAL)
+        step = LowRank(u, e, w, s, tuple(graph[s].attrs["axes"]), v, tuple(sorted(path)), True, REAL)
         found = prove(inv, step)
         if found is not None:
             return found
@@ -244,7 +247,7 @@ def prove(inv: Inverter, step: LowRank) -> LowRank | None:
 
 def solve_low_rank(r: Replay, step: LowRank) -> None:
     source = r.source
-    body = r.sub_body()
+    body = Body(r)
     s = source[step.bottleneck]
     body.entry(s)
     body.value(step.weight)
@@ -257,7 +260,7 @@ def solve_low_rank(r: Replay, step: LowRank) -> None:
     node = r.b.graph.add(
         "bracket_solve", (target, *body.outer), s.tensor,
         {"body": body.program([value, slope]), "increasing": step.increasing, "lo": float("-inf"), "hi": float("inf"),
-         "image": REAL, "domain": REAL},
+         "image": REAL, "domain": REAL, "assumed": (REAL,) * len(body.outer)},
         span=source[step.exit].span, batched=True,
     )  # fmt: skip
     r.bind(s, node.id)
@@ -265,11 +268,7 @@ def solve_low_rank(r: Replay, step: LowRank) -> None:
 
 
 def weigh_low_rank(r: Replay, step: LowRank) -> None:
-    for n in step.path:
-        r.value(n)
+    r.evaluate_path(step.path, step.bottleneck)
     r.value(step.weight)
     _, slope = projected(r.b, r.source, r.env, step)
     r.weights.append(r.b.log_abs(slope))
-
-
-Projection = Callable[[Builder, int], int]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.interval import Interval
+from flowlang.ir.types import TensorType
 from flowlang.source import Span
 
-INVERSE_ORDER = ("analytic", "bracketing", "scan", "fixed point", "integration")
+Order = tuple[tuple[str, bool], ...]  # scanned axes, the slowest first, and whether each runs backwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +53,24 @@ class Scalar:
     increasing: bool
     domain: Interval
     image: Interval
+    assumed: tuple[tuple[int, Interval], ...] = ()  # known values that the proof reads, and their bounds there
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Slice after slice along an axis: everything else reads earlier slices only."""
+    """Slice after slice in an order: everything else reads earlier slices only."""
 
     entry: int
-    exit: int
-    axis: str
-    reverse: bool
+    exits: tuple[int, ...]
+    order: Order
     steps: tuple[Step, ...]
-    dropped: tuple[int, ...]
-    unknown: tuple[int, ...]
+    domain: Interval
+    dropped: tuple[int, ...]  # what reads earlier slices only
+    region: tuple[int, ...]  # everything between entry and exits
+
+    @property
+    def axes(self) -> str:
+        return ", ".join(axis for axis, _ in self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,7 @@ class FixedPoint:
     residual: int  # the node g(entry)
     path: tuple[int, ...]
     constant: float
+    negative: bool = False  # exit = entry - residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +105,20 @@ Step = Solve | Unjoin | Gather | CallInverse | Scalar | Scan | FixedPoint | LowR
 
 @dataclass
 class Plan:
-    """How a region is inverted."""
+    """How a region is inverted: steps on the graph of `region`, which may be an equal form of the one asked about."""
 
+    region: Region
     steps: list[Step] = field(default_factory=list)
-    ways: dict[str, str] = field(default_factory=dict)
+
+    def inverted_calls(self) -> Iterator[int]:
+        """The calls that are coordinates' own steps, those inside scans included."""
+        stack = list(self.steps)
+        while stack:
+            step = stack.pop()
+            if isinstance(step, CallInverse):
+                yield step.node
+            elif isinstance(step, Scan):
+                stack.extend(step.steps)
 
 
 @dataclass(frozen=True)
@@ -112,3 +131,20 @@ class Failure:
     labels: tuple[tuple[Span, str], ...] = ()
     notes: tuple[str, ...] = ()
     suggestion: str | None = None
+
+
+def mapped_slots(node: Node, region: Region) -> list[int]:
+    """Which operands of a call are the callee's mapped inputs (results, when it is called inverted)."""
+    if node.op == "repeat":
+        return list(range(int(node.attrs["carried"])))
+    if node.attrs.get("method") == "inverse":
+        return list(range(len(region.outputs)))
+    return list(range(len(region.inputs)))
+
+
+def call_results(graph: Graph, node: Node) -> list[int] | None:
+    """The values of a call's results in their order; None when one of them is never read."""
+    if isinstance(node.type, TensorType):
+        return [node.id]
+    gets = {u.attrs["index"]: u.id for u, _ in graph.users(node.id) if u.op == "get"}
+    return [gets[k] for k in sorted(gets)] if len(gets) == len(result_types(node.type)) else None

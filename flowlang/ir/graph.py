@@ -7,7 +7,7 @@ declaration. Equal instances share one region, and nodes refer to it by `call` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,17 @@ class Graph:
     def users(self, id: int) -> list[tuple[Node, int]]:
         """(user, slot) pairs in the order of creation."""
         return [(self._nodes[user], slot) for user, slot in self._users.get(id, ())]
+
+    def descendants(self, starts: Iterable[int]) -> set[int]:
+        """All nodes that need one of the starts, the starts included."""
+        seen = set(starts)
+        stack = list(seen)
+        while stack:
+            for v, _ in self._users.get(stack.pop(), ()):
+                if v not in seen:
+                    seen.add(v)
+                    stack.append(v)
+        return seen
 
     def reachable(self, roots: list[int]) -> set[int]:
         """All nodes that the roots need, roots included."""

@@ -1,0 +1,285 @@
+"""Which reason for a refusal is the one to show, in the spec's words (ANALYSIS.md A14)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flowlang.analysis.dependence import Dependence
+from flowlang.derive.plan import Failure
+from flowlang.ir.graph import Node, Region
+from flowlang.ir.interval import Interval
+from flowlang.ir.ops import OPS
+from flowlang.ir.ops.base import Need
+from flowlang.ir.types import TensorType
+from flowlang.source import Span
+
+if TYPE_CHECKING:
+    from flowlang.derive.problem import Problem
+    from flowlang.derive.search import Inverter
+
+
+def shown(op: str) -> str:
+    """An op's name as the spec writes it."""
+    signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "neg": "-", "contract": "sum", "square": "^ 2"}
+    return signs.get(op, op.removeprefix("reduce_"))
+
+
+def called(inv: Inverter, n: int) -> str:
+    node = inv.graph[n]
+    if node.label:
+        return f"`{node.label}`"
+    if node.op == "rename" or node.op in ("order", "expand", "slice", "get"):
+        inner = called(inv, node.inputs[0])
+        return f"a part of {inner}" if node.op == "slice" else inner
+    if node.op in ("call", "repeat"):
+        return f"the result of `{node.attrs['region'].name}`"
+    return f"the result of `{shown(node.op)}`"
+
+
+def result_span(inv: Inverter) -> Span | None:
+    for o in inv.region.outputs:
+        if inv.graph[o].span is not None:
+            return inv.graph[o].span
+    return inv.region.span
+
+
+def lost(inv: Inverter, why: str, wanted: int) -> Failure:
+    count = wanted - count_reaching(inv)
+    amount = f"{count} of {wanted}" if count > 0 else f"some of {wanted}"
+    return Failure(
+        "FL0402",
+        f"not invertible: {amount} dimensions are lost; {why}",
+        result_span(inv),
+        suggestion="every coordinate must reach the result once",
+    )
+
+
+def count_reaching(inv: Inverter) -> int:
+    """How many input coordinates can be told apart from the outputs, by slices alone."""
+    graph, region = inv.graph, inv.region
+    seen: set[tuple[int, int]] = set()
+    for x in region.inputs:
+        dep = inv.dependence(x)
+        t = graph[x].tensor
+        if t.rank != 1:
+            return sum(graph[r].tensor.count for r in {*region.outputs})
+        for r in {*region.outputs, *(e.value for e in region.emissions)}:
+            relation = dep.of(r)
+            if relation is None:
+                continue
+            for part in relation.parts:
+                found: int | None = None
+                for (_, col), m in part:
+                    if col == t.names[0]:
+                        bits = 0
+                        for row in m.bits():
+                            bits |= row
+                        found = bits if found is None else found & bits
+                if found is None:
+                    return t.count
+                seen |= {(x, j) for j in range(t.count) if found >> j & 1}
+    return len(seen)
+
+
+def not_continuous(inv: Inverter, node: Node) -> Failure:
+    return Failure(
+        "FL0405", f"not invertible: `{shown(node.op)}` jumps, so the map is not continuous here", node.span,
+        suggestion="use a continuous function of the coordinate",
+    )  # fmt: skip
+
+
+def no_derivative(inv: Inverter, n: int) -> Failure:
+    node = inv.graph[n]
+    return Failure(
+        "FL0404",
+        f"not invertible: nothing shows that this is monotone; `{shown(node.op)}` has no derivative rule",
+        node.span,
+    )
+
+
+MAY_TURN = ("sin", "cos", "silu", "gelu", "square", "abs", "relu", "clamp", "min", "max", "tanh", "where", "pow", "mul")
+
+
+def not_monotone(inv: Inverter, u: int, e: int, path: list[int], slope: Interval | None) -> Failure:
+    blame = [shown(inv.graph[n].op) for n in path if inv.graph[n].op in MAY_TURN]
+    through = ", ".join(f"`{b}`" for b in dict.fromkeys(blame))
+    where = f"its slope may be anything in {slope}" if slope is not None else "its slope may change sign"
+    notes = (f"the slope was bounded through {through}",) if through else ()
+    return Failure(
+        "FL0404", f"not invertible: this is not shown to be strictly monotone in {called(inv, u)}: {where}", inv.graph[e].span,
+        notes=notes, suggestion="bound the coefficients, as in `param a: Interval(0, 0.9)`, so that the slope keeps its sign",
+    )  # fmt: skip
+
+
+def not_contractive(inv: Inverter, u: int, e: int, found: float) -> Failure:
+    return Failure(
+        "FL0407",
+        f"not invertible: the Lipschitz constant of what is added to {called(inv, u)} is {found:g}, which is not below 1",
+        inv.graph[e].span,
+        suggestion="bound it, as in `lipschitz(net, 0.97)`",
+    )
+
+
+def not_real(inv: Inverter, v: int) -> Failure:
+    return Failure(
+        "FL0403",
+        f"not invertible: {called(inv, v)} holds whole numbers, and a change of variables needs real ones",
+        inv.graph[v].span or result_span(inv),
+        suggestion="dequantise it first: add uniform noise drawn inside the bijector",
+    )
+
+
+def unbalanced(inv: Inverter, node: Node) -> Failure:
+    return Failure(
+        "FL0410",
+        f"not invertible: `{node.attrs['region'].name}` draws or emits, and here its value only conditions something else",
+        node.span or result_span(inv),
+        suggestion="apply it to a coordinate that leaves, or condition on a value without draws",
+    )
+
+
+def wrong_count(inv: Inverter, have: int, wanted: int) -> Failure:
+    return Failure(
+        "FL0402",
+        f"not invertible: {wanted} dimensions go in and {have} come out",
+        result_span(inv),
+        suggestion="a bijector keeps the number of coordinates; `emit` lets some leave under their own distribution",
+    )
+
+
+def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
+    """A14: which of the reasons is the one to show."""
+    if p.lost is not None:
+        return lost(inv, f"{called(inv, p.lost)} is used where a new coordinate is needed", wanted)
+    for _, call in inv.analyses.failed_calls:
+        if call.id in inv.graph.reachable(list(p.members)):
+            inner: Region = call.attrs["region"]
+            found = inv.analyses.plan(inner)
+            if isinstance(found, Failure):
+                span = call.span if inner.library else found.span
+                return Failure(found.code, found.message, span, found.labels, found.notes, found.suggestion)
+    stuck = [m for m in sorted(p.members, reverse=True) if m not in p.targets]
+    m = stuck[0]
+    node = inv.graph[m]
+    for cond, slot, need in p.conditions:
+        if isinstance(need, Need):
+            other = cond.inputs[need.slot]
+            if need.slot != slot:
+                found_iv = inv.interval(other)
+                return Failure(
+                    "FL0403",
+                    f"not invertible: {called(inv, other)} {need.words} (it lies in {found_iv}), "
+                    f"and the inverse of `{shown(cond.op)}` needs it nonzero",
+                    cond.span,
+                    suggestion=f"give it a domain without 0, as in `param {inv.graph[other].label or 'scale'}: Positive[..]`, or use `exp(..)`",
+                )
+    notes = p.notes
+    for code in ("FL0405", "FL0404", "FL0407"):
+        for f in notes:
+            if f.code == code:
+                return f
+    strict = causal_but_not_strict(inv, p, m)
+    if strict is not None:
+        return strict
+    for cond, _, need in p.conditions:
+        if isinstance(need, Need):
+            return Failure(
+                "FL0403",
+                f"not invertible: {called(inv, cond.inputs[need.slot])} {need.words}",
+                cond.span,
+                suggestion="restrict its domain, or use a function that is monotone on all of it",
+            )
+    reached = twice(inv, p, stuck)
+    if reached is not None:
+        return reached
+    for cond, _slot, need in p.conditions:
+        if isinstance(need, str):
+            return Failure("FL0403", f"not invertible: {need}", cond.span)
+    unknown = [i for i in node.inputs if i in p.unknown]
+    if len(unknown) == 1 and OPS[node.op].why_not.get("invert"):
+        return Failure(
+            "FL0403", f"not invertible: {OPS[node.op].why_not['invert']}, so {called(inv, unknown[0])} cannot be told from it",
+            node.span or result_span(inv),
+        )  # fmt: skip
+    return Failure(
+        "FL0401",
+        "not invertible: no way was found to tell the inputs from the result",
+        node.span or result_span(inv),
+    )
+
+
+def causal_but_not_strict(inv: Inverter, p: Problem, m: int) -> Failure | None:
+    """The exit is causal along an axis of an input, but something else is not strictly so."""
+    for t in sorted(p.targets):
+        if t not in p.unknown:
+            continue
+        dep = inv.dependence(t)
+        relation = dep.of(m)
+        if relation is None:
+            continue
+        for axis in inv.graph[t].tensor.names:
+            if not inv.graph[m].tensor.has(axis):
+                continue
+            for cmp in (">=", "<="):
+                if relation.within(axis, axis, cmp) and not relation.within(axis, axis, "=="):
+                    blame = not_strict_node(inv, t, m, axis, dep)
+                    label = (
+                        ((blame.span, "this reads the same place as well as earlier ones"),)
+                        if blame is not None and blame.span
+                        else ()
+                    )
+                    return Failure(
+                        "FL0406",
+                        f"not invertible: what scales or shifts {called(inv, t)} is causal along `{axis}`, but not strictly: "
+                        f"at each place it reads that place itself",
+                        inv.graph[m].span,
+                        labels=label,
+                        suggestion=f"shift its input by one, as in `shift[{axis}]({inv.graph[t].label or 'x'}, 1)`",
+                    )
+    return None
+
+
+def not_strict_node(inv: Inverter, t: int, m: int, axis: str, dep: Dependence) -> Node | None:
+    for n in sorted(inv.graph.reachable([m])):
+        node = inv.graph[n]
+        if n == t or not isinstance(node.type, TensorType):
+            continue
+        relation = dep.of(n)
+        if relation is not None and node.tensor.has(axis) and not relation.within(axis, axis, "=="):
+            return node
+    return None
+
+
+def twice(inv: Inverter, p: Problem, stuck: list[int]) -> Failure | None:
+    """The smallest stuck node that an unknown value reaches along two ways."""
+    for m in stuck:
+        for n in sorted(inv.graph.reachable([m]), reverse=True):
+            node = inv.graph[n]
+            slots = [i for i in node.inputs if i in p.unknown]
+            if len(slots) < 2 and not (len(slots) == 1 and len(node.inputs) > len(set(node.inputs))):
+                continue
+            common: set[int] | None = None
+            for i in slots:
+                up = inv.graph.reachable([i]) & p.unknown
+                common = up if common is None else common & up
+            if not common:
+                continue
+            u = max(common)
+            labels: list[tuple[Span, str]] = []
+            for i in slots[:2]:
+                span = inv.graph[i].span
+                if span is not None and not span.source.library:
+                    labels.append((span, f"one way: through {called(inv, i)}"))
+            name = called(inv, u)
+            return Failure(
+                "FL0401",
+                f"not invertible: {name} arrives twice here, so it cannot be told from the result",
+                node.span or inv.graph[m].span,
+                tuple(labels),
+                (
+                    f"the result depends on {name} by itself and through "
+                    + " and ".join(called(inv, i) for i in slots if i != u),
+                ),
+                f"let the other factor or term read only what is kept, not {name} itself",
+            )
+    return None

@@ -1,0 +1,67 @@
+"""One function of a region as a graph of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flowlang.ir.graph import Graph, Region
+from flowlang.ir.types import TensorType
+
+
+@dataclass
+class Program:
+    """One function of a region: a pruned graph with named inputs and results.
+
+    `context` counts the trailing inputs that are context; `random` says that it draws noise.
+    """
+
+    name: str
+    region: Region
+    graph: Graph
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    context: int = 0
+    random: bool = False
+    log_det: bool = False  # the last output is a log-det or weight for each sample
+
+    def output_types(self) -> list[TensorType]:
+        return [self.graph[o].tensor for o in self.outputs]
+
+
+def is_random(region: Region) -> bool:
+    """Whether the region, or one below it, draws or scores an emission."""
+    return any(r.draws or any(e.distribution is not None for e in r.emissions) for r in region.walk())
+
+
+def is_map(region: Region) -> bool:
+    return region.kind in ("bijector", "chain", "flow")
+
+
+def draws_noise(region: Region, method: str) -> bool:
+    if method == "score":
+        return any(r.draws for r in region.walk())
+    return any(any(e.distribution is not None for e in r.emissions) for r in region.walk())
+
+
+def prune(program: Program) -> Program:
+    """Drops what no result needs; ids are renumbered in order."""
+    graph = program.graph
+    needed = graph.reachable([*program.outputs, *program.inputs])
+    new = Graph()
+    env: dict[int, int] = {}
+    for n in sorted(needed):
+        node = graph[n]
+        added = new.add(
+            node.op,
+            tuple(env[i] for i in node.inputs),
+            node.type,
+            node.attrs,
+            span=node.span,
+            label=node.label,
+            batched=node.batched,
+        )
+        env[n] = added.id
+    program.graph = new
+    program.inputs = [env[i] for i in program.inputs]
+    program.outputs = [env[o] for o in program.outputs]
+    return program

@@ -1,0 +1,125 @@
+"""Scans: slice after slice along one axis, or several in lexicographic order (ANALYSIS.md A5)."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from flowlang.analysis.dependence import Dependence
+from flowlang.derive.plan import Order, Scan
+from flowlang.derive.problem import Problem, ScanContext
+from flowlang.ir.relation import Relation, compare, subset
+from flowlang.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from flowlang.derive.search import Inverter
+
+
+def scan(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Scan | None:
+    dependence = inv.dependence(u, p.cut)
+    region = inv.between(p, u, exits)
+    if not inv.sound_region(p, region):
+        return None
+    for order in orders(inv, p, u, exits):
+        carriers = carry(inv, dependence, u, exits, order, region)
+        if carriers is not None:
+            step = scan_along(inv, p, u, exits, order, carriers, region, dependence)
+            if step is not None:
+                return step
+    return None
+
+
+def orders(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Iterator[Order]:
+    """Single axes, then lexicographic orders of several: raster scans."""
+    t = inv.graph[u].tensor
+    names = [
+        a.name
+        for a in t.axes
+        if a.size > 1 and not inv.barred(p, u, a.name) and all(inv.graph[e].tensor.has(a.name) for e in exits)
+    ]
+    for k in range(1, len(names) + 1):
+        for axes in itertools.permutations(names, k):
+            for reverse in itertools.product((False, True), repeat=k):
+                yield tuple(zip(axes, reverse, strict=True))
+
+
+def carry(
+    inv: Inverter, dependence: Dependence, u: int, exits: tuple[int, ...], order: Order, region: list[int]
+) -> dict[int, tuple[str, ...]] | None:
+    """The axes of each usable node along the scanned ones; None when an exit lies outside the order (A5.1)."""
+    axes = tuple(a for a, _ in order)
+    carriers: dict[int, tuple[str, ...]] = {u: axes}
+    for n in region:
+        if n == u or not isinstance(inv.graph[n].type, TensorType):
+            continue
+        relation = dependence.of(n)
+        choices = [axes] if len(order) > 1 or n in exits else [axes, *((r,) for r in inv.graph[n].tensor.names)]
+        found = next((c for c in choices if relation is not None and usable(relation, c, order)), None)
+        if found is not None:
+            carriers[n] = found
+        elif n in exits:
+            return None
+    return carriers
+
+
+def usable(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
+    """A5.2: a relation that reaches later slices makes the node unusable."""
+    sizes = {a.name: a.size for a in relation.rows}
+    wanted = {a.name: a.size for a in relation.cols}
+    if any(sizes.get(r) != wanted[a] for r, (a, _) in zip(rows, order, strict=True)):
+        return False
+    return not_after(relation, rows, order)
+
+
+def not_after(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
+    """Whether everything that a slice reads stands before it or at it."""
+    sizes = {a.name: a.size for a in relation.rows}
+    for part in relation.parts:
+        for row, (axis, reverse) in zip(rows, order, strict=True):
+            found = relation.matrix(part, row, axis)
+            upto, before = compare(sizes[row], "<=" if reverse else ">="), compare(sizes[row], "<" if reverse else ">")
+            if found is None or upto is None or before is None or not subset(found, upto):
+                return False
+            if subset(found, before):
+                break
+    return True
+
+
+def strict(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
+    """A5.2: nothing is left of it at the slice itself."""
+    for row, (axis, _) in zip(rows, order, strict=True):
+        relation = relation.restrict_equal(row, axis)
+    return relation.is_empty()
+
+
+def scan_along(
+    inv: Inverter, p: Problem, u: int, exits: tuple[int, ...], order: Order, carriers: dict[int, tuple[str, ...]],
+    region: list[int], dependence: Dependence,
+) -> Scan | None:  # fmt: skip
+    graph = inv.graph
+    dropped = {n for n in region if n not in exits and n in carriers and drops(dependence.of(n), carriers[n], order)}
+    if not dropped:
+        return None
+    for n in region:  # a call whose every result is dropped is dropped with them
+        gets = [x.id for x, _ in graph.users(n) if x.op == "get" and x.id in region]
+        if gets and not isinstance(graph[n].type, TensorType) and all(x in dropped for x in gets):
+            dropped.add(n)
+    inner = Problem(
+        Counter(exits), frozenset([u]), {n for n in region if n not in dropped and n not in exits},
+        (*p.scans, ScanContext(carriers)), p.cut | dropped, p.slice_known | dropped | set(exits),
+    )  # fmt: skip
+    for n in region:
+        if n != u and n in inner.unknown and inv.computable(inner, graph[n]):
+            inner.unknown.discard(n)
+            inner.slice_known.add(n)
+    if not inv.propagate(inner):
+        p.conditions.extend(inner.conditions)
+        p.notes.extend(inner.notes)
+        return None
+    return Scan(u, exits, order, tuple(inner.steps), inv.interval(u), tuple(sorted(dropped)), tuple(region))
+
+
+def drops(relation: Relation | None, rows: tuple[str, ...], order: Order) -> bool:
+    return relation is None or strict(relation, rows, order)
