@@ -1,0 +1,257 @@
+"""A program of a flow as an ONNX model: named dynamic axes, weights folded, raw data in and out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from flowlang.backends.onnx.graph import INT, REAL, Builder, Shape, Value
+from flowlang.backends.onnx.lower import Lowering, Noise, Shared, Unlowered, Weights
+from flowlang.backends.onnx.model import DEFAULT_OPSET, HIGHEST_OPSET, LOWEST_OPSET, finish
+from flowlang.backends.torch.codegen import ClassScope, Generator
+
+from flowlang.derive.analyse import Analyses
+from flowlang.derive.programs import Program
+from flowlang.ir.graph import Region
+from flowlang.version import __version__
+
+PROGRAMS = ("log_prob", "forward", "inverse", "sample", "sample_and_log_prob")
+
+
+@dataclass(frozen=True)
+class Standard:
+    """x -> (x - mean) / scale, as kept with a trained model."""
+
+    mean: Any
+    scale: Any
+
+    @property
+    def log_det(self) -> float:
+        return -float(np.log(self.scale).sum())
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model is made for. `seed` None: noise is an input; else a seeded random op draws it."""
+
+    opset: int = DEFAULT_OPSET
+    seed: int | None = None
+    standard: Standard | None = None
+    given_standard: Mapping[str, Standard] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class ModuleWeights:
+    """The weights of a compiled module: parametrisations are evaluated once, in float64."""
+
+    def __init__(self, generator: Generator, region: Region, module: Any):
+        self.generator, self.region, self.module = generator, region, module
+        self.names = ClassScope(generator, region)
+        self.known: dict[str, Any] = {}
+
+    def value(self, name: str) -> Any:
+        import torch
+
+        if name not in self.known:
+            found = getattr(self.module, self.names.attributes[name])
+            with torch.no_grad():
+                made = found() if isinstance(found, torch.nn.Module) else found
+            self.known[name] = made.detach().cpu().numpy().astype(np.float64)
+        return self.known[name]
+
+    def child(self, name: str) -> Weights:
+        region = self.region.children[name].region
+        return ModuleWeights(self.generator, region, getattr(self.module, self.names.children[name]))
+
+    def copies(self, name: str) -> Sequence[Weights]:
+        region = self.region.children[name].region
+        found = getattr(self.module, self.names.children[name])
+        return [ModuleWeights(self.generator, region, m) for m in (found if self.region.children[name].count > 1 else [found])]
+
+
+class Model:
+    """One program being exported."""
+
+    def __init__(self, region: Region, analyses: Analyses, module: Any, name: str, options: Options):
+        import torch
+
+        self.region, self.analyses, self.name, self.options = region, analyses, name, options
+        dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+        self.g = Builder("float64" if dtype == torch.float64 else "float32", options.opset)
+        exact = copy.deepcopy(module).double().eval()
+        self.weights = ModuleWeights(Generator(region, analyses, ""), region, exact)
+        self.noise: list[Noise] = []
+        self.taken: set[str] = set()
+        self.random_shape: Value | None = None
+
+    def build(self) -> onnx.ModelProto:
+        g = self.g
+        program = self.analyses.program(self.region, self.name)
+        shared = Shared(self.analyses.program, self.draw)
+        if self.options.seed is not None and not program.inputs and self.name.startswith("sample"):
+            g.batch = g.input(self.fresh("batch_size"), (1,), INT)
+        arguments = self.inputs(program)
+        found = Lowering(g, shared, self.weights, ("batch",)).program(program, arguments)
+        outputs = self.outputs(program, found)
+        for key, v in outputs.items():
+            rank = self.output_ranks[key]
+            outputs[key] = g.expand(v, ("batch", *v.shape[v.rank - rank :]))
+        return finish(g, self.region.name, outputs, self.metadata(), self.region.doc or "")
+
+    # ---- inputs and outputs -----------------------------------------------------------------------------
+
+    def fresh(self, wanted: str) -> str:
+        name, k = wanted, 1
+        while name in self.taken:
+            k += 1
+            name = f"{wanted}_{k}"
+        self.taken.add(name)
+        return name
+
+    def inputs(self, program: Program) -> list[Value]:
+        arguments: list[Value] = []
+        mapped = len(program.inputs) - program.context
+        for k, i in enumerate(program.inputs):
+            node = program.graph[i]
+            default = "z" if self.name == "inverse" and k == 0 else "x"
+            label = default if self.name == "inverse" and k == 0 else node.label or node.attrs.get("name") or default
+            name = self.fresh(label)
+            v = self.g.input(name, ("batch", *node.tensor.shape))
+            self.see(v)
+            if k < mapped:
+                standard = self.options.standard if self.name in ("log_prob", "forward") else None
+            else:
+                standard = self.options.given_standard.get(label)
+            if standard is not None:
+                v = self.g.div(self.g.sub(v, self.g.const(standard.mean)), self.g.const(standard.scale))
+            arguments.append(v)
+        return arguments
+
+    def see(self, v: Value) -> None:
+        """The batch size can be read from the first batched input."""
+        if self.g.batch is None and "batch" in v.shape[:1]:
+            self.g.batch = self.g.op("Shape", v, shape=(1,), kind=INT, start=0, end=1)
+
+    def outputs(self, program: Program, found: list[Value]) -> dict[str, Value]:
+        names = self.output_names(program)
+        out = dict(zip(names, found, strict=True))
+        self.output_ranks = {k: program.graph[o].tensor.rank for k, o in zip(names, program.outputs, strict=True)}
+        standard = self.options.standard
+        if standard is None:
+            return out
+        g = self.g
+        if self.name == "log_prob":
+            return {names[0]: g.add(found[0], standard.log_det)}
+        if self.name == "forward":
+            return {**out, names[-1]: g.add(found[-1], standard.log_det)}
+        raw = g.add(g.mul(found[0], g.const(standard.scale)), g.const(standard.mean))
+        out[names[0]] = raw
+        if self.name == "inverse":
+            out[names[-1]] = g.sub(found[-1], standard.log_det)
+        if self.name == "sample_and_log_prob":
+            out[names[-1]] = g.add(found[-1], standard.log_det)
+        return out
+
+    def output_names(self, program: Program) -> list[str]:
+        data = self.region.graph[self.region.inputs[0]].label or "x"
+        match self.name:
+            case "log_prob":
+                return [self.fresh("log_prob")]
+            case "sample" | "sample_and_log_prob":
+                names = [data, *(f"{data}_{k}" for k in range(2, len(self.region.inputs) + 1))]
+                return [self.fresh(n) for n in [*names, *(["log_prob"] if self.name != "sample" else [])]]
+            case "inverse":
+                return [self.fresh(data), *[self.fresh("log_det")]]
+        parts = [self.region.graph[e.value].label or f"part{k}" for k, e in enumerate(self.region.emissions, 1)]
+        return [self.fresh(n) for n in ["z", *parts, "log_det"]]
+
+    # ---- noise ------------------------------------------------------------------------------------------
+
+    def draw(self, name: str, kind: str, shape: Shape, df: float | None, degrees: Value | None) -> Value:
+        if self.options.seed is not None:
+            return self.random(name, kind, shape, degrees)
+        name = self.fresh(name)
+        self.noise.append(Noise(name, kind, shape, df))
+        v = self.g.input(name, shape, INT if kind == "geometric" else REAL)
+        self.see(v)
+        return v
+
+    def random(self, name: str, kind: str, shape: Shape, degrees: Value | None) -> Value:
+        """A seeded random op, transformed as the PyTorch runtime's `standard_noise` does."""
+        g = self.g
+        if kind == "normal":
+            return self.random_op("RandomNormalLike", name, shape)
+        u = self.random_op("RandomUniformLike", name, shape)
+        top = 1 - g.eps
+        match kind:
+            case "uniform":
+                return u
+            case "exponential":
+                return g.neg(g.unary("Log", g.sub(1.0, u)))
+            case "geometric":
+                return g.cast(g.unary("Floor", g.div(g.unary("Log", g.clip(u, g.tiny, 1.0)), math.log(0.5))), INT)
+            case "logistic":
+                u = g.clip(u, g.tiny, top)
+                return g.unary("Log", g.div(u, g.sub(1.0, u)))
+            case "laplace":
+                w = g.sub(g.mul(u, 2.0), 1.0)
+                size = g.clip(g.unary("Abs", w), None, top)
+                return g.neg(g.mul(g.unary("Sign", w), g.unary("Log", g.sub(1.0, size))))
+        assert kind == "student_t" and degrees is not None, kind
+        from flowlang.backends.onnx.special import expm1
+
+        angle = g.mul(self.random_op("RandomUniformLike", f"{name}/angle", shape), 2 * math.pi)
+        power = g.div(g.mul(g.unary("Log", g.clip(u, g.tiny, None)), -2.0), degrees)
+        radius = g.unary("Sqrt", g.clip(g.mul(degrees, expm1(g, power)), 0.0, None))
+        return g.mul(radius, g.unary("Cos", angle))
+
+    def random_op(self, op: str, name: str, shape: Shape) -> Value:
+        assert self.options.seed is not None
+        like = self.g.filled(0.0, shape)
+        seed = float((self.options.seed * 1_000_003 + len(self.noise)) % 2**24)
+        self.noise.append(Noise(name, op, shape))
+        made = self.g.multi(op, like, shapes=[shape], pure=False, seed=seed)[0]
+        if made.node is not None:
+            made.node.hint = name.rsplit("/", 1)[-1]
+        return made
+
+    # ---- metadata ---------------------------------------------------------------------------------------
+
+    def metadata(self) -> dict[str, str]:
+        graph, o = self.region.graph, self.options
+        axes = {
+            (graph[i].label or f"x{k}"): [[a.name, a.size] for a in graph[i].tensor.axes]
+            for k, i in enumerate([*self.region.inputs, *self.region.context])
+        }
+        found: dict[str, Any] = {
+            "flowlang_version": __version__, "flow": self.region.name, "program": self.name, "opset": str(o.opset),
+            "dtype": self.g.dtype, "axes": json.dumps(axes, ensure_ascii=False), **o.metadata,
+        }  # fmt: skip
+        if o.seed is not None:
+            found["seed"] = str(o.seed)
+        elif self.noise:
+            found["noise"] = json.dumps(
+                {n.name: {"kind": n.kind, **({"df": n.df} if n.df is not None else {})} for n in self.noise}
+            )
+        constants = {"data": o.standard, **o.given_standard}
+        kept = {k: {"mean": np.asarray(s.mean).tolist(), "scale": np.asarray(s.scale).tolist()}
+                for k, s in constants.items() if s is not None}  # fmt: skip
+        if kept:
+            found["standardisation"] = json.dumps(kept)
+        return found
+
+
+def export(region: Region, analyses: Analyses, module: Any, program: str, options: Options | None = None) -> onnx.ModelProto:
+    """The model of one program. Raises Unlowered for what ONNX cannot express."""
+    o = options or Options()
+    assert LOWEST_OPSET <= o.opset <= HIGHEST_OPSET
+    return Model(region, analyses, module, program, o).build()
+
+
+__all__ = ["DEFAULT_OPSET", "HIGHEST_OPSET", "LOWEST_OPSET", "PROGRAMS", "Options", "Standard", "Unlowered", "export"]

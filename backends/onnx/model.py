@@ -1,0 +1,179 @@
+"""From a graph under construction to a checked `ModelProto`: pruning, fusing, names, initializers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Node, Value
+from onnx import TensorProto, helper, numpy_helper
+
+LOWEST_OPSET, DEFAULT_OPSET = 18, 18
+HIGHEST_OPSET = 25
+
+
+def every_node(body: Body) -> Iterator[Node]:
+    for node in body.nodes:
+        yield node
+        for inner in node.bodies.values():
+            yield from every_node(inner)
+
+
+def prune(body: Body) -> None:
+    """Drops nodes that no result needs."""
+
+    def keep(body: Body, used: set[int]) -> None:
+        kept: list[Node] = []
+        for node in reversed(body.nodes):
+            if not any(id(o) in used for o in node.outputs):
+                continue
+            for inner in node.bodies.values():
+                used.update(id(o) for o in inner.outputs)
+                keep(inner, used)
+            used.update(id(i) for i in node.inputs if i is not None)
+            kept.append(node)
+        body.nodes = kept[::-1]
+
+    keep(body, {id(o) for o in body.outputs})
+
+
+def fuse(body: Body) -> None:
+    """`MatMul` and a bias on matrices become `Gemm`; a chain of additions becomes one `Sum`."""
+    uses = Counter(id(v) for node in every_node(body) for v in node.inputs)
+    uses.update(id(o) for b in bodies(body) for o in b.outputs)
+    for part in bodies(body):
+        gone: set[int] = set()
+        for node in part.nodes:
+            if node.op != "Add" or any(v is None for v in node.inputs):
+                continue
+            product = next((v for v in node.inputs if v is not None and v.node is not None and v.node.op == "MatMul"), None)
+            bias = next((v for v in node.inputs if v is not product), None)
+            if product is None or bias is None or uses[id(product)] != 1 or product.node not in part.nodes:
+                continue
+            assert product.node is not None
+            matrix = product.node.inputs[1]
+            if matrix is None or matrix.array is None or product.rank != 2 or bias.array is None or bias.rank > 1:
+                continue
+            if bias.rank == 1 and bias.shape[0] not in (1, product.shape[1]):
+                continue
+            gone.add(id(product.node))
+            node.op, node.inputs = "Gemm", [*product.node.inputs, bias]
+            if node.hint == "Add":
+                node.hint = "linear"
+        part.nodes = [n for n in part.nodes if id(n) not in gone]
+
+
+def bodies(body: Body) -> Iterator[Body]:
+    yield body
+    for node in body.nodes:
+        for inner in node.bodies.values():
+            yield from bodies(inner)
+
+
+def clean(name: str) -> str:
+    return re.sub(r"[^\w.\-/'²]+", "_", name) or "v"
+
+
+class Writer:
+    """Gives names and writes protos."""
+
+    def __init__(self, g: Builder):
+        self.g = g
+        self.taken: Counter[str] = Counter()
+        self.initializers: dict[tuple[Any, ...], str] = {}
+        self.protos: list[TensorProto] = []
+        self.types = {REAL: TensorProto.DOUBLE if g.dtype == "float64" else TensorProto.FLOAT, INT: TensorProto.INT64,
+                      BOOL: TensorProto.BOOL}  # fmt: skip
+
+    def fresh(self, wanted: str) -> str:
+        name = clean(wanted)
+        self.taken[name] += 1
+        if self.taken[name] == 1:
+            return name
+        return self.fresh(f"{name}_{self.taken[name]}")
+
+    def write(self, body: Body, name: str) -> onnx.GraphProto:
+        for v in body.inputs:
+            self.taken[v.name] += 1
+        for v in body.outputs:
+            self.taken[v.name] += 1
+        graph = self.graph(body, name)
+        graph.initializer.extend(self.protos)
+        return graph
+
+    def graph(self, body: Body, name: str) -> onnx.GraphProto:
+        for v in body.inputs:
+            v.name = v.name or self.fresh(f"{name}/in")
+        nodes = [self.node(n) for n in body.nodes]
+        return helper.make_graph(
+            nodes, name, [self.info(v) for v in body.inputs], [self.info(v) for v in body.outputs],
+            value_info=[self.info(v) for n in body.nodes for v in n.outputs if v not in body.outputs],
+        )  # fmt: skip
+
+    def info(self, v: Value) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(v.name, self.types[v.kind], list(v.shape))
+
+    def node(self, n: Node) -> onnx.NodeProto:
+        base = self.fresh(f"{n.scope}/{n.hint}" if n.scope else n.hint)
+        for k, v in enumerate(n.outputs):
+            if not v.name:
+                v.name = base if k == 0 else self.fresh(f"{base}.{k}")
+        inputs = [self.operand(v, base, k) for k, v in enumerate(n.inputs)]
+        while inputs and not inputs[-1]:
+            inputs.pop()
+        attrs = dict(n.attrs)
+        if n.op == "Cast":
+            attrs["to"] = self.types[attrs["to"]]
+        attrs = {k: list(v) if isinstance(v, tuple) else v for k, v in attrs.items()}
+        for k, inner in n.bodies.items():
+            attrs[k] = self.graph(inner, f"{base}.body")
+        return helper.make_node(n.op, inputs, [v.name for v in n.outputs], name=base, **attrs)
+
+    def operand(self, v: Value | None, user: str, slot: int) -> str:
+        if v is None:
+            return ""
+        if v.array is None:
+            assert v.name, "a value is used before it is made"
+            return v.name
+        if v.kind == REAL:
+            with np.errstate(over="ignore", under="ignore"):
+                array = v.array.astype(self.g.dtype)
+        else:
+            array = v.array
+        key = (v.kind, array.shape, array.tobytes())
+        if key not in self.initializers:
+            name = self.fresh(v.name or f"{user}:{'ABCDEFGH'[slot % 8]}")
+            self.initializers[key] = name
+            self.protos.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        return self.initializers[key]
+
+
+def finish(g: Builder, name: str, outputs: Mapping[str, Value], metadata: Mapping[str, str], doc: str) -> onnx.ModelProto:
+    """The model of a built graph, checked with strict shape inference."""
+    main = g.stack[0]
+    assert len(g.stack) == 1
+    for key, v in outputs.items():
+        # An output has its own node, whatever else has the same value.
+        made = g.multi("Identity", v, shapes=[v.shape], kind=v.kind, pure=False)[0]
+        if v.node is not None and v.array is None and v.node in main.nodes and not v.name:
+            main.nodes.pop()
+            made = v
+        made.name = key
+        main.outputs.append(made)
+    prune(main)
+    fuse(main)
+    graph = Writer(g).write(main, name)
+    graph.doc_string = doc
+    opset = helper.make_opsetid("", g.opset)
+    model = helper.make_model(
+        graph, opset_imports=[opset], producer_name="flowlang", producer_version=metadata.get("flowlang_version", ""),
+        ir_version=helper.find_min_ir_version_for([opset]),
+    )  # fmt: skip
+    helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    return model
