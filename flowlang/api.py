@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,36 @@ def compile_from(comp: Compilation, flow: str | None = None, *, seed: int | None
         module: Flow = instantiate(text, cls)
     if dtype is not None:
         module = module.to(dtype)
+    origins[type(module)] = (comp, pick_flow(comp, flow))
     return module
 
 
-__all__ = ["Compilation", "FlowError", "Report", "analyse", "check", "compile", "generate", "info"]
+# What a generated class came from, for those that need the graph again (export).
+origins: weakref.WeakKeyDictionary[type, tuple[Compilation, str]] = weakref.WeakKeyDictionary()
+
+
+def export_onnx(
+    flow: Any, path: str | Path, programs: Sequence[str] = ("log_prob", "sample"), *, opset: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Path]:  # fmt: skip
+    """Writes ONNX models of a compiled flow, one file for each program; gives their paths.
+
+    `flow` is what `compile` gave, or a trained flow, whose standardisation is then part of the models. One program
+    goes to `path`, several to `FILE.PROGRAM.onnx`. Programs: log_prob, forward, inverse, sample,
+    sample_and_log_prob. Noise is an input of the sampling programs, unless `seed` asks for a random op inside.
+    """
+    from flowlang.backends.onnx.files import export_files
+
+    module = flow if not hasattr(flow, "flow") else flow.flow
+    if type(module) not in origins:
+        raise FlowError(
+            Diagnostic("FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec")
+        )
+    comp, name = origins[type(module)]
+    return export_files(
+        comp, name, module, path, list(programs), opset=opset, seed=seed, standard=getattr(flow, "standard", None),
+        given_standard=getattr(flow, "given_standard", None),
+    )  # fmt: skip
+
+
+__all__ = ["Compilation", "FlowError", "Report", "analyse", "check", "compile", "export_onnx", "generate", "info"]

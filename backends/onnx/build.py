@@ -72,7 +72,10 @@ class ModuleWeights:
     def copies(self, name: str) -> Sequence[Weights]:
         region = self.region.children[name].region
         found = getattr(self.module, self.names.children[name])
-        return [ModuleWeights(self.generator, region, m) for m in (found if self.region.children[name].count > 1 else [found])]
+        return [
+            ModuleWeights(self.generator, region, m)
+            for m in (found if self.region.children[name].count > 1 else [found])
+        ]
 
 
 class Model:
@@ -203,7 +206,8 @@ class Model:
                 w = g.sub(g.mul(u, 2.0), 1.0)
                 size = g.clip(g.unary("Abs", w), None, top)
                 return g.neg(g.mul(g.unary("Sign", w), g.unary("Log", g.sub(1.0, size))))
-        assert kind == "student_t" and degrees is not None, kind
+        assert kind == "student_t", kind
+        assert degrees is not None
         from flowlang.backends.onnx.special import expm1
 
         angle = g.mul(self.random_op("RandomUniformLike", f"{name}/angle", shape), 2 * math.pi)
@@ -247,7 +251,9 @@ class Model:
         return found
 
 
-def export(region: Region, analyses: Analyses, module: Any, program: str, options: Options | None = None) -> onnx.ModelProto:
+def export(
+    region: Region, analyses: Analyses, module: Any, program: str, options: Options | None = None
+) -> onnx.ModelProto:
     """The model of one program. Raises Unlowered for what ONNX cannot express."""
     o = options or Options()
     assert LOWEST_OPSET <= o.opset <= HIGHEST_OPSET

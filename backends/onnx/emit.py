@@ -301,7 +301,8 @@ def _pick(w: Lowering, n: Node) -> Value:
 @emitter("join")
 def _join(w: Lowering, n: Node) -> Value:
     return w.g.concat(
-        w.joint([w.number(w.value(i)) for i in n.inputs], n.tensor.rank), n.tensor.position(n.attrs["axis"]) - n.tensor.rank
+        w.joint([w.number(w.value(i)) for i in n.inputs], n.tensor.rank),
+        n.tensor.position(n.attrs["axis"]) - n.tensor.rank,
     )
 
 

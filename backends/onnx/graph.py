@@ -378,7 +378,8 @@ class Builder:
             if isinstance(d, int):
                 run.append(d)
                 continue
-            assert d == "batch" and self.batch is not None, f"the size of `{d}` is not known here"
+            assert self.batch is not None, f"the size of `{d}` is not known here"
+            assert d == "batch", d
             parts += ([self.ints(run)] if run else []) + [self.batch]
             run = []
         parts += [self.ints(run)] if run else []

@@ -50,7 +50,9 @@ def fuse(body: Body) -> None:
         for node in part.nodes:
             if node.op != "Add" or any(v is None for v in node.inputs):
                 continue
-            product = next((v for v in node.inputs if v is not None and v.node is not None and v.node.op == "MatMul"), None)
+            product = next(
+                (v for v in node.inputs if v is not None and v.node is not None and v.node.op == "MatMul"), None
+            )
             bias = next((v for v in node.inputs if v is not product), None)
             if product is None or bias is None or uses[id(product)] != 1 or product.node not in part.nodes:
                 continue
@@ -152,7 +154,9 @@ class Writer:
         return self.initializers[key]
 
 
-def finish(g: Builder, name: str, outputs: Mapping[str, Value], metadata: Mapping[str, str], doc: str) -> onnx.ModelProto:
+def finish(
+    g: Builder, name: str, outputs: Mapping[str, Value], metadata: Mapping[str, str], doc: str
+) -> onnx.ModelProto:
     """The model of a built graph, checked with strict shape inference."""
     main = g.stack[0]
     assert len(g.stack) == 1

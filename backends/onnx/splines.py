@@ -109,15 +109,6 @@ def rqs_at(g: Builder, known: Value, inverse: bool, tables: Sequence[Value]) -> 
     return gathered(g, tables, k, [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
 
 
-def rqs_log_slope_argument(
-    g: Builder, a: Value, b: Value, w: Value, h: Value, dw0: Value, dw1: Value, p: Value, q: Value, den: Value
-) -> Value:
-    """(h/den)²·w·(a·q + b·p)."""
-    ratio = g.div(h, den)
-    del dw0, dw1
-    return g.mul(g.mul(g.mul(ratio, ratio), w), g.add(g.mul(a, q), g.mul(b, p)))
-
-
 def rqs(g: Builder, x: Value, bound: float, widths: Value, heights: Value, slopes: Value) -> Pair:
     """With a, b the distances to the bin's ends, p = h·a + w·d0·b and q = h·b + w·d1·a:
     y = y0 + h·a·p / (a·p + b·q), and the slope is (h / (a·p + b·q))²·w·(a·q + b·p). No term is negative."""

@@ -12,8 +12,8 @@ import click
 from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop
 from flowlang.diagnostics import Diagnostic, FlowError
 
-LAZY = {"verify": "run", "build": "run", "train": "run", "sample": "run", "score": "run"}
-ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "train", "sample", "score", "std", "new")
+LAZY = {"verify": "run", "build": "run", "train": "run", "sample": "run", "score": "run", "export": "export"}
+ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "std", "new")
 
 
 class Commands(click.Group):

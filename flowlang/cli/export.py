@@ -1,0 +1,53 @@
+"""`flowlang export`: ONNX models of a flow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from flowlang.cli.common import flow_option, set_option
+
+
+@click.command()
+@click.argument("spec")
+@set_option
+@flow_option
+@click.option(
+    "-w", "--weights", type=click.Path(), help="A run's folder, or a safetensors file; fresh weights by default."
+)
+@click.option(
+    "--program", "programs", multiple=True, metavar="NAME",
+    help="log_prob, forward, inverse, sample or sample_and_log_prob; may be repeated. [default: log_prob, sample]",
+)  # fmt: skip
+@click.option("-o", "--out", default="flow.onnx", show_default=True, type=click.Path(dir_okay=False),
+              help="File for one program; several go to FILE.PROGRAM.onnx.")  # fmt: skip
+@click.option("--opset", type=int, help="ONNX opset, 18 to 25. [default: 18]")
+@click.option("--seed", type=int, help="Draw noise inside, by a random op with this seed; it is an input otherwise.")
+@click.option("--double", is_flag=True, help="float64 instead of float32.")
+def export(
+    spec: str, sets: tuple[str, ...], flow: str | None, weights: str | None, programs: tuple[str, ...], out: str,
+    opset: int | None, seed: int | None, double: bool,
+) -> None:  # fmt: skip
+    """Write the flow's programs as ONNX models that need no PyTorch."""
+    from flowlang.api import compile_from, export_onnx
+    from flowlang.backends.onnx.files import check_options, need_onnx
+    from flowlang.cli.common import load_ok
+
+    need_onnx()
+    chosen = programs or ("log_prob", "sample")
+    check_options(chosen, opset)
+    if weights is None:
+        made: Any = compile_from(load_ok(spec, sets, False, sized=True), flow, seed=0)
+        module = made
+    else:
+        from flowlang.cli.run import trained_flow
+
+        made = trained_flow(spec, sets, flow, weights)
+        module = made.flow
+    if double:
+        module.double()
+    for program, file in export_onnx(made, out, chosen, opset=opset, seed=seed).items():
+        click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")
+    if weights is None:
+        click.echo("fresh weights: give trained ones with --weights")
