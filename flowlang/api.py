@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,33 +11,51 @@ from typing import TYPE_CHECKING, Any
 from flowlang.compiler import Compilation, compile_source
 from flowlang.compiler import info as describe
 from flowlang.diagnostics import Diagnostic, FlowError, Report
-from flowlang.library import Folders
+from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.types import is_tensor_type
+from flowlang.library import Folders, Texts, read_text, standard_library
 from flowlang.source import Source
+from flowlang.syntax import tree
+from flowlang.syntax.parser import parse
+from flowlang.version import __version__
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
 
 
 def source_of(spec: str | Path) -> tuple[Source, Path | None]:
-    """A spec given as a path or as text."""
+    """A spec given as a path, as text, or as the name of a library entry (its own flow, or a flow of that one step)."""
     text = str(spec)
-    if isinstance(spec, Path) or ("\n" not in text and "{" not in text):
-        path = Path(text)
-        try:
-            return Source.of(text, path.read_text("utf-8")), path.resolve().parent
-        except UnicodeDecodeError as e:
-            raise FlowError(
-                Diagnostic("FL0801", f"`{text}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")
-            ) from None
-        except OSError as e:
-            raise FlowError(
-                Diagnostic(
-                    "FL0801",
-                    f"`{text}` cannot be read: {e.strerror or e}",
-                    suggestion="check the path; a spec may also be given as text",
-                )
-            ) from None
-    return Source.of("<text>", text), None
+    if not isinstance(spec, Path) and ("\n" in text or "{" in text):
+        return Source.of("<text>", text), None
+    if not isinstance(spec, Path) and text.isidentifier() and not Path(text).exists():
+        found = library_flow(text)
+        if found is not None:
+            return found, None
+        raise FlowError(
+            Diagnostic("FL0801", f"`{text}` is neither a file nor an entry of the library",
+                       suggestion=did_you_mean(text, standard_library().names()) or "a spec is a path, its text, or a name that `flowlang std` lists")
+        )  # fmt: skip
+    return Source.of(text, read_text(text)), Path(text).resolve().parent
+
+
+def library_flow(name: str) -> Source | None:
+    """A library entry as a spec: a flow as it stands; a bijector as the only step of a flow of its name."""
+    library = standard_library()
+    source = library.find(name)
+    if source is None:
+        return None
+    items = parse(source, Report()).module.items
+    entry = next(i for i in items if isinstance(i, tree.Declaration) and i.name == name)
+    if entry.kind == "flow":
+        doc = "".join(f"## {line}\n" for line in (entry.doc or "").splitlines())
+        return Source.of(f"std:{name}", f"{doc}{entry.span.text}\n")
+    if entry.kind != "bijector":
+        return None
+    tensors = [p for ps in entry.parameters for p in ps if p.type is not None and not p.given and is_tensor_type(p.type)]
+    data = tensors[0].type.span.text if tensors and tensors[0].type is not None else "R[D]"
+    data = re.sub(r",?\s*\.\.", "", data).replace("[]", "[D]")
+    return Source.of(f"std:{name}", f"flow {name}_flow {{\n  data x: {data}\n  {name}\n  base normal\n}}\n")
 
 
 def analyse(spec: str | Path, sets: Mapping[str, Any] | None = None, *, sized: bool = False) -> Compilation:
@@ -120,7 +139,7 @@ def compile(
 ) -> Flow:
     """A flow as an `nn.Module` with `log_prob`, `sample`, `forward` and `inverse`.
 
-    `spec` is a path or text; keyword arguments set sizes and static parameters, as in `D=6`. Raises
+    `spec` is a path, text, or the name of a library entry; keyword arguments set sizes and static parameters, as in `D=6`. Raises
     FlowError with the diagnostics of a bad spec. `seed` fixes the start of the parameters.
     """
     comp = analyse(spec, sets, sized=True)
@@ -130,19 +149,57 @@ def compile(
 
 
 def compile_from(comp: Compilation, flow: str | None = None, *, seed: int | None = None, dtype: Any = None) -> Flow:
+    """`compile` for a spec that is analysed already."""
+    name = pick_flow(comp, flow)
+    module: Flow = fresh(*generate_from(comp, name, standalone=False), seed, dtype)
+    module.origin = {
+        "spec": comp.source.text, "spec_name": comp.source.name, "flow": name, "sets": dict(comp.elab.sets),
+        "imports": dict(getattr(comp.elab.loader, "loaded", {})), "flowlang": __version__,
+    }  # fmt: skip
+    origins[type(module)] = (comp, name)
+    return module
+
+
+def compile_function(comp: Compilation, name: str, like: str) -> Any:
+    """A net of the spec as an `nn.Module`, for inputs of the shape of the data of the flow `like`."""
+    from flowlang.backends.torch.codegen import Generator, Unlowered, module_text
+
+    target = next((d for d in comp.module.declared() if d.name == name and d.kind in ("net", "norm")), None)
+    if target is None:
+        nets = [f"`{d.name}`" for d in comp.module.declared() if d.kind in ("net", "norm")]
+        raise FlowError(
+            Diagnostic("FL0804", f"this spec has no net `{name}`", suggestion=f"its nets are {', '.join(nets) or 'none'}")
+        )
+    declaration = target.declaration
+    tensors = [p for ps in declaration.parameters for p in ps if p.type is not None and is_tensor_type(p.type)]
+    span = declaration.name_span or declaration.span
+    if len(tensors) != 1:
+        raise FlowError(
+            Diagnostic("FL0804", f"`{name}` takes {len(tensors)} values, and one is needed: a sample of the flow", span)
+        )
+    flow = comp.regions[like]
+    region = comp.elab.instance_region(target, {tensors[0].name: flow.graph[flow.inputs[0]].tensor}, span)
+    if region is None or region.broken or not comp.ok:
+        raise FlowError(comp.report.errors)
+    try:
+        made = Generator(region, comp.analyses, comp.source.name).generate()
+    except Unlowered as e:
+        raise FlowError(Diagnostic("FL0701", f"`{e.node.op}` has no PyTorch form yet", e.node.span)) from None
+    text = module_text(made, standalone=False, title=f"net {name}", origin=Path(comp.source.name).name)
+    return fresh(text, made.root, 0, None)
+
+
+def fresh(text: str, cls: str, seed: int | None, dtype: Any) -> Any:
+    """An instance of a generated class; `seed` fixes its start without touching the global generator."""
     import torch
 
     from flowlang.backends.torch.load import instantiate
 
-    text, cls = generate_from(comp, flow, standalone=False)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        module: Flow = instantiate(text, cls)
-    if dtype is not None:
-        module = module.to(dtype)
-    origins[type(module)] = (comp, pick_flow(comp, flow))
-    return module
+        module = instantiate(text, cls)
+    return module.to(dtype) if dtype is not None else module
 
 
 # What a generated class came from, for those that need the graph again (export).
@@ -160,17 +217,71 @@ def export_onnx(
     sample_and_log_prob. Noise is an input of the sampling programs, unless `seed` asks for a random op inside.
     """
     from flowlang.backends.onnx.files import export_files
+    from flowlang.backends.torch.standard import Standardised
 
-    module = flow if not hasattr(flow, "flow") else flow.flow
+    whole = flow if isinstance(flow, Standardised) else None
+    module = whole.flow if whole is not None else flow
     if type(module) not in origins:
         raise FlowError(
             Diagnostic("FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec")
         )
     comp, name = origins[type(module)]
     return export_files(
-        comp, name, module, path, list(programs), opset=opset, seed=seed, standard=getattr(flow, "standard", None),
-        given_standard=getattr(flow, "given_standard", None),
+        comp, name, module, path, list(programs), opset=opset, seed=seed,
+        standard=whole.standard() if whole is not None else None,
+        given_standard=whole.given_standard() if whole is not None else None,
     )  # fmt: skip
 
 
-__all__ = ["Compilation", "FlowError", "Report", "analyse", "check", "compile", "export_onnx", "generate", "info"]
+def save(flow: Flow, path: str | Path, **meta: Any) -> None:
+    """Writes a flow to one safetensors file: its weights, its spec's text with what it imports, sizes and version.
+
+    `load` restores the module from that file alone. `meta` adds entries of your own (JSON values).
+    """
+    from flowlang.backends.torch.standard import Standardised
+    from flowlang.backends.torch.store import write_tensors
+
+    inner: Any = flow.flow if isinstance(flow, Standardised) else flow
+    kept = flow.statistics() if isinstance(flow, Standardised) else {}
+    write_tensors(path, inner.state_dict(), {**(getattr(inner, "origin", None) or {}), **kept, **meta})
+
+
+def load(path: str | Path, spec: str | Path | None = None, *, dtype: Any = None, **sets: Any) -> Flow:
+    """The flow that `save`, or a training run, wrote. FL0803 says what differs if `spec` has another shape.
+
+    Without `spec`, the text inside the file is compiled. A run's folder stands for its `model.safetensors`. With the
+    standardisation of a training run, densities and samples are in the units of the data.
+    """
+    from flowlang.backends.torch.standard import Standardised
+    from flowlang.backends.torch.store import load_state, read_tensors
+
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    tensors, meta = read_tensors(file)
+    comp = recompile(file, meta, spec, sets)
+    name = meta.get("flow")
+    flow: Flow = compile_from(comp, name if name in comp.flows() else None, dtype=dtype)
+    load_state(flow, tensors, str(file))
+    return Standardised.of(flow, meta)
+
+
+def recompile(file: Path, meta: Mapping[str, Any], spec: str | Path | None, sets: Mapping[str, Any]) -> Compilation:
+    """The spec that weights carry, or the one given in its place, at the sizes of the weights."""
+    sizes = {**meta.get("sets", {}), **sets}
+    if spec is not None:
+        comp = analyse(spec, sizes, sized=True)
+    elif "spec" in meta:
+        source = Source.of(str(meta.get("spec_name", "<weights>")), str(meta["spec"]))
+        comp = compile_source(source, loader=Texts(meta.get("imports", {})), sets=sizes, sized=True)
+    else:
+        raise FlowError(
+            Diagnostic("FL0803", f"`{file}` holds no spec", suggestion="give the spec that the weights belong to")
+        )
+    if not comp.ok:
+        raise FlowError(comp.report.errors)
+    return comp
+
+
+__all__ = [
+    "Compilation", "FlowError", "Report", "analyse", "check", "compile", "export_onnx", "generate", "info", "load",
+    "save",
+]  # fmt: skip

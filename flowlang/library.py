@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
+from flowlang import limits
+from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.elaborate.elaborator import Library
 from flowlang.source import Source
 
@@ -36,11 +38,31 @@ def standard_library() -> Library:
     return Library(sources, index)
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a spec file; FL0801 where there is none to read, FL0901 where it is too large."""
+    limit = 4 * limits.SOURCE_SIZE
+    try:
+        with Path(path).open("rb") as f:
+            blob = f.read(limit + 1)
+        if len(blob) > limit:
+            message, advice = f"`{path}` is larger than the limit of {limit:,} bytes for one spec", "check that it is a spec"
+            raise FlowError(Diagnostic("FL0901", message, suggestion=advice))
+        return blob.decode("utf-8")
+    except UnicodeDecodeError as e:
+        message, advice = f"`{path}` is not UTF-8 text (byte {e.start})", "save it as UTF-8"
+    except OSError as e:
+        message, advice = f"`{path}` cannot be read: {e.strerror or e}", "check the path; a spec may also be given as text"
+    except ValueError:
+        message, advice = f"{str(path)!r} is no path", "a path holds no zero byte"
+    raise FlowError(Diagnostic("FL0801", message, suggestion=advice))
+
+
 class Folders:
     """Imports resolve in the spec's folder, then the folders given, then the library; nowhere else."""
 
     def __init__(self, folders: Iterable[Path] = ()):
         self.folders = [Path(f).resolve() for f in folders]
+        self.loaded: dict[str, str] = {}  # what was imported: dotted path to text, so that weights can carry it
 
     def load(self, path: tuple[str, ...], importer: Source) -> Source | None:
         if path and path[0] == "std":
@@ -50,5 +72,19 @@ class Folders:
         for folder in self.folders:
             file = folder.joinpath(*path).with_suffix(".flow")
             if file.is_file() and file.resolve().is_relative_to(folder):
-                return Source.of(str(file), file.read_text("utf-8"))
+                self.loaded[".".join(path)] = text = read_text(file)
+                return Source.of(str(file), text)
         return None
+
+
+class Texts:
+    """Imports from texts that were kept beside weights; the library as ever."""
+
+    def __init__(self, texts: Mapping[str, str]):
+        self.loaded = dict(texts)
+
+    def load(self, path: tuple[str, ...], importer: Source) -> Source | None:
+        name = ".".join(path)
+        if path and path[0] == "std":
+            return standard_library().source(name)
+        return Source.of(name, self.loaded[name]) if name in self.loaded and not importer.library else None

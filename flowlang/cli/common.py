@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from flowlang.api import source_of
 from flowlang.compiler import Compilation, compile_source
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.library import Folders
@@ -18,6 +20,7 @@ set_option = click.option(
     "--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 flow_option = click.option("--flow", metavar="NAME", help="Which flow of the spec; the first by default.")
 
 
@@ -42,27 +45,43 @@ def parse_value(value: str) -> Any:
     raise click.UsageError(f"--set takes a number, `true` or `false`, and this is {value!r}")
 
 
-def read_source(spec: str) -> Source:
-    """The text of a spec file, or of standard input for `-`."""
-    if spec == "-":
-        return Source.of("<stdin>", sys.stdin.read())
-    path = Path(spec)
+def read_source(spec: str) -> tuple[Source, Path | None]:
+    """A spec by its path, the name of a library entry, or `-` for standard input; and the folder of its imports."""
+    if spec != "-":
+        return source_of(spec)
     try:
-        return Source.of(spec, path.read_text("utf-8"))
+        return Source.of("<stdin>", sys.stdin.read()), Path.cwd()
     except UnicodeDecodeError as e:
-        raise FlowError(
-            Diagnostic("FL0801", f"`{spec}` is not UTF-8 text (byte {e.start})", suggestion="save it as UTF-8")
-        ) from None
-    except OSError as e:
-        raise FlowError(
-            Diagnostic("FL0801", f"`{spec}` cannot be read: {e.strerror or e}", suggestion="check the path")
-        ) from None
+        raise FlowError(Diagnostic("FL0801", f"standard input is not UTF-8 text (byte {e.start})")) from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, "utf-8")
+    except (OSError, ValueError) as e:
+        raise cannot_write(path, e) from None
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except (OSError, ValueError) as e:
+        raise cannot_write(path, e) from None
+
+
+def cannot_write(path: str | Path, e: Exception) -> FlowError:
+    reason = getattr(e, "strerror", None) or e
+    return FlowError(
+        Diagnostic("FL0801", f"`{path}` cannot be written: {reason}", suggestion="choose another place for the output")
+    )
 
 
 def load(spec: str, sets: tuple[str, ...], *, sized: bool = False) -> Compilation:
-    source = read_source(spec)
-    folder = Path(spec).resolve().parent if spec != "-" else Path.cwd()
-    return compile_source(source, loader=Folders([folder]), sets=parse_sets(sets), sized=sized)
+    source, folder = read_source(spec)
+    return compile_source(source, loader=Folders([folder] if folder else []), sets=parse_sets(sets), sized=sized)
 
 
 def load_ok(spec: str, sets: tuple[str, ...], as_json: bool, *, sized: bool = False) -> Compilation:

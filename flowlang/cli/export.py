@@ -41,10 +41,10 @@ def export(
         made: Any = compile_from(load_ok(spec, sets, False, sized=True), flow, seed=0)
         module = made
     else:
-        from flowlang.cli.run import trained_flow
+        from flowlang.cli.training import trained_flow
 
-        made = trained_flow(spec, sets, flow, weights)
-        module = made.flow
+        made, _ = trained_flow(spec, sets, weights)
+        module = made
     if double:
         module.double()
     for program, file in export_onnx(made, out, chosen, opset=opset, seed=seed).items():

@@ -12,7 +12,9 @@ import click
 from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop
 from flowlang.diagnostics import Diagnostic, FlowError
 
-LAZY = {"verify": "run", "build": "run", "train": "run", "sample": "run", "score": "run", "export": "export"}
+LAZY = {
+    "verify": "run", "build": "run", "export": "export", "train": "training", "sample": "training", "score": "training",
+}  # fmt: skip
 ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "std", "new")
 
 
@@ -96,7 +98,7 @@ def fmt(specs: tuple[str, ...], only_check: bool) -> None:
 
     changed = []
     for spec in specs:
-        source = read_source(spec)
+        source, _ = read_source(spec)
         text = format_source(source)
         if spec == "-":
             click.echo(text, nl=False)

@@ -655,6 +655,11 @@ class Elaborator:
             return self.root(alias, arguments)
         return self.guarded(scope, inst, {}, inst.span)
 
+    def instance_region(self, target: Declared, inputs: Mapping[str, TensorType], span: Span) -> Region | None:
+        """A declaration of the module with its default arguments, at given input types."""
+        scope = Body(self, Region(target.name, target.kind, Graph(), span=target.declaration.span), target.module)
+        return self.guarded(scope, Instance(target, {}, span), inputs, span)
+
     def guarded(self, scope: Body, inst: Instance, inputs: Mapping[str, TensorType], span: Span) -> Region | None:
         try:
             return self.instantiate(scope, inst, inputs, {}, span)

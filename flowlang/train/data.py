@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import difflib
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,20 +22,59 @@ def refuse(code: str, message: str, suggestion: str | None = None) -> FlowError:
     return FlowError(Diagnostic(code, message, suggestion=suggestion))
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a file becomes numbers; kept with the weights, so that other files are read the same way.
+
+    columns     names of the data columns; none for arrays without names
+    given       context inputs: name -> columns
+    categories  values of categorical columns, in the order of their codes
+    onehot      context columns that become one number for each of their categories
+    steps       columns to which uniform noise of that width is added
+    """
+
+    columns: tuple[str, ...] = ()
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    onehot: tuple[str, ...] = ()
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def from_dict(d: Mapping[str, Any]) -> Recipe:
+        return Recipe(
+            tuple(d["columns"]), {k: tuple(v) for k, v in d["given"].items()},
+            {k: tuple(v) for k, v in d["categories"].items()}, tuple(d["onehot"]), dict(d["steps"]),
+        )  # fmt: skip
+
+
 @dataclass
 class Table:
     """Samples in rows: `x` of shape [n, *data], context arrays [n, *shape] by name."""
 
     x: Array
     given: dict[str, Array] = field(default_factory=dict)
-    columns: list[str] = field(default_factory=list)
+    recipe: Recipe = field(default_factory=Recipe)
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.recipe.columns
+
     def take(self, rows: Any) -> Table:
-        return Table(self.x[rows], {k: v[rows] for k, v in self.given.items()}, self.columns, self.notes)
+        return Table(self.x[rows], {k: v[rows] for k, v in self.given.items()}, self.recipe, self.notes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked of a file's columns; see `read_table`."""
+
+    columns: tuple[str, ...] = ()
+    given: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    onehot: tuple[str, ...] = ()
+    dequantise: Mapping[str, float] | bool = False
 
 
 def read_table(
@@ -42,6 +84,7 @@ def read_table(
     given: Mapping[str, Sequence[str]] | None = None,
     onehot: Sequence[str] = (),
     dequantise: Mapping[str, float] | Sequence[str] | bool = (),
+    recipe: Recipe | None = None,
     seed: int = 0,
 ) -> Table:
     """Reads a file.
@@ -49,25 +92,30 @@ def read_table(
     columns     names of the data columns (all that are not context by default)
     given       context inputs: name -> columns
     onehot      context columns whose values are categories
-    dequantise  columns to which uniform noise of their printed step is added: names (the step is inferred),
-                a mapping name -> step, or True for all
+    dequantise  columns to which uniform noise of their step is added: names (the step is the smallest printed
+                difference), a mapping name -> step, or True for all. A column of words becomes its codes first
+    recipe      that of an earlier table: its columns, categories and steps are used again
     """
     path = Path(path)
     if not path.is_file():
         raise refuse("FL0801", f"`{path}` is no file", "check the path given to --data")
+    steps = dequantise if isinstance(dequantise, bool | Mapping) else dict.fromkeys(dequantise, 0.0)
+    choice = Choice(tuple(columns or ()), dict(given or {}), tuple(onehot), steps)
     suffix = path.suffix.lower()
-    given = dict(given or {})
-    if suffix == ".npy":
-        return from_array(load_numpy(path), columns, given)
-    if suffix == ".npz":
-        return from_archive(path, columns, given)
-    if suffix == ".csv":
-        names, cells = read_csv(path)
-    elif suffix in (".parquet", ".pq"):
-        names, cells = read_parquet(path)
-    else:
-        raise refuse("FL0801", f"`{path.suffix}` files are not read", "give a .npy, .npz, .csv or .parquet file")
-    return from_columns(path, names, cells, columns, given, onehot, dequantise, seed)
+    try:
+        if suffix == ".npy":
+            return from_array(load_numpy(path), choice)
+        if suffix == ".npz":
+            return from_archive(path, choice, recipe)
+        if suffix == ".csv":
+            names, cells = read_csv(path)
+        elif suffix in (".parquet", ".pq"):
+            names, cells = read_parquet(path)
+        else:
+            raise refuse("FL0801", f"`{path.suffix}` files are not read", "give a .npy, .npz, .csv or .parquet file")
+    except OSError as e:
+        raise refuse("FL0801", f"`{path}` cannot be read: {e.strerror or e}") from None
+    return from_columns(path, names, cells, choice, recipe, seed)
 
 
 # ---- numpy --------------------------------------------------------------------------------------
@@ -76,7 +124,7 @@ def read_table(
 def load_numpy(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
+    except (ValueError, EOFError, zipfile.BadZipFile, KeyError, SyntaxError) as e:
         raise refuse(
             "FL0801", f"`{path}` is not a readable NumPy file: {e}", "save it by `numpy.save` without pickled objects"
         ) from None
@@ -96,22 +144,37 @@ def numeric(array: Any, what: str) -> Array:
     return out
 
 
-def from_array(array: Any, columns: Sequence[str] | None, given: Mapping[str, Sequence[str]]) -> Table:
-    if columns or given:
+def from_array(array: Any, choice: Choice) -> Table:
+    if not isinstance(array, np.ndarray):
+        raise refuse("FL0801", "this .npy file holds an archive", "name it .npz")
+    if choice != Choice():
         raise refuse(
             "FL0804", "a .npy file has no named columns", "use a .csv, .parquet or .npz file to choose columns"
         )
-    return Table(numeric(array, "the array"))
+    return Table(rows_of(numeric(array, "the array")))
 
 
-def from_archive(path: Path, columns: Sequence[str] | None, given: Mapping[str, Sequence[str]]) -> Table:
+def rows_of(x: Array) -> Array:
+    """Samples of one number each are samples of one coordinate."""
+    return x[:, None] if x.ndim == 1 else x
+
+
+def from_archive(path: Path, choice: Choice, recipe: Recipe | None) -> Table:
+    """Arrays by name: the data is `x`, the only one, or the one chosen; a context array goes by its own name."""
     archive = load_numpy(path)
+    if isinstance(archive, np.ndarray):
+        raise refuse("FL0801", f"`{path}` holds a single array", "name it .npy")
+    if choice.onehot or choice.dequantise:
+        raise refuse("FL0804", "the arrays of an .npz file are taken as they are", "prepare them there, or use a .csv file")
     names = list(archive.files)
-    key = columns[0] if columns else "x" if "x" in names else names[0] if len(names) == 1 else None
-    if key is None or key not in names:
-        raise refuse("FL0804", f"`{path.name}` holds {', '.join(f'`{n}`' for n in names)}, and which one is the data is not said",
+    columns = choice.columns or (recipe.columns if recipe is not None else ())
+    given = choice.given or (recipe.given if recipe is not None else {})
+    rest = [n for n in names if n not in {p for parts in given.values() for p in parts}]
+    key = columns[0] if columns else "x" if "x" in names else rest[0] if len(rest) == 1 else None
+    if key is None or key not in names or len(columns) > 1:
+        raise refuse("FL0804", f"`{path.name}` holds {', '.join(f'`{n}`' for n in names) or 'nothing'}, and which one is the data is not said",
                      "name the data array `x`, or choose one with --columns")  # fmt: skip
-    x = numeric(archive[key], f"`{key}`")
+    x = rows_of(numeric(read_array(archive, key, path), f"`{key}`"))
     out: dict[str, Array] = {}
     for name, parts in given.items():
         wanted = parts[0] if parts else name
@@ -121,10 +184,17 @@ def from_archive(path: Path, columns: Sequence[str] | None, given: Mapping[str, 
                 f"`{path.name}` has no array `{wanted}` for the context `{name}`",
                 f"it holds {', '.join(names)}",
             )
-        out[name] = numeric(archive[wanted], f"`{wanted}`")
+        out[name] = rows_of(numeric(read_array(archive, wanted, path), f"`{wanted}`"))
         if len(out[name]) != len(x):
             raise refuse("FL0802", f"`{wanted}` has {len(out[name])} samples, and the data {len(x)}")
-    return Table(x, out, [key])
+    return Table(x, out, Recipe((key,), {k: tuple(v) or (k,) for k, v in given.items()}))
+
+
+def read_array(archive: Any, name: str, path: Path) -> Any:
+    try:
+        return archive[name]
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as e:
+        raise refuse("FL0801", f"`{name}` in `{path}` is not readable: {e}", "save it without pickled objects") from None
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -168,11 +238,18 @@ def read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
 MISSING = {"", "na", "nan", "null", "none", "n/a", "?"}
 
 
+def refuse_missing(name: str, rows: Sequence[int]) -> FlowError:
+    shown = ", ".join(str(r) for r in rows[:8]) + (", .." if len(rows) > 8 else "")
+    count = f"{len(rows)} missing value{'s' if len(rows) > 1 else ''}"
+    return refuse("FL0802", f"column `{name}` has {count}: row{'s' if len(rows) > 1 else ''} {shown}",
+                  "remove those rows or fill them: a density of missing values is not defined")  # fmt: skip
+
+
 def to_numbers(name: str, cells: Sequence[Any]) -> Array:
     out = np.empty(len(cells))
     missing: list[int] = []
     for k, c in enumerate(cells):
-        if c is None or (isinstance(c, str) and c.strip().lower() in MISSING) or (isinstance(c, float) and c != c):
+        if absent(c):
             missing.append(k)
             out[k] = 0
             continue
@@ -182,9 +259,7 @@ def to_numbers(name: str, cells: Sequence[Any]) -> Array:
             raise refuse("FL0802", f"column `{name}` holds the text {str(c)[:40]!r} in row {k + 1}, which is no number",
                          f"leave the column out, or use it as a category: --onehot {name}") from None  # fmt: skip
     if missing:
-        rows = ", ".join(str(k + 1) for k in missing[:5])
-        raise refuse("FL0802", f"column `{name}` has {len(missing)} missing values, first in rows {rows}",
-                     "remove those rows or fill them: a density of missing values is not defined")  # fmt: skip
+        raise refuse_missing(name, [k + 1 for k in missing])
     if not np.isfinite(out).all():
         k = int(np.flatnonzero(~np.isfinite(out))[0])
         raise refuse("FL0802", f"column `{name}` is infinite in row {k + 1}")
@@ -202,63 +277,105 @@ def printed_step(values: Array) -> float:
     return step if np.abs(ratio - np.round(ratio)).max() < 1e-3 else 0.0
 
 
-def from_columns(
-    path: Path,
-    names: list[str],
-    cells: Sequence[Sequence[Any]],
-    columns: Sequence[str] | None,
-    given: Mapping[str, Sequence[str]],
-    onehot: Sequence[str],
-    dequantise: Mapping[str, float] | Sequence[str] | bool,
-    seed: int,
-) -> Table:
-    by_name = dict(zip(names, cells, strict=True))
-    context = {c for parts in given.values() for c in parts}
-    wanted = list(columns) if columns else [n for n in names if n not in context]
-    for n in [*wanted, *context, *onehot]:
-        if n not in by_name:
-            import difflib
+def is_number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
 
+
+def absent(cell: Any) -> bool:
+    return cell is None or cell != cell or (isinstance(cell, str) and cell.strip().lower() in MISSING)
+
+
+def need_columns(path: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
+    for n in wanted:
+        if n not in names:
             close = difflib.get_close_matches(n, names, 1)
             raise refuse("FL0802", f"`{path.name}` has no column `{n}`",
                          f"did you mean `{close[0]}`?" if close else f"its columns are {', '.join(names[:20])}")  # fmt: skip
-    rng = np.random.default_rng(seed)
-    notes: list[str] = []
-    steps: dict[str, float] = {}
-    if dequantise is True:
-        steps = dict.fromkeys(wanted, 0.0)
-    elif isinstance(dequantise, Mapping):
-        steps = {k: float(v) for k, v in dequantise.items()}
-    elif dequantise:
-        steps = dict.fromkeys(dequantise, 0.0)
-    data: list[Array] = []
-    for n in wanted:
-        if n in onehot:
+
+
+def plan_columns(names: Sequence[str], by_name: Mapping[str, Sequence[Any]], choice: Choice) -> Recipe:
+    """What a choice means for a file: categories are those that occur, steps those that are printed."""
+    given = {k: tuple(v) or (k,) for k, v in choice.given.items()}
+    context = {c for parts in given.values() for c in parts}
+    columns = choice.columns or tuple(n for n in names if n not in context)
+    for n in choice.onehot:
+        if n in columns:
             raise refuse(
                 "FL0804",
                 f"`{n}` is a data column, and one-hot numbers have no density",
                 f"use it as context, or dequantise it: --dequantise {n}",
             )
-        v = to_numbers(n, by_name[n])
-        if n in steps:
-            step = steps[n] or printed_step(v)
+        if n not in context:
+            raise refuse("FL0804", f"`{n}` is one-hot, and belongs to no context", f"as in `--given c={n}`")
+    wanted = dict.fromkeys(columns, 0.0) if choice.dequantise is True else dict(choice.dequantise or {})
+    for n in wanted:
+        if n not in columns:
+            raise refuse("FL0804", f"`{n}` is to be dequantised, and is no data column", "context needs no density")
+    categories: dict[str, tuple[str, ...]] = {}
+    steps: dict[str, float] = {}
+    for n in (*choice.onehot, *wanted):
+        words = n in choice.onehot or not all(is_number(c) or absent(c) for c in by_name[n])
+        if words:
+            categories[n] = tuple(sorted({str(c) for c in by_name[n]}))
+        if n in wanted:
+            step = 1.0 if words else wanted[n] or printed_step(to_numbers(n, by_name[n]))
             if step > 0:
-                v = v + rng.uniform(-0.5, 0.5, len(v)) * step
-                notes.append(f"`{n}` dequantised by its step {step:g}")
+                steps[n] = step
+    return Recipe(columns, given, categories, choice.onehot, steps)
+
+
+def codes(name: str, cells: Sequence[Any], kinds: Sequence[str]) -> Array:
+    """Category numbers; a category that was not there before is refused with its row."""
+    number = {k: i for i, k in enumerate(kinds)}
+    out = np.empty(len(cells))
+    missing = [k + 1 for k, c in enumerate(cells) if absent(c)]
+    if missing:
+        raise refuse_missing(name, missing)
+    for k, c in enumerate(cells):
+        if str(c) not in number:
+            raise refuse("FL0802", f"column `{name}` has the new category {str(c)[:40]!r} in row {k + 1}",
+                         f"the run knows {', '.join(kinds[:12])}")  # fmt: skip
+        out[k] = number[str(c)]
+    return out
+
+
+def from_columns(
+    path: Path, names: list[str], cells: Sequence[Sequence[Any]], choice: Choice, recipe: Recipe | None, seed: int
+) -> Table:
+    by_name = dict(zip(names, cells, strict=True))
+    asked = [*choice.columns, *choice.onehot, *(choice.dequantise if isinstance(choice.dequantise, Mapping) else ())]
+    need_columns(path, [*asked, *(c for k, parts in choice.given.items() for c in (parts or (k,)))], names)
+    if recipe is None or choice != Choice():
+        recipe = plan_columns(names, by_name, choice)
+    need_columns(path, [*recipe.columns, *(c for parts in recipe.given.values() for c in parts)], names)
+    if not recipe.columns:
+        raise refuse("FL0804", "no column is left for the data", "name them with --columns")
+    rng = np.random.default_rng(seed)
+    notes: list[str] = []
+    data: list[Array] = []
+    for n in recipe.columns:
+        v = codes(n, by_name[n], recipe.categories[n]) if n in recipe.categories else to_numbers(n, by_name[n])
+        if n in recipe.steps:
+            v = v + rng.uniform(-0.5, 0.5, len(v)) * recipe.steps[n]
+            coded = f" of its categories {', '.join(recipe.categories[n])}" if n in recipe.categories else ""
+            notes.append(f"`{n}` dequantised: uniform noise of width {recipe.steps[n]:g}{coded}")
         data.append(v)
     out: dict[str, Array] = {}
-    for name, parts in given.items():
+    for name, parts in recipe.given.items():
         blocks: list[Array] = []
         for c in parts:
-            if c in onehot:
-                values = [str(v) for v in by_name[c]]
-                kinds = sorted(set(values))
-                blocks.append(np.array([[float(v == k) for k in kinds] for v in values]))
+            if c in recipe.onehot:
+                kinds = recipe.categories[c]
+                blocks.append(np.eye(len(kinds))[codes(c, by_name[c], kinds).astype(int)])
                 notes.append(f"`{c}` one-hot: {', '.join(kinds)}")
             else:
                 blocks.append(to_numbers(c, by_name[c])[:, None])
         out[name] = np.concatenate(blocks, axis=1)
-    return Table(np.stack(data, axis=1), out, wanted, notes)
+    return Table(np.stack(data, axis=1), out, recipe, notes)
 
 
 # ---- standardisation and splits -----------------------------------------------------------------

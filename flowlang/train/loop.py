@@ -1,38 +1,64 @@
-"""Maximum-likelihood training on Lightning Fabric: one process or several, exact resume, nothing lost."""
+"""Training on Lightning Fabric: one process or several, exact resume, nothing lost.
+
+Every batch and every random draw depends only on the seed, the epoch, the number of the batch and the process. So
+the state of a run is its weights, the optimizer's moments and two counters, and a run that was interrupted anywhere
+goes on as if it had not been.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import math
+import os
+import signal
+import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flowlang.backends.torch.store import load_state, read_tensors, replace_file, write_tensors
 from flowlang.diagnostics import Diagnostic, FlowError
-from flowlang.train.data import Standardiser, Table, split
-from flowlang.train.store import load_state, read_tensors, write_tensors
+from flowlang.train.problem import Likelihood, Problem, Variational, seed_of
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
+    from flowlang.train.data import Table
 
-SKIPS = 5
+SKIPS = 5  # batches in a row whose loss may be not finite
+PAUSE = 5.0  # seconds between checkpoints
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    """How to train. Times are in seconds; `clip` bounds the gradient's norm; `ema` is the weight kept per step."""
+    """How to train.
+
+    epochs, batch    passes over the data; samples in a step, over all processes
+    lr, schedule     learning rate, `cosine` (down to 0) or `constant`, after `warmup` steps of linear growth
+    weight_decay     of AdamW
+    clip             bound of the gradient's norm; 0 for none
+    ema              weight kept per step by the average that is validated and saved; 0 for none
+    validation       fraction held out; `patience` epochs without a better value end the run
+    seed             of the split, the order, and every draw
+    standardise      data to mean 0 and deviation 1; kept with the model
+    max_seconds      ends the run early; 0 for no limit
+    steps            batches in an epoch, where an energy and not data is fitted
+    devices          processes; torchrun's own setting wins
+    """
 
     epochs: int = 100
     batch: int = 512
     lr: float = 1e-3
-    weight_decay: float = 0.0
     schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
     clip: float = 5.0
     ema: float = 0.0
     validation: float = 0.1
@@ -40,9 +66,31 @@ class Options:
     seed: int = 0
     standardise: bool = True
     max_seconds: float = 0.0
+    steps: int = 100
     devices: int = 1
+    accelerator: str = "auto"
     resume: bool = False
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        problems = {
+            "--epochs, --batch, --steps, --patience and --devices are at least 1": min(
+                self.epochs, self.batch, self.steps, self.patience, self.devices) < 1,
+            "--lr is above 0": not 0 < self.lr < math.inf,
+            "--validation lies between 0 and 1": not 0 < self.validation < 1,
+            "--ema lies in [0, 1)": not 0 <= self.ema < 1,
+            "--clip, --weight-decay, --warmup and --max-seconds are at least 0": not min(
+                self.clip, self.weight_decay, self.warmup, self.max_seconds) >= 0,
+            "--seed is at least 0": self.seed < 0,
+            "--schedule is `cosine` or `constant`": self.schedule not in ("cosine", "constant"),
+        }  # fmt: skip
+        for words, wrong in problems.items():
+            if wrong:
+                raise FlowError(Diagnostic("FL0804", words))
+
+
+# On resume these may differ from those that the run was begun with.
+FREE = {"epochs", "patience", "max_seconds", "devices", "accelerator", "resume", "progress"}
 
 
 @dataclass
@@ -53,17 +101,8 @@ class Result:
     best_validation: float = math.inf
     best_epoch: int = 0
     stopped: str = "epochs"
-
-
-class NegativeLogLikelihood(nn.Module):
-    """-log p as `forward`, so that wrappers for several processes see the call."""
-
-    def __init__(self, flow: Flow):
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
-        return -self.flow.log_prob(x, **given)
+    skipped: int = 0
+    main: bool = True  # this process reports
 
 
 def need_fabric() -> Any:
@@ -78,334 +117,372 @@ def need_fabric() -> Any:
     return Fabric
 
 
+def make_fabric(o: Options) -> Any:
+    """One process, several that Fabric starts, or those that torchrun has started."""
+    cls = need_fabric()
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    devices, nodes = (local, max(world // local, 1)) if world > 1 else (o.devices, 1)
+    several = devices * nodes > 1
+    # Some parameters of a spec may serve other programs than the loss.
+    strategy = "ddp_find_unused_parameters_true" if several else "auto"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            fabric = cls(accelerator=o.accelerator, devices=devices, num_nodes=nodes, strategy=strategy)
+            if several:
+                torch.set_num_threads(max((os.cpu_count() or 1) // devices, 1))
+                fabric.launch()
+        except (ValueError, RuntimeError) as e:
+            message = str(e).splitlines()[0]
+            raise FlowError(
+                Diagnostic("FL0804", f"training cannot start on these devices: {message}", suggestion="try --accelerator cpu --devices 1")
+            ) from None  # fmt: skip
+    return fabric
+
+
 def train(
     flow: Flow, table: Table, out: str | Path, options: Options | None = None, meta: dict[str, Any] | None = None
 ) -> Result:
-    """Trains a flow on a table; writes `model.safetensors` (best), `last.safetensors`, `state.json`, `history.csv` to `out`."""
+    """Fits a flow to a table by maximum likelihood.
+
+    Writes to `out`: `model.safetensors` (best validation), `last.safetensors` (everything to go on from) and
+    `history.csv`; leaves the best weights in `flow`.
+    """
     o = options or Options()
-    fabric_class = need_fabric()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fabric = fabric_class(accelerator="cpu", devices=o.devices, strategy="ddp" if o.devices > 1 else "auto")
-        if o.devices > 1:
-            fabric.launch()
-        return Trainer(fabric, flow, table, Path(out), o, meta or {}).run()
+    problem = Likelihood(
+        flow, table, batch=o.batch, validation=o.validation, seed=o.seed, standardise=o.standardise
+    )  # fmt: skip
+    return run(flow, problem, out, o, meta)
+
+
+def train_energy(
+    flow: Flow, energy: Callable[[Tensor], Tensor], out: str | Path, options: Options | None = None, meta: dict[str, Any] | None = None
+) -> Result:  # fmt: skip
+    """Fits a flow to the density proportional to exp(-energy(x)), by reverse KL on samples of the flow.
+
+    `energy` takes [n, *data] and returns [n], differentiably. The reported loss is KL - log Z: minus the evidence
+    bound. Files are as for `train`.
+    """
+    o = options or Options()
+    return run(flow, Variational(flow, energy, batch=o.batch, batches=o.steps, seed=o.seed), out, o, meta)
+
+
+def run(flow: Flow, problem: Problem, out: str | Path, o: Options, meta: dict[str, Any] | None) -> Result:
+    if not any(p.requires_grad for p in flow.parameters()):
+        raise FlowError(Diagnostic("FL0804", "this flow has no parameters to train"))
+    with torch.random.fork_rng(devices=[]):
+        fabric = make_fabric(o)
+        return Trainer(fabric, flow, problem, Path(out), o, {**(getattr(flow, "origin", None) or {}), **(meta or {})}).run()
+
+
+class Interrupts:
+    """Ctrl-C and termination become a wish, granted between two steps; a second Ctrl-C acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def ask(self, number: int, _frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[Interrupts]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 class Trainer:
     """One training run in one process."""
 
-    def __init__(self, fabric: Any, flow: Flow, table: Table, out: Path, o: Options, meta: dict[str, Any]):
-        self.fabric, self.o, self.out, self.meta = fabric, o, out, meta
-        if tuple(table.x.shape[1:]) != tuple(flow.data_shape):
-            raise FlowError(
-                Diagnostic("FL0802", f"a sample of the data has shape {tuple(table.x.shape[1:])}, and the flow's data {tuple(flow.data_shape)}",
-                           suggestion="choose columns with --columns, or set the size, as in `--set D=6`")
-            )  # fmt: skip
-        for name, shape in flow.given_shapes.items():
-            if name not in table.given:
-                raise FlowError(
-                    Diagnostic(
-                        "FL0802",
-                        f"the flow's context `{name}` has no columns",
-                        suggestion=f"name them, as in `--given {name}=column`",
-                    )
-                )
-            if tuple(table.given[name].shape[1:]) != tuple(shape):
-                raise FlowError(
-                    Diagnostic(
-                        "FL0802",
-                        f"the context `{name}` has shape {tuple(table.given[name].shape[1:])} in the data and {shape} in the flow",
-                    )
-                )
-        rows, held = split(len(table), [o.validation], o.seed)
-        if len(rows) < 2 or len(held) < 1:
-            raise FlowError(
-                Diagnostic(
-                    "FL0802", f"{len(table)} samples are too few to train and validate", suggestion="bring more data"
-                )
-            )
-        train_table, valid_table = table.take(rows), table.take(held)
-        columns = table.columns if table.x.ndim == 2 else ()
-        self.standard = (
-            Standardiser.fit(train_table.x, columns) if o.standardise else Standardiser.identity(table.x.shape[1:])
+    def __init__(self, fabric: Any, flow: Flow, problem: Problem, out: Path, o: Options, meta: dict[str, Any]):
+        self.fabric, self.flow, self.problem, self.o, self.out = fabric, flow, problem, o, out
+        self.fixed = {**meta, **problem.meta(), "data": problem.fingerprint(), "options": asdict(o)}
+        self.rank, self.world = int(fabric.global_rank), int(fabric.world_size)
+        self.module, self.optimizer = fabric.setup(
+            problem.module, torch.optim.AdamW(flow.parameters(), lr=o.lr, weight_decay=o.weight_decay)
         )
-        self.given_standard = {k: Standardiser.fit_context(v) for k, v in train_table.given.items()}
-        self.flow = flow
-        dtype = next((p.dtype for p in flow.parameters()), torch.get_default_dtype())
-        self.train_x, self.train_c = self.tensors(train_table, dtype)
-        self.valid_x, self.valid_c = self.tensors(valid_table, dtype)
-        self.loss = NegativeLogLikelihood(flow)
-        self.optimizer = torch.optim.AdamW(flow.parameters(), lr=o.lr, weight_decay=o.weight_decay)
-        self.average = {k: v.detach().clone() for k, v in flow.state_dict().items()} if o.ema > 0 else {}
-        self.best: dict[str, Tensor] = {k: v.detach().clone() for k, v in flow.state_dict().items()}
-        self.result = Result()
-        self.epoch = 0
-        self.skipped = 0
-        self.halved = False
-        self.interrupted = False
+        self.average = self.weights() if o.ema > 0 else {}
+        self.best = self.weights()
+        self.result = Result(main=self.rank == 0)
+        self.epoch, self.step = 0, 0
+        self.total, self.count = 0.0, 0
+        self.row, self.halved = 0, False  # batches skipped in a row; whether the rate was halved for that
+        self.saved = -math.inf
 
-    def tensors(self, table: Table, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        x = torch.as_tensor(self.standard.apply(table.x)).to(dtype)
-        return x, {k: torch.as_tensor(self.given_standard[k].apply(v)).to(dtype) for k, v in table.given.items()}
+    def weights(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
 
     # ---- the run --------------------------------------------------------------------------------
 
     def run(self) -> Result:
         o = self.o
+        if self.result.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise FlowError(Diagnostic("FL0801", f"`{self.out}` cannot be made: {e.strerror or e}")) from None
         if o.resume:
             self.restore()
-        module, optimizer = self.fabric.setup(self.loss, self.optimizer)
-        began = time.monotonic()
-        bar = self.bar()
-        per_epoch = max(math.ceil(len(self.train_x) / o.batch), 1)
-        try:
+        until = time.monotonic() + o.max_seconds if o.max_seconds else math.inf
+        bar = Bar(o, self.problem.batches, self.result.main, self.epoch * self.problem.batches + self.step)
+        with Interrupts().heard() as interrupts, bar:
             if not self.result.history:
-                self.record(math.nan, self.validate())
-            while self.epoch < o.epochs:
-                mean = self.one_epoch(module, optimizer, per_epoch)
-                self.epoch += 1
-                valid = self.validate()
-                self.record(mean, valid)
+                self.validate(math.nan)
                 self.checkpoint()
-                bar(self.epoch, mean + self.offset, valid)
-                if self.epoch - self.result.best_epoch >= o.patience:
-                    self.result.stopped = "patience"
+            while self.epoch < o.epochs and self.result.stopped != "patience":
+                stop = self.one_epoch(interrupts, until, bar)
+                if stop:
+                    self.result.stopped = stop
                     break
-                if o.max_seconds and time.monotonic() - began > o.max_seconds:
-                    self.result.stopped = "time"
-                    break
-        except KeyboardInterrupt:
-            # The epoch that was cut short is run again on resume.
-            self.result.stopped = "interrupted"
+                self.end_epoch(bar)
+            # A run that ends for want of time keeps what it has reached, as at the end of an epoch.
+            if self.result.stopped == "time" and self.step:
+                self.end_epoch(bar)
+                self.result.stopped = "time"
+            self.checkpoint(always=True)
         self.flow.load_state_dict(self.best)
         self.write_best()
-        self.write_history()
         return self.result
 
-    @property
-    def offset(self) -> float:
-        """From nats of standardised data to nats of the data."""
-        return -self.standard.log_det
-
-    def lr(self, step: int, total: int) -> float:
-        base = self.o.lr * (0.5 if self.halved else 1.0)
-        if self.o.schedule == "cosine":
-            return base * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0)))
-        return base
-
-    def one_epoch(self, module: Any, optimizer: Any, per_epoch: int) -> float:
-        o = self.o
-        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + self.epoch)
-        torch.manual_seed(o.seed * 1_000_003 + self.epoch + 1)
-        order = torch.randperm(len(self.train_x), generator=generator)
-        rank, world = self.fabric.global_rank, self.fabric.world_size
+    def one_epoch(self, interrupts: Interrupts, until: float, bar: Bar) -> str:
+        """Steps to the end of the epoch; else why they ended before."""
         self.flow.train()
-        total, count = 0.0, 0
-        for k in range(per_epoch):
-            rows = order[k * o.batch : (k + 1) * o.batch]
-            if world > 1:
-                rows = rows[: len(rows) // world * world][rank::world]
-                if len(rows) == 0:
-                    continue
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr(self.epoch * per_epoch + k, o.epochs * per_epoch)
-            loss = module(self.train_x[rows], {n: c[rows] for n, c in self.train_c.items()}).mean()
-            if not torch.isfinite(loss):
-                self.skip()
-                continue
-            optimizer.zero_grad()
-            self.fabric.backward(loss)
-            norm = nn.utils.clip_grad_norm_(self.flow.parameters(), o.clip if o.clip > 0 else math.inf)
-            if not torch.isfinite(norm):
-                self.skip()
-                continue
-            optimizer.step()
-            self.skipped = 0
-            if o.ema > 0:
-                with torch.no_grad():
-                    for name, v in self.flow.state_dict().items():
-                        self.average[name].lerp_(v, 1 - o.ema) if v.is_floating_point() else self.average[name].copy_(v)
-            total += loss.item() * len(rows)
-            count += len(rows)
-        return total / max(count, 1)
+        while self.step < self.problem.batches:
+            self.one_step(interrupts.asked, time.monotonic() > until)
+            bar.step()
+            if self.asked:
+                return "interrupted"
+            if self.late and self.step < self.problem.batches:
+                return "time"
+        return ""
 
-    def skip(self) -> None:
-        """A batch whose loss or gradient is not finite is left out; many in a row end the run or start it again lower."""
-        self.skipped += 1
-        if self.skipped <= SKIPS:
-            return
-        if self.halved:
-            raise FlowError(
-                Diagnostic(
-                    "FL0806",
-                    f"the loss was not finite for {self.skipped} batches in a row, twice",
-                    suggestion="lower --lr, or check the data for outliers",
-                )
-            )
-        self.flow.load_state_dict(self.best)
-        self.halved, self.skipped = True, 0
+    def one_step(self, asked: bool, late: bool) -> None:
+        o = self.o
+        torch.manual_seed(seed_of(o.seed, self.epoch, self.step, self.rank, 1))
+        arguments, weight, words = self.problem.batch(self.epoch, self.step, self.rank, self.world)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.epoch * self.problem.batches + self.step)
+        loss = self.module(*(self.moved(a) for a in arguments)).mean()
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss * weight)
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), o.clip if o.clip > 0 else math.inf)
+        # One exchange tells every process what all of them saw, so that they take the same turn.
+        said = torch.tensor([float(loss.detach()) * weight, float(norm), float(asked), float(late)], dtype=torch.float64)
+        if self.world > 1:
+            said = self.fabric.all_reduce(said, reduce_op="sum")
+            said[0] /= self.world
+        value, size = float(said[0]), float(said[1])
+        self.asked, self.late = bool(said[2]), bool(said[3])
+        if math.isfinite(value) and math.isfinite(size):
+            self.optimizer.step()
+            self.row = 0
+            self.total += value
+            self.count += 1
+            if o.ema > 0:
+                self.follow()
+        else:
+            self.skip(words)
+        self.step += 1
+
+    asked = late = False
+
+    def moved(self, argument: Any) -> Any:
+        return self.fabric.to_device(argument) if isinstance(argument, Tensor | dict) else argument
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Mean negative log-likelihood of the held-out part, in the units of the data."""
+    def follow(self) -> None:
+        for name, v in self.flow.state_dict().items():
+            kept = self.average[name]
+            kept.lerp_(v, 1 - self.o.ema) if v.is_floating_point() else kept.copy_(v)
+
+    def lr(self, step: int) -> float:
+        base = self.o.lr * (0.5 if self.halved else 1.0)
+        if step < self.o.warmup:
+            return base * (step + 1) / self.o.warmup
+        if self.o.schedule == "cosine":
+            whole = self.o.epochs * self.problem.batches - self.o.warmup
+            return base * 0.5 * (1 + math.cos(math.pi * min((step - self.o.warmup) / max(whole, 1), 1.0)))
+        return base
+
+    def skip(self, words: str) -> None:
+        """A batch whose loss or gradient is not finite changes nothing. Too many in a row: once more, slower; then the end."""
+        self.row += 1
+        self.result.skipped += 1
+        if self.row <= SKIPS:
+            return
+        if not self.halved and self.result.best_epoch > 0:
+            self.flow.load_state_dict(self.best)
+            self.optimizer.state.clear()
+            self.halved, self.row = True, 0
+            return
+        self.flow.load_state_dict(self.best)
+        self.write_best()
+        raise FlowError(
+            Diagnostic(
+                "FL0806",
+                f"the loss was not finite for {self.row} batches in a row, the last of them batch {self.step + 1} of epoch {self.epoch + 1}",
+                notes=(words, f"the best weights (epoch {self.result.best_epoch}) are kept in `{self.out / 'model.safetensors'}`"),
+                suggestion="lower --lr, bound the scales of the spec, or look at those rows for outliers",
+            )
+        )  # fmt: skip
+
+    def end_epoch(self, bar: Bar) -> None:
+        mean = self.total / self.count + self.problem.offset if self.count else math.nan
+        self.epoch, self.step = self.epoch + 1, 0
+        self.total, self.count = 0.0, 0
+        self.validate(mean)
+        if self.epoch - self.result.best_epoch >= self.o.patience:
+            self.result.stopped = "patience"
+        self.checkpoint()
+        bar.say(mean, self.result.history[-1]["validation"])
+
+    def validate(self, mean: float) -> None:
+        """The held-out loss of the weights, or of their average; the best are kept."""
         state = None
         if self.o.ema > 0 and self.epoch > 0:
-            state = {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
+            state = self.weights()
             self.flow.load_state_dict(self.average)
         self.flow.eval()
-        torch.manual_seed(self.o.seed)
-        parts = []
-        for k in range(0, len(self.valid_x), 4096):
-            given = {n: c[k : k + 4096] for n, c in self.valid_c.items()}
-            parts.append(-self.flow.log_prob(self.valid_x[k : k + 4096], **given))
-        value = float(torch.cat(parts).mean()) + self.offset
+        torch.manual_seed(seed_of(self.o.seed, 2))
+        value = self.problem.validate(self.moved)
         if value < self.result.best_validation:
             self.result.best_validation, self.result.best_epoch = value, self.epoch
-            self.best = {k: v.detach().clone() for k, v in self.flow.state_dict().items()}
+            self.best = self.weights()
         if state is not None:
             self.flow.load_state_dict(state)
-        return value
+        self.result.history.append({"epoch": self.epoch, "train": mean, "validation": value})
 
     # ---- what is kept ---------------------------------------------------------------------------
 
-    def record(self, mean: float, valid: float) -> None:
-        self.result.history.append({"epoch": self.epoch, "train": mean + self.offset, "validation": valid})
-
-    def everything(self) -> dict[str, Any]:
-        return {
-            **self.meta,
-            "standardiser": self.standard.to_dict(),
-            "given_standardiser": {k: v.to_dict() for k, v in self.given_standard.items()},
-        }
-
     def write_best(self) -> None:
-        if self.fabric.global_rank == 0:
-            write_tensors(self.out / "model.safetensors", self.best, self.everything())
+        if self.result.main:
+            write_tensors(self.out / "model.safetensors", self.best, self.fixed)
 
-    def write_history(self) -> None:
-        if self.fabric.global_rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with (self.out / "history.csv").open("w", newline="") as f:
-                writer = csv.DictWriter(f, ["epoch", "train", "validation"])
-                writer.writeheader()
-                writer.writerows(self.result.history)
-
-    def checkpoint(self) -> None:
-        if self.fabric.global_rank != 0:
+    def checkpoint(self, always: bool = False) -> None:
+        """Everything that the rest of the run depends on, in one file that replaces the last one whole."""
+        if not self.result.main or (not always and time.monotonic() - self.saved < PAUSE):
             return
         tensors = {f"model.{k}": v for k, v in self.flow.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        state = self.optimizer.state_dict()
-        for i, slots in state["state"].items():
+        for i, slots in self.optimizer.state_dict()["state"].items():
             for name, v in slots.items():
                 tensors[f"optimizer.{i}.{name}"] = v if isinstance(v, Tensor) else torch.tensor(v)
         r = self.result
-        meta = {
-            **self.everything(), "epoch": self.epoch, "history": r.history, "best_validation": r.best_validation,
-            "best_epoch": r.best_epoch, "halved": self.halved, "options": asdict(self.o),
+        progress = {
+            "epoch": self.epoch, "step": self.step, "total": self.total, "count": self.count, "row": self.row,
+            "halved": self.halved, "history": r.history, "best_validation": r.best_validation,
+            "best_epoch": r.best_epoch, "stopped": r.stopped, "skipped": r.skipped,
         }  # fmt: skip
-        write_tensors(self.out / "last.safetensors", tensors, meta)
-        self.write_history()
+        write_tensors(self.out / "last.safetensors", tensors, {**self.fixed, "progress": progress})
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, ["epoch", "train", "validation"])
+        writer.writeheader()
+        writer.writerows(r.history)
+        replace_file(self.out / "history.csv", text.getvalue().encode())
+        self.saved = time.monotonic()
 
     def restore(self) -> None:
-        path = self.out / "last.safetensors"
-        if not path.is_file():
-            raise FlowError(
-                Diagnostic("FL0803", f"there is nothing to resume in `{self.out}`", suggestion="start without --resume")
-            )
-        tensors, meta = read_tensors(path)
+        tensors, meta = read_checkpoint(self.out)
+        self.check_same(meta)
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+            return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
-        load_state(self.flow, part("model"), str(path))
-        self.best = part("best")
+        path = str(self.out / "last.safetensors")
+        load_state(self.flow, part("best"), path)
+        self.best = self.weights()
         if self.o.ema > 0:
-            self.average = part("average") or self.average
-        state = self.optimizer.state_dict()
+            load_state(self.flow, part("average"), path)
+            self.average = self.weights()
+        load_state(self.flow, part("model"), path)
         slots: dict[int, dict[str, Any]] = {}
         for k, v in part("optimizer").items():
             i, name = k.split(".", 1)
             slots.setdefault(int(i), {})[name] = v
-        self.optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-        self.epoch = int(meta["epoch"])
-        self.halved = bool(meta["halved"])
-        self.result.history = list(meta["history"])
-        self.result.best_validation = float(meta["best_validation"])
-        self.result.best_epoch = int(meta["best_epoch"])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        kept = meta["progress"]
+        for name in ("epoch", "step", "total", "count", "row", "halved"):
+            setattr(self, name, kept[name])
+        for name in ("history", "best_validation", "best_epoch", "skipped"):
+            setattr(self.result, name, kept[name])
+        if self.epoch - self.result.best_epoch >= self.o.patience:
+            self.result.stopped = "patience"
 
-    def bar(self) -> Any:
-        """Shows progress on a terminal; quiet elsewhere."""
-        if not self.o.progress or self.fabric.global_rank != 0:
-            return lambda *_: None
+    def check_same(self, meta: dict[str, Any]) -> None:
+        """A resumed run has the data and the options that it was begun with."""
+        if meta["data"] != self.fixed["data"]:
+            raise FlowError(
+                Diagnostic("FL0803", f"the run in `{self.out}` was begun with other data", suggestion="give the same file and columns, or start without --resume")
+            )  # fmt: skip
+        begun, now = meta["options"], asdict(self.o)
+        for name in sorted(set(begun) & set(now) - FREE):
+            if begun[name] != now[name]:
+                flag = "--" + name.replace("_", "-")
+                raise FlowError(
+                    Diagnostic("FL0803", f"the run in `{self.out}` was begun with {flag} {begun[name]}, and now it is {now[name]}",
+                               suggestion="go on with the same options, or start without --resume")
+                )  # fmt: skip
+
+
+def read_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = out / "last.safetensors"
+    if not path.is_file():
+        raise FlowError(
+            Diagnostic("FL0803", f"there is nothing to resume in `{out}`", suggestion="start without --resume")
+        )
+    tensors, meta = read_tensors(path)
+    if "progress" not in meta or "options" not in meta:
+        raise FlowError(Diagnostic("FL0803", f"`{path}` is no checkpoint of a run"))
+    return tensors, meta
+
+
+def begun_with(out: Path, given: dict[str, Any]) -> Options:
+    """The options of the run in a folder, where none are given anew."""
+    known = {f.name for f in fields(Options)}
+    kept = {k: v for k, v in read_checkpoint(out)[1]["options"].items() if k in known}
+    return replace(Options(**kept), **given, resume=True)
+
+
+class Bar:
+    """Progress on a terminal, batch by batch; quiet elsewhere."""
+
+    def __init__(self, o: Options, batches: int, main: bool, done: int):
+        self.shown: Any = None
+        if not (o.progress and main):
+            return
         try:
             from tqdm import tqdm
         except ImportError:
-            return lambda *_: None
-        shown = tqdm(total=self.o.epochs, initial=self.epoch, unit="epoch", disable=None)
+            return
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.shown = tqdm(total=o.epochs * batches, initial=done, disable=None, bar_format=form, dynamic_ncols=True)
+        self.batches = batches
 
-        def update(epoch: int, mean: float, valid: float) -> None:
-            shown.update(epoch - shown.n)
-            shown.set_postfix_str(f"train {mean:.4f}, validation {valid:.4f} nats")
-            if epoch >= self.o.epochs:
-                shown.close()
+    def __enter__(self) -> Bar:
+        return self
 
-        return update
+    def __exit__(self, *_: object) -> None:
+        if self.shown is not None:
+            self.shown.close()
 
+    def step(self) -> None:
+        if self.shown is not None:
+            self.shown.update(1)
 
-class Trained:
-    """A flow with the standardisation it was trained with: densities and samples in the data's units."""
-
-    def __init__(self, flow: Flow, meta: dict[str, Any]):
-        self.flow = flow
-        self.standard = (
-            Standardiser.from_dict(meta["standardiser"])
-            if "standardiser" in meta
-            else Standardiser.identity(flow.data_shape)
-        )
-        self.given_standard = {k: Standardiser.from_dict(v) for k, v in meta.get("given_standardiser", {}).items()}
-        self.dtype = next((p.dtype for p in flow.parameters()), torch.get_default_dtype())
-
-    def given(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        return {
-            k: torch.as_tensor(self.given_standard[k].apply(np.asarray(v)) if k in self.given_standard else v).to(
-                self.dtype
-            )
-            for k, v in given.items()
-        }
-
-    @torch.no_grad()
-    def log_prob(self, x: Any, given: dict[str, Any] | None = None, batch: int = 8192) -> Any:
-        """log p in nats for each row."""
-        self.flow.eval()
-        z = torch.as_tensor(self.standard.apply(np.asarray(x))).to(self.dtype)
-        c = self.given(given or {})
-        parts = [
-            self.flow.log_prob(z[k : k + batch], **{n: v[k : k + batch] for n, v in c.items()})
-            for k in range(0, len(z), batch)
-        ]
-        return torch.cat(parts).double().numpy() + self.standard.log_det
-
-    @torch.no_grad()
-    def sample(self, n: int, seed: int = 0, given: dict[str, Any] | None = None) -> Any:
-        """Samples in the data's units; with context rows, one for each."""
-        self.flow.eval()
-        generator = torch.Generator().manual_seed(seed)
-        c = self.given(given or {})
-        z = self.flow.sample(() if c else (n,), generator=generator, **c)
-        return self.standard.undo(z.double().numpy())
+    def say(self, mean: float, valid: float) -> None:
+        if self.shown is not None:
+            self.shown.set_postfix_str(f"train {mean:.4f}, validation {valid:.4f} nats")
 
 
-def load_trained(flow: Flow, path: str | Path) -> Trained:
-    """Weights and standardisation from a run's folder or file."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.safetensors"
-    tensors, meta = read_tensors(file)
-    load_state(flow, tensors, str(file))
-    return Trained(flow, meta)
-
-
-__all__ = ["Options", "Result", "Trained", "load_trained", "train"]
+__all__ = ["Options", "Result", "begun_with", "train", "train_energy"]

@@ -1,0 +1,396 @@
+"""train, sample, score: from a file of samples to weights, and from weights to samples and densities."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from flowlang.api import analyse, compile_from, compile_function, load, pick_flow, save
+from flowlang.cli.common import flow_option, json_option, load_ok, make_folder, parse_sets, seed_option, set_option
+from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.train.data import Recipe, Table, read_table
+from flowlang.train.loop import FREE, Options, Result, begun_with
+from flowlang.train.loop import train as fit
+from flowlang.train.loop import train_energy as fit_energy
+
+if TYPE_CHECKING:
+    from flowlang.compiler import Compilation
+
+DEFAULT = Options()
+
+
+def names_of(text: str | None) -> list[str]:
+    return [n.strip() for n in text.split(",") if n.strip()] if text else []
+
+
+def parse_given(pairs: Sequence[str], example: str) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for p in pairs:
+        name, eq, values = p.partition("=")
+        if not eq or not name.strip():
+            raise click.UsageError(f"--given takes {example}, and this is {p!r}")
+        out[name.strip()] = names_of(values)
+    return out
+
+
+def parse_steps(text: str | None) -> bool | dict[str, float]:
+    """`all`, or columns, each perhaps with its step: `carat=0.01,price`."""
+    if text == "all":
+        return True
+    out: dict[str, float] = {}
+    for part in names_of(text):
+        name, eq, step = part.partition("=")
+        try:
+            out[name] = float(step) if eq else 0.0
+        except ValueError:
+            raise click.UsageError(f"--dequantise takes NAME or NAME=STEP, and this is {part!r}") from None
+        if eq and not 0 < out[name] < float("inf"):
+            raise click.UsageError(f"the step of --dequantise {name} is above 0")
+    return out
+
+
+data_options = [
+    click.option("--columns", help="Data columns, separated by commas; all that are not context by default."),
+    click.option("--given", "given", multiple=True, metavar="NAME=COLUMNS", help="Columns of a context input."),
+    click.option("--onehot", help="Context columns that hold categories."),
+    click.option(
+        "--dequantise", metavar="COLUMNS",
+        help="Columns of rounded numbers or categories, NAME or NAME=STEP, or `all`: uniform noise of the step is added.",
+    ),
+]  # fmt: skip
+
+
+def with_data(f: Any) -> Any:
+    for option in reversed(data_options):
+        f = option(f)
+    return f
+
+
+def read(data: str, chosen: dict[str, Any], seed: int, recipe: Recipe | None = None) -> Table:
+    return read_table(
+        data, columns=names_of(chosen["columns"]), given=parse_given(chosen["given"], "NAME=COLUMN,COLUMN"),
+        onehot=names_of(chosen["onehot"]), dequantise=parse_steps(chosen["dequantise"]), recipe=recipe, seed=seed,
+    )  # fmt: skip
+
+
+def main_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Only one of several processes speaks."""
+    if main_process():
+        click.echo(text, err=err)
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("spec")
+@set_option
+@flow_option
+@click.option("--data", type=click.Path(), help=".npy, .npz, .csv or .parquet")
+@with_data
+@click.option("--energy", metavar="NET", help="Fit exp(-NET(x)) instead of data; NET is a net of the spec.")
+@click.option(
+    "-o", "--out", default="run", show_default=True, type=click.Path(file_okay=False),
+    help="Folder for weights, curves, pictures.",
+)
+@click.option("--epochs", default=DEFAULT.epochs, show_default=True)
+@click.option("--batch", default=DEFAULT.batch, show_default=True, help="Samples in a step, over all processes.")
+@click.option("--steps", default=DEFAULT.steps, show_default=True, help="Steps in an epoch, with --energy.")
+@click.option("--lr", default=DEFAULT.lr, show_default=True, help="Learning rate of AdamW.")
+@click.option("--schedule", type=click.Choice(["cosine", "constant"]), default=DEFAULT.schedule, show_default=True)
+@click.option("--warmup", default=DEFAULT.warmup, show_default=True, help="Steps of linear growth before.")
+@click.option("--weight-decay", default=DEFAULT.weight_decay, show_default=True)
+@click.option("--clip", default=DEFAULT.clip, show_default=True, help="Largest norm of the gradient; 0 for none.")
+@click.option("--ema", default=DEFAULT.ema, show_default=True, help="Weight kept per step by an average; 0 for none.")
+@click.option("--validation", default=DEFAULT.validation, show_default=True, help="Share of rows held out.")
+@click.option(
+    "--patience", default=DEFAULT.patience, show_default=True, help="Epochs without a better validation before the end."
+)
+@click.option("--max-seconds", default=DEFAULT.max_seconds, help="End after this time.")
+@seed_option
+@click.option("--devices", default=DEFAULT.devices, show_default=True, help="Processes; torchrun's own count wins.")
+@click.option(
+    "--accelerator", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default=DEFAULT.accelerator, show_default=True
+)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, with its options.")
+@click.option("--no-standardise", is_flag=True, help="Leave the data as it is.")
+@click.pass_context
+def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None, data: str | None, energy: str | None,
+          out: str, resume: bool, no_standardise: bool, **rest: Any) -> None:  # fmt: skip
+    """Train a flow on a file of samples, or on an energy.
+
+    Writes model.safetensors (the best weights, with spec and standardisation), last.safetensors (to resume),
+    history.csv, curves.png and samples.png. Ctrl-C keeps everything; --resume goes on as if nothing had happened.
+    """
+    chosen = {k: rest.pop(k) for k in ("columns", "given", "onehot", "dequantise")}
+    if (data is None) == (energy is None):
+        raise click.UsageError("give either --data FILE or --energy NET")
+    folder = Path(out)
+    options = options_of(ctx, folder, {**rest, "standardise": not no_standardise}, resume)
+    table = read(data, chosen, options.seed) if data is not None else None
+    comp, name = sized(spec, sets, flow, table)
+    module = compile_from(comp, name, seed=options.seed)
+    make_folder(folder)
+    if table is not None:
+        for note in table.notes:
+            say(note)
+        result = fit(module, table, folder, options, {"recipe": vars(table.recipe)})
+    else:
+        function = compile_function(comp, str(energy), name).requires_grad_(False)
+        result = fit_energy(module, function, folder, options, {"energy": energy})
+    if not result.main:
+        return
+    if energy is not None:
+        report_energy(module, function, options.seed)
+    pictures(module, table, folder, result)
+    report(result, out, energy is not None)
+
+
+def options_of(ctx: click.Context, folder: Path, values: dict[str, Any], resume: bool) -> Options:
+    """The options as given; on resume, those of the run where none are given anew."""
+    if not resume:
+        return Options(**values)
+    from click.core import ParameterSource
+
+    own = {f.name: f.name for f in fields(Options)} | {"standardise": "no_standardise"}
+    anew = {
+        k: v for k, v in values.items()
+        if (ctx.get_parameter_source(own[k]) is ParameterSource.COMMANDLINE)
+    }  # fmt: skip
+    return begun_with(folder, anew)
+
+
+def sized(spec: str, sets: tuple[str, ...], flow: str | None, table: Table | None) -> tuple[Compilation, str]:
+    """The spec, its open size taken from the data."""
+    if table is not None and table.x.ndim == 2:
+        sets = fit_sizes(spec, sets, flow, table)
+    comp = load_ok(spec, sets, False, sized=True)
+    return comp, pick_flow(comp, flow)
+
+
+def fit_sizes(spec: str, sets: tuple[str, ...], flow: str | None, table: Table) -> tuple[str, ...]:
+    """When the flow leaves the size of its only data axis open, the data decides it."""
+    if spec == "-":
+        return sets
+    comp = analyse(spec, parse_sets(sets))
+    if not comp.ok or not comp.flows():
+        return sets
+    region = comp.regions.get(pick_flow(comp, flow))
+    if region is None or not region.inputs or id(region) not in comp.elab.witnessed:
+        return sets
+    axes = region.graph[region.inputs[0]].tensor.axes
+    if len(axes) != 1 or any(s.partition("=")[0].strip() == axes[0].name for s in sets):
+        return sets
+    return (*sets, f"{axes[0].name}={table.x.shape[1]}")
+
+
+def report(result: Result, out: str, energy: bool) -> None:
+    what = "KL - log Z" if energy else "validation"
+    click.echo(
+        f"{out}: best {what} {result.best_validation:.4f} nats at epoch {result.best_epoch} of"
+        f" {result.history[-1]['epoch']:.0f} (stopped: {result.stopped})"
+    )
+    if result.skipped:
+        click.echo(f"{result.skipped} batches were left out: their loss or gradient was not finite", err=True)
+    if result.stopped == "interrupted":
+        click.echo(f"everything is kept; go on with `--resume -o {out}`")
+        raise SystemExit(130)
+
+
+def report_energy(module: Any, function: Any, seed: int) -> None:
+    from flowlang.train.problem import importance
+
+    found = importance(module, function, seed=seed)
+    click.echo(
+        f"log Z: at least {found['elbo']:.4f}, by importance sampling {found['log_z']:.4f};"
+        f" effective samples {100 * found['effective']:.1f} %"
+    )
+
+
+def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> None:
+    """Learning curves and samples, where matplotlib is installed."""
+    from flowlang.train.plots import learning_curve, samples_plot
+
+    try:
+        learning_curve(result.history, folder / "curves.png")
+        trained = load(folder)
+        n = 2000 if table is None else min(len(table), 2000)
+        context = {} if table is None else {k: v[:n] for k, v in table.given.items()}
+        drawn = draw_samples(trained, n, 0, context)
+        samples_plot(None if table is None else table.x[:n], drawn, folder / "samples.png", table.columns if table else ())
+    except FlowError as e:
+        if e.diagnostics[0].code != "FL0805":
+            raise
+        click.echo("no pictures: pip install 'flowlang[plots]'", err=True)
+
+
+# ---- what is trained ----------------------------------------------------------------------------
+
+
+def weights_file(weights: str) -> Path:
+    path = Path(weights)
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def trained_flow(spec: str | None, sets: tuple[str, ...], weights: str) -> tuple[Any, dict[str, Any]]:
+    """The flow with its weights, in the data's units; and what the file says beside them."""
+    from flowlang.backends.torch.store import read_tensors
+
+    file = weights_file(weights)
+    meta = read_tensors(file)[1]
+    return load(file, spec, **parse_sets(sets)).eval(), meta
+
+
+def draw_samples(flow: Any, n: int, seed: int, given: dict[str, Any]) -> Any:
+    """Samples as a float64 array; with context rows, one for each."""
+    import torch
+
+    context = {k: torch.as_tensor(np.asarray(v)).to(flow.like.dtype) for k, v in given.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = flow.sample((n,), generator=torch.Generator().manual_seed(seed), **context)
+    return found.double().numpy()
+
+
+def densities(flow: Any, table: Table, seed: int = 0, batch: int = 8192) -> Any:
+    import torch
+
+    x = torch.as_tensor(table.x).to(flow.like.dtype)
+    given = {k: torch.as_tensor(v).to(flow.like.dtype) for k, v in table.given.items()}
+    parts = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for k in range(0, len(x), batch):
+            parts.append(flow.log_prob(x[k : k + batch], **{n: v[k : k + batch] for n, v in given.items()}))
+    return torch.cat(parts).double().numpy()
+
+
+spec_argument = click.argument("spec", required=False)
+weights_option = click.option(
+    "-w", "--weights", default="run", show_default=True, type=click.Path(),
+    help="A run's folder, or a file that it or `fl.save` wrote.",
+)  # fmt: skip
+
+
+@click.command()
+@spec_argument
+@set_option
+@weights_option
+@click.option("-n", "--count", default=1000, show_default=True)
+@seed_option
+@click.option(
+    "-o", "--out", default="samples.npy", show_default=True, type=click.Path(dir_okay=False), help=".npy, .csv or .png"
+)
+@click.option(
+    "--given", "given", multiple=True, metavar="NAME=NUMBERS", help="A value of a context input, the same for all samples."
+)
+@click.option("--raw", is_flag=True, help="Leave dequantised columns as they are, instead of rounding to their steps.")
+def sample(
+    spec: str | None, sets: tuple[str, ...], weights: str, count: int, seed: int, out: str, given: tuple[str, ...], raw: bool
+) -> None:  # fmt: skip
+    """Draw samples from a trained flow (of its own spec, if none is named)."""
+    if count < 1:
+        raise FlowError(Diagnostic("FL0804", "--count is at least 1"))
+    flow, meta = trained_flow(spec, sets, weights)
+    context = {}
+    for name, numbers in parse_given(given, "NAME=NUMBER,NUMBER").items():
+        try:
+            value = np.array([float(v) for v in numbers])
+        except ValueError:
+            raise click.UsageError(f"--given {name} takes numbers here") from None
+        shape = flow.given_shapes.get(name)
+        if shape is not None and value.size == int(np.prod(shape)):
+            value = value.reshape(shape)
+        context[name] = np.broadcast_to(value, (count, *value.shape))
+    drawn = draw_samples(flow, count, seed, context)
+    recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else Recipe()
+    write_samples(Path(out), drawn, recipe, raw)
+    click.echo(f"{out}: {count} samples of shape {tuple(drawn.shape[1:])}")
+
+
+def write_samples(path: Path, drawn: Any, recipe: Recipe, raw: bool) -> None:
+    import csv
+    import io
+
+    from flowlang.backends.torch.store import replace_file
+
+    if path.suffix == ".png":
+        from flowlang.train.plots import samples_plot
+
+        make_folder(path.parent)
+        samples_plot(None, drawn, path, recipe.columns)
+        return
+    if path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        flat = drawn.reshape(len(drawn), -1)
+        named = len(recipe.columns) == flat.shape[1] and drawn.ndim == 2
+        writer.writerow(recipe.columns if named else [f"x{k}" for k in range(flat.shape[1])])
+        writer.writerows(zip(*printed(flat, recipe if named and not raw else Recipe()), strict=True))
+        replace_file(path, text.getvalue().encode())
+        return
+    blob = io.BytesIO()
+    np.save(blob, drawn)
+    replace_file(path, blob.getvalue())
+
+
+def printed(x: Any, recipe: Recipe) -> list[list[Any]]:
+    """Columns as the training file had them: categories by name, dequantised numbers on their grid."""
+    out: list[list[Any]] = []
+    for k in range(x.shape[1]):
+        name = recipe.columns[k] if k < len(recipe.columns) else ""
+        if name in recipe.categories:
+            kinds = recipe.categories[name]
+            out.append([kinds[int(c)] for c in np.clip(np.round(x[:, k]), 0, len(kinds) - 1)])
+        elif name in recipe.steps:
+            step = recipe.steps[name]
+            out.append([float(f"{v:.12g}") for v in np.round(x[:, k] / step) * step])
+        else:
+            out.append([float(f"{v:.9g}") for v in x[:, k]])
+    return out
+
+
+@click.command()
+@spec_argument
+@set_option
+@weights_option
+@click.option("--data", required=True, type=click.Path(), help=".npy, .npz, .csv or .parquet")
+@with_data
+@seed_option
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write log p of each row (.npy or .csv).")
+@json_option
+def score(
+    spec: str | None, sets: tuple[str, ...], weights: str, data: str, seed: int, out: str | None, as_json: bool, **chosen: Any
+) -> None:  # fmt: skip
+    """Log-density of each row under a trained flow, in the units of the data.
+
+    Columns, categories and steps are those of the training, unless they are chosen anew.
+    """
+    from flowlang.train.problem import check_shapes
+
+    flow, meta = trained_flow(spec, sets, weights)
+    recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
+    table = read(data, chosen, seed, recipe)
+    check_shapes(flow, table)
+    found = densities(flow, table, seed)
+    if out is not None:
+        write_samples(Path(out), found[:, None] if out.endswith(".csv") else found, Recipe(("log_prob",)), True)
+    error = float(found.std() / np.sqrt(len(found)))
+    facts = {"rows": len(found), "mean": float(found.mean()), "standard_error": error}
+    click.echo(
+        json.dumps(facts) if as_json else f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats"
+    )
+
+
+__all__ = ["FREE", "sample", "save", "score", "train"]

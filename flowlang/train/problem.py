@@ -1,0 +1,232 @@
+"""What is minimised: -log p of samples, or reverse KL to an energy. The trainer sees only this face."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.train.data import Array, Standardiser, Table, split
+
+if TYPE_CHECKING:
+    from flowlang.backends.torch.runtime import Flow
+
+    Move = Callable[[Tensor], Tensor]
+
+VALIDATION_BATCH = 4096
+
+
+class Problem(Protocol):
+    """A loss for each sample, as a module, and the batches that it is to see."""
+
+    batches: int  # in one epoch
+    offset: float  # from what the module says to what is reported
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def batch(self, epoch: int, step: int, rank: int, world: int) -> tuple[Sequence[Any], float, str]:
+        """Arguments of the module for one process, the weight of its mean, and words for where the batch is from."""
+        ...
+
+    def validate(self, move: Move) -> float: ...
+
+    def meta(self) -> dict[str, Any]:
+        """What is kept beside the weights."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Tells whether a resumed run sees the same data."""
+        ...
+
+
+class NegativeLogLikelihood(nn.Module):
+    """-log p as `forward`, so that wrappers for several processes see the call."""
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+        return -self.flow.log_prob(x, **given)
+
+
+class Likelihood:
+    """Maximum likelihood on a table; a part is held out, statistics come from the rest."""
+
+    def __init__(self, flow: Flow, table: Table, *, batch: int, validation: float, seed: int, standardise: bool):
+        check_shapes(flow, table)
+        rows, held = split(len(table), [validation], seed)
+        if len(rows) < 2 or len(held) < 1:
+            raise FlowError(
+                Diagnostic("FL0802", f"{len(table)} samples are too few to train and validate", suggestion="bring more data")
+            )  # fmt: skip
+        self.flow, self.module = flow, NegativeLogLikelihood(flow)
+        self.size, self.seed, self.rows = batch, seed, rows
+        part = table.take(rows)
+        columns = table.columns if table.x.ndim == 2 else ()
+        self.standard = Standardiser.fit(part.x, columns) if standardise else Standardiser.identity(table.x.shape[1:])
+        self.given_standard = {k: Standardiser.fit_context(v) for k, v in part.given.items()}
+        dtype = flow.like.dtype
+        self.x, self.given = self.tensors(part, dtype)
+        self.held_x, self.held_given = self.tensors(table.take(held), dtype)
+        self.batches = math.ceil(len(self.x) / batch)
+        self.offset = -self.standard.log_det
+        self.order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.print = digest(table)
+
+    def tensors(self, table: Table, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        x = torch.as_tensor(self.standard.apply(table.x)).to(dtype)
+        return x, {k: torch.as_tensor(self.given_standard[k].apply(table.given[k])).to(dtype) for k in self.flow.given_shapes}
+
+    def batch(self, epoch: int, step: int, rank: int, world: int) -> tuple[Sequence[Any], float, str]:
+        """The rows of one process. Means are weighted so that the processes' average is the mean of the whole batch."""
+        if self.order[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            self.order = (epoch, torch.randperm(len(self.x), generator=generator))
+        whole = self.order[1][step * self.size : (step + 1) * self.size]
+        own = whole[rank::world]
+        weight = len(own) * world / len(whole)
+        if len(own) == 0:  # every process takes part in every backward pass
+            own = whole[:1]
+        shown = ", ".join(str(int(self.rows[i]) + 1) for i in whole[:4])
+        words = f"its rows are {shown}{' and others' if len(whole) > 4 else ''}"
+        return (self.x[own], {k: c[own] for k, c in self.given.items()}), weight, words
+
+    @torch.no_grad()
+    def validate(self, move: Move) -> float:
+        total = 0.0
+        for k in range(0, len(self.held_x), VALIDATION_BATCH):
+            given = {n: move(c[k : k + VALIDATION_BATCH]) for n, c in self.held_given.items()}
+            total -= float(self.flow.log_prob(move(self.held_x[k : k + VALIDATION_BATCH]), **given).double().sum())
+        return total / len(self.held_x) + self.offset
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "standardiser": self.standard.to_dict(),
+            "given_standardiser": {k: v.to_dict() for k, v in self.given_standard.items()},
+        }
+
+    def fingerprint(self) -> str:
+        return self.print
+
+
+class ReverseKL(nn.Module):
+    """log q(x) + energy(x) at samples x of the flow: its mean is KL(q || exp(-energy) / Z) - log Z."""
+
+    def __init__(self, flow: Flow, energy: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.flow = flow
+        # The target is no part of what is trained: it is called, and not owned.
+        object.__setattr__(self, "energy", energy)
+
+    def forward(self, count: int) -> Tensor:
+        x, log_q = self.flow.sample_and_log_prob((count,))
+        found: Tensor = log_q + self.energy(x)  # type: ignore[operator]
+        return found
+
+
+class Variational:
+    """A flow fitted to an unnormalised density exp(-energy(x)), by samples of its own (Rezende & Mohamed 2015)."""
+
+    offset = 0.0
+
+    def __init__(self, flow: Flow, energy: Callable[[Tensor], Tensor], *, batch: int, batches: int, seed: int):
+        if flow.given_shapes:
+            name = next(iter(flow.given_shapes))
+            raise FlowError(
+                Diagnostic("FL0804", f"the flow has the context `{name}`, and an energy is fitted without one")
+            )
+        probe = energy(torch.zeros(2, *flow.data_shape, dtype=flow.like.dtype))
+        if tuple(probe.shape) != (2,):
+            raise FlowError(
+                Diagnostic("FL0804", f"the energy of one sample has shape {tuple(probe.shape[1:])}, and must be one number",
+                           suggestion="reduce it, as in `net energy(x: R[D]) -> R { sum[D](x ^ 2) }`")
+            )  # fmt: skip
+        self.flow, self.energy, self.module = flow, energy, ReverseKL(flow, energy)
+        self.size, self.batches = batch, batches
+        self.seed = seed
+
+    def batch(self, epoch: int, step: int, rank: int, world: int) -> tuple[Sequence[Any], float, str]:
+        count = len(range(rank, self.size, world))
+        return (max(count, 1),), count * world / self.size, "its samples are the flow's own"
+
+    @torch.no_grad()
+    def validate(self, move: Move) -> float:
+        torch.manual_seed(self.seed)
+        return float(self.module(VALIDATION_BATCH).double().mean())
+
+    def meta(self) -> dict[str, Any]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return "energy"
+
+
+@torch.no_grad()
+def importance(flow: Flow, energy: Callable[[Tensor], Tensor], *, count: int = 20_000, seed: int = 0) -> dict[str, float]:
+    """How well a flow q fits exp(-energy)/Z: log Z by importance sampling with q, and the effective sample size.
+
+    `log_z` is consistent where q covers the target; `elbo` is a lower bound of it; `effective` is the fraction
+    (Σw)² / (n Σw²) of the weights w = exp(-energy(x)) / q(x).
+    """
+    flow.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        x, log_q = flow.sample_and_log_prob((count,))
+    log_w = (-energy(x) - log_q).double()
+    total = torch.logsumexp(log_w, 0)
+    return {
+        "elbo": float(log_w.mean()), "log_z": float(total) - math.log(count),
+        "effective": float(torch.exp(2 * total - torch.logsumexp(2 * log_w, 0))) / count,
+    }  # fmt: skip
+
+
+def check_shapes(flow: Flow, table: Table) -> None:
+    """Data and context of a table against those of a flow (FL0802)."""
+    have, want = tuple(table.x.shape[1:]), tuple(flow.data_shape)
+    if have != want:
+        raise FlowError(
+            Diagnostic("FL0802", f"a sample of the data has shape {have}, and the flow's data {want}",
+                       suggestion="choose columns with --columns, or set the size, as in `--set D=6`")
+        )  # fmt: skip
+    for name, shape in flow.given_shapes.items():
+        if name not in table.given:
+            raise FlowError(
+                Diagnostic("FL0802", f"the flow's context `{name}` has no columns",
+                           suggestion=f"name them, as in `--given {name}=column`")
+            )  # fmt: skip
+        found = tuple(table.given[name].shape[1:])
+        if found != tuple(shape):
+            raise FlowError(
+                Diagnostic("FL0802", f"the context `{name}` has shape {found} in the data and {tuple(shape)} in the flow")
+            )
+    for name in table.given:
+        if name not in flow.given_shapes:
+            raise FlowError(
+                Diagnostic("FL0802", f"the flow has no context `{name}`",
+                           suggestion=f"it has {', '.join(flow.given_shapes) or 'none'}")
+            )  # fmt: skip
+
+
+def seed_of(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def digest(table: Table) -> str:
+    found = hashlib.sha256()
+    arrays: list[tuple[str, Array]] = [("", table.x), *sorted(table.given.items())]
+    for name, values in arrays:
+        found.update(f"{name} {values.shape}".encode())
+        found.update(np.ascontiguousarray(values).tobytes())
+    return found.hexdigest()
+
+
+__all__ = ["Likelihood", "Problem", "Variational", "check_shapes", "importance", "seed_of"]
