@@ -91,7 +91,8 @@ class Generator:
     def roots(self) -> list[tuple[str, str]]:
         """(program, method) pairs of the root's class."""
         if self.root.kind == "flow":
-            return [(n, f"_{n}") for n in ("forward", "inverse", "log_prob", "sample", "sample_and_log_prob")]
+            names = ["forward", "inverse", "log_prob", "sample", "sample_and_log_prob"]
+            return [(n, f"_{n}") for n in (*names, *(["initialise"] if self.root.has_starts else []))]
         if not is_map(self.root):
             return [("forward", "forward")]
         extra = [("score", "score"), ("generate", "generate")] if is_random(self.root) else []
@@ -200,7 +201,7 @@ class Generator:
         ]
 
 
-PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob")
+PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob", "initialise")
 
 
 def header(method: str, signature: list[str], results: int) -> list[str]:
@@ -237,6 +238,11 @@ def string(text: str) -> str:
 def plain(text: str) -> str:
     """Text that may stand in a comment or docstring."""
     return text.replace("\\", "/").replace('"""', "'''").replace("\r", " ")
+
+
+def reflections(domain: Domain) -> str:
+    """The number of Householder reflections, when it is stated."""
+    return f", reflections={int(domain.args[1])}" if len(domain.args) > 1 else ""
 
 
 class ClassScope:
@@ -320,10 +326,11 @@ class ClassScope:
                 cls = self.use({"plu": "PluMatrix", "dense": "DenseMatrix"}[domain.structure])
                 return f"{cls}({shape!r}{', identity=True' if identity else ''})"
             case "orthogonal":
-                cls = self.use("Cayley" if domain.args and domain.args[0] == "cayley" else "Rotation")
-                return f"{cls}({shape!r})"
+                if domain.args and domain.args[0] == "cayley":
+                    return f"{self.use('Cayley')}({shape!r})"
+                return f"{self.use('Rotation')}({shape!r}{reflections(domain)})"
             case "stiefel":
-                return f"{self.use('Rotation')}({shape!r}, columns={shape[-1]})"
+                return f"{self.use('Rotation')}({shape!r}, columns={shape[-1]}{reflections(domain)})"
             case "lower":
                 return f"{self.use('LowerMatrix')}({shape!r})"
             case "unit_lower":
@@ -368,6 +375,9 @@ class ClassScope:
 
     def constructor(self) -> list[str]:
         """Lines of `__init__`; none where it would only call the base's."""
+        root = self.region is self.generator.root and self.region.kind == "flow"
+        if root and self.region.has_starts:
+            self.lines.append('self.register_buffer("initialised", torch.tensor(False))')
         shared = "".join(f", {name}: nn.Module" for _, name in self.shared)
         lines = [f"    {x}" for statement in self.lines for x in broken(statement)]
         for name, value in self.buffers.items():

@@ -55,6 +55,7 @@ class Writer:
     def run(self, outputs: Sequence[int]) -> list[str]:
         self.results = set(outputs)
         needed = self.graph.reachable(list(outputs))
+        later = self.in_training_only(outputs)
         for n in needed:
             node = self.graph[n]
             weight = 2 if "body" in node.attrs else 1
@@ -62,10 +63,33 @@ class Writer:
                 self.uses[i] = self.uses.get(i, 0) + weight
         for o in outputs:
             self.uses[o] = self.uses.get(o, 0) + 1
-        for n in sorted(needed):
+        for n in sorted(needed - later):
             if n not in self.env:
                 self.emit(self.graph[n])
         return [self.env[o].text for o in outputs]
+
+    def in_training_only(self, outputs: Sequence[int]) -> set[int]:
+        """What only running states read: written where they are, under `if self.training`."""
+        seen: set[int] = set()
+        stack = list(outputs)
+        while stack:
+            n = stack.pop()
+            if n not in seen:
+                seen.add(n)
+                if self.graph[n].op != "running":
+                    stack.extend(self.graph[n].inputs)
+        return self.graph.reachable(list(outputs)) - seen
+
+    def block(self, value: int) -> tuple[list[str], str]:
+        """The statements that make a value, apart from the others, and the value."""
+        known, lines = dict(self.env), self.lines
+        self.lines = []
+        for n in sorted(self.graph.reachable([value])):
+            if n not in self.env:
+                self.emit(self.graph[n])
+        made, text = self.lines, self.env[value].text
+        self.env, self.lines = known, lines
+        return made, text
 
     def emit(self, node: Node) -> None:
         if node.op == "get" and node.id in self.env:
@@ -270,6 +294,41 @@ def _const(w: Writer, n: Node) -> Expr:
 @emitter("param", "state")
 def _param(w: Writer, n: Node) -> Expr:
     return Expr(w.scope.parameter(n))
+
+
+@emitter("running")
+def _running(w: Writer, n: Node) -> Expr | None:
+    state = w.scope.matrix(n)
+    live, new = n.inputs
+    var = w.names.fresh(n.label or n.attrs["name"])
+    lines, value = w.block(live)
+    w.lines += ["if self.training:", *(f"    {x}" for x in lines), f"    {var} = {value}"]
+    known = dict(w.env)
+    w.env[live] = Expr(var)
+    lines, value = w.block(new)
+    w.env = known
+    w.lines += ["    with torch.no_grad():", *(f"        {x}" for x in lines), f"        {state}.copy_({value})"]
+    w.lines += ["else:", f"    {var} = {state}"]
+    w.env[n.id] = Expr(var)
+    return None
+
+
+@emitter("start")
+def _start(w: Writer, n: Node) -> Expr:
+    own = w.scope.matrix(n)
+    value = w.aligned(n.inputs[0], n.tensor).text
+    constrained = n.attrs["domain"].name in ("Positive", "Unit", "Interval")
+    w.lines.append(f"{own}.assign({value})" if constrained else f"{w.scope.use('assign')}({own}, {value})")
+    return Expr(f"{own}()" if constrained else own)
+
+
+@emitter("batch_mean", "batch_var")
+def _batch_moment(w: Writer, n: Node) -> Expr:
+    x = n.inputs[0]
+    t = w.type(x)
+    dims = [w.dim(x, a) for a in n.attrs["axes"]]
+    ddof = f", {n.attrs['ddof']}" if n.attrs.get("ddof") else ""
+    return Expr(f"{w.scope.use(n.op)}({argument(w, x)}, {t.rank}, {tuple(dims)!r}{ddof})")
 
 
 @emitter("input")
@@ -833,7 +892,7 @@ def _results(w: Writer, n: Node) -> list[str]:
 
 def method_name(program: str, value_only: bool) -> str:
     """The method of a class that runs a program, with its log-det or without."""
-    if not value_only:
+    if not value_only or program == "initialise":
         return program
     return "value" if program == "forward" else f"{program}_value"
 

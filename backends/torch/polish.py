@@ -45,7 +45,9 @@ def reuse_names(arguments: list[str], lines: list[str]) -> list[str]:
         return lines
     known = lives(ast.parse("\n".join(lines)).body)
     until = {a: known[a].dies if a in known else -1 for a in arguments}
-    held = {n for n, life in known.items() if life.held}
+    # A helper that is called is held as well: its name must keep its meaning.
+    bound = {n.id for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    held = {n for n, life in known.items() if life.held or not (n in bound or n in until)}
     renamed: dict[str, str] = {}
     for name in sorted((n for n in known if n not in arguments), key=lambda n: (known[n].born, n)):
         life = known[name]

@@ -129,6 +129,15 @@ def not_real(inv: Inverter, v: int) -> Failure:
     )
 
 
+def couples_samples(inv: Inverter, v: int) -> Failure:
+    return Failure(
+        "FL0401",
+        "not invertible: this statistic couples the samples of a batch, so no sample can be inverted by itself",
+        inv.graph[v].span or result_span(inv),
+        suggestion="follow it with a running value, as in `running(mean[B](x), 0.1)`",
+    )
+
+
 def unbalanced(inv: Inverter, node: Node) -> Failure:
     return Failure(
         "FL0410",

@@ -23,7 +23,7 @@ def build(region: Region, plan: Plan | None, name: str) -> Program:
         r.feed_context()
         return r.finish([r.value(o) for o in region.outputs], log_det=False)
     assert plan is not None
-    if name in ("forward", "score", "log_prob"):
+    if name in ("forward", "score", "log_prob", "initialise"):
         return forward_program(region, plan, name)
     return inverse_program(region, plan, name)
 
@@ -46,6 +46,10 @@ def forward_program(region: Region, plan: Plan, name: str) -> Program:
     for e in region.emissions:
         if score and e.distribution is not None:
             r.value(e.value)
+    if name == "initialise":
+        for s in region.starts:
+            r.value(s.param)
+        return r.finish([*outputs, *emissions], log_det=False)
     r.weigh(plan.steps)
     if score:
         r.score_random()

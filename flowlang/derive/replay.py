@@ -44,6 +44,10 @@ class Replay:
         self.weights: list[int] = []  # log-dets and weights, scalars for each sample
         self.lazy: dict[int, Any] = {}  # emissions that are sampled when first needed
         self.score = name in ("score", "generate")
+        self.initialising = name == "initialise"
+        forward = name in ("forward", "score", "initialise")
+        self.live = {u.state: u for u in region.updates} if forward else {}
+        self.starts = {s.param: s for s in region.starts} if self.initialising else {}
 
     # ---- inputs and outputs ---------------------------------------------------------------------
 
@@ -87,8 +91,9 @@ class Replay:
                 todo.extend(id for _, id in self.lazy[i])
                 continue
             order.append(i)
-            todo.extend(self.source[i].inputs)
-        for i in sorted(order, key=lambda i: (i in self.lazy, i)) if not self.lazy else self._lazy_order(order):
+            todo.extend(self.operands(i))
+        simple = not self.lazy and not self.live and not self.starts
+        for i in sorted(order) if simple else self._lazy_order(order):
             if i in self.env:
                 continue
             if i in self.lazy:
@@ -96,6 +101,30 @@ class Replay:
             else:
                 self.evaluate(self.source[i])
         return self.env[n]
+
+    def operands(self, n: int) -> Sequence[int]:
+        """What a value is made of here: a state in training and a parameter that starts are made, not read."""
+        if n in self.live:
+            live = self.live[n].live
+            return () if live is None else (live,)
+        if n in self.starts:
+            return (self.starts[n].value,)
+        return self.source[n].inputs
+
+    def leaf(self, n: int) -> None:
+        """A state in training, or a parameter at its start."""
+        node = self.source[n]
+        if n in self.live:
+            update = self.live[n]
+            read = self.b.leaf(node.op, node.type, batched=False, span=node.span, label=node.label, **dict(node.attrs))
+            live = read if update.live is None else self.value(update.live)
+            self.env[n] = read  # the new value may read the old one
+            inputs: tuple[int, ...] = (live, self.value(update.new))
+            op = "running"
+        else:
+            inputs, op = (self.value(self.starts[n].value),), "start"
+        made = self.b.graph.add(op, inputs, node.type, dict(node.attrs), span=node.span, label=node.label, batched=False)
+        self.env[n] = made.id
 
     def _lazy_order(self, order: list[int]) -> list[int]:
         """Evaluation order when some values are sampled: their arguments come first."""
@@ -112,11 +141,14 @@ class Replay:
                     continue
                 state[i] = 1
                 stack.append((i, True))
-                inputs = [id for _, id in self.lazy[i]] if i in self.lazy else self.source[i].inputs
+                inputs = [id for _, id in self.lazy[i]] if i in self.lazy else self.operands(i)
                 stack.extend((j, False) for j in inputs)
         return out
 
     def evaluate(self, node: Node) -> None:
+        if node.id in self.live or node.id in self.starts:
+            self.leaf(node.id)
+            return
         if node.op == "get":
             self.env[node.id] = self.b.op_get(self.env[node.inputs[0]], node.attrs["index"], node.span)
             if node.label:
@@ -151,6 +183,11 @@ class Replay:
             self.env[node.id] = new.id
             return
         inner = self.map_method(region, method)
+        if inner == "initialise":
+            attrs = {**dict(node.attrs), "method": inner}
+            new = self.b.graph.add(node.op, tuple(inputs), node.type, attrs, span=node.span, label=node.label)
+            self.env[node.id] = new.id
+            return
         types = list(result_types(node.type))
         if inner == "score":  # what leaves inside is scored there
             types = types[: len(region.outputs)]
@@ -158,6 +195,8 @@ class Replay:
 
     def map_method(self, region: Region, method: str) -> str:
         """The method to run for a call in this direction."""
+        if self.initialising and region.has_starts and method == "forward":
+            return "initialise"
         if self.score and is_random(region):
             return {"forward": "score", "inverse": "generate"}[method]
         return method

@@ -95,9 +95,13 @@ class Inverter:
 
     def refused_at_once(self, targets: list[int], results: list[int], have: int, wanted: int) -> Failure | None:
         for v in (*targets, *results):
-            if not self.real(v):
+            # Whole numbers may pass through untouched, to a distribution on whole numbers.
+            if not self.real(v) and not (v in targets and v in results):
                 return explain.not_real(self, v)
         reaching = self.graph.reachable(results)
+        for n in sorted(reaching & self.graph.descendants(targets)):
+            if OPS[self.graph[n].op].pools:
+                return explain.couples_samples(self, n)
         for t in targets:
             if t not in reaching:
                 return explain.lost(self, f"the value of {explain.called(self, t)} reaches no output", wanted)

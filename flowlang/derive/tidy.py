@@ -8,6 +8,7 @@ from dataclasses import replace
 from flowlang.derive.programs import Program, is_map, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.ops import OPS
 from flowlang.ir.types import TensorType, TupleType
 
 ZeroLogDet = Callable[[Region, str], bool]
@@ -69,7 +70,7 @@ class _Tidy:
             self.env[node.id] = self.call(node, inputs)
         elif node.op == "get":
             self.env[node.id] = self.get(node, inputs[0])
-        elif "body" in node.attrs or node.op == "random_like":
+        elif "body" in node.attrs or not OPS[node.op].pure:
             attrs = dict(node.attrs)
             if "body" in attrs:
                 attrs["body"] = tidy(attrs["body"], self.zero)

@@ -28,6 +28,9 @@ from flowlang.elaborate.values import (
 )
 from flowlang.ir.distributions import DISTRIBUTIONS, Distribution, categorical, mixture
 from flowlang.ir.domains import Domain
+from flowlang.ir.graph import Update
+from flowlang.ir.interval import REAL
+from flowlang.ir.ops import OPS
 from flowlang.ir.ops.splines import SPLINES
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
@@ -222,8 +225,10 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
             continue
         if not isinstance(item.left, tree.Name):
             raise body.fail("FL0902", "statistics within groups have no meaning yet", item.span)
+        if item.left.id == "B" and name in ("mean", "var", "std"):
+            continue
         if item.left.id == "B":
-            raise body.fail("FL0902", "statistics over the batch have no meaning yet", item.span)
+            raise body.fail("FL0902", f"`{name}` over the batch has no meaning yet", item.span)
         names.append(item.left.id)
     for n in names:
         axis_rules.need_axis(body, t, n, span(args))
@@ -241,8 +246,11 @@ def reduction(op: str) -> Fn:
         if op == "sum":
             return sum_of(body, x, names, span(args))
         extra: dict[str, Any] = {"ddof": int(args.keywords.get("ddof", 0))} if op in ("var", "std") else {}
-        if op == "std":
-            return body.node("sqrt", body.b.op("var", x, axes=names, span=span(args), **extra), span=span(args))
+        pooled = any(isinstance(i.left, tree.Name) and i.left.id == "B" for i in args.axes)
+        moment = ("batch_" if pooled else "") + op.replace("std", "var")
+        if pooled or op == "std":
+            value = body.b.op(moment, x, axes=names, span=span(args), **extra)
+            return body.node("sqrt", value, span=span(args)) if op == "std" else Tensor(value, body)
         return body.node(op, x, axes=names, span=span(args), **extra)
 
     return call
@@ -588,6 +596,44 @@ def lipschitz(body: Body, args: Arguments) -> Any:
     )  # fmt: skip
 
 
+def running(body: Body, args: Arguments) -> Any:
+    """`running(mean[B](x), momentum)`: the batch's statistic when training, its running mean after.
+
+    The state is read before it is written. `unbiased = true` lets the running variance divide by n - 1.
+    """
+    expect(body, args, "running", 1, 2, ("momentum", "unbiased"))
+    where = span(args)
+    live = operand(body, args)
+    node = body.graph[live]
+    if node.batched:
+        raise body.fail(
+            "FL0306", "`running` follows a statistic of the batch, and this is a value of each sample", where,
+            suggestion="reduce over `B` too, as in `running(mean[B](x), 0.1)`",
+        )  # fmt: skip
+    momentum = args.keywords.get("momentum", args.positional[1] if len(args.positional) > 1 else 0.1)
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 < momentum <= 1:
+        raise body.fail("FL0305", "`momentum` is the weight of the new value, above 0 and at most 1", where)
+    target = live
+    if args.keywords.get("unbiased"):
+        if node.op != "batch_var":
+            raise body.fail("FL0305", "`unbiased` belongs to a variance, as in `running(var[B](x), 0.1, unbiased = true)`", where)
+        target = body.b.op("batch_var", *node.inputs, **{**node.attrs, "ddof": 1})
+    bounds = OPS[node.op].interval
+    types = [body.b.type(i) for i in node.inputs]
+    found = bounds([REAL] * len(types), types, node) if bounds is not None else REAL
+    kind = {"batch_mean": "mean", "batch_var": "var"}.get(node.op, "value")
+    known = {body.graph[u.state].attrs["name"] for u in body.region.updates}
+    name = next(n for k in range(1, len(known) + 2) if (n := f"running_{kind}" + (f"_{k}" if k > 1 else "")) not in known)
+    state = body.b.leaf(
+        "state", node.type, batched=False, span=where, name=name, domain=Domain("R", (), found),
+        init=1.0 if kind == "var" else 0.0,
+    )  # fmt: skip
+    kept = body.b.mul(state, body.b.const(1.0 - float(momentum)))
+    new = body.b.add(kept, body.b.mul(target, body.b.const(float(momentum))))
+    body.region.updates.append(Update(state, new, live))
+    return Tensor(state, body)
+
+
 def stop(body: Body, args: Arguments) -> Any:
     expect(body, args, "stop", 1)
     return body.node("stop", operand(body, args), span=span(args))
@@ -731,9 +777,10 @@ def _table() -> dict[str, Any]:
     put("elementwise", elementwise, step=True)
     put("inverse", inverse)
     put("stop", stop)
+    put("running", running)
     put("lipschitz", lipschitz)
     for name, what in {
-        "running": "running statistics", "integrate": "solvers", "grad": "gradients of functions",
+        "integrate": "solvers", "grad": "gradients of functions",
         "jvp": "derivatives of functions", "vjp": "derivatives of functions", "divergence": "derivatives of functions",
         "derivative": "derivatives of functions", "ema": "copies of networks", "frozen": "copies of networks",
         "copy": "copies of networks", "surrogate": "custom gradients", "onehot": "integer values", "resize": "images",

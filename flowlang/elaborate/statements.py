@@ -30,7 +30,7 @@ from flowlang.elaborate.values import (
 )
 from flowlang.ir.distributions import COMBINED, DISTRIBUTIONS
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import BaseDistribution, Child, Draw, Emission, Graph, Region, Step
+from flowlang.ir.graph import BaseDistribution, Child, Draw, Emission, Graph, Region, Start, Step
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import SCALAR, TensorType, TupleType
 from flowlang.source import Span
@@ -401,14 +401,36 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
         )
     check_matrix(body, spec.domain, type_, entry)
     init = initial_value(body, spec.domain, entry)
+    start = init if isinstance(init, Tensor) else None
+    if start is not None:
+        check_first_batch(body, start, type_, spec.domain, entry)
+        init = default_start(spec.domain)
     id = body.b.leaf(
         "param" if word == "param" else "state", type_, batched=False, span=entry.span, label=entry.name,
         name=entry.name, domain=spec.domain, init=init,
     )  # fmt: skip
+    if start is not None:
+        body.region.starts.append(Start(id, start.id))
     for n, s in axes:
         if s is not None and n not in body.axes and not n.endswith("'"):
             body.axes[n] = s
     body.names[entry.name] = Tensor(id, body)
+
+
+def check_first_batch(body: Body, start: Tensor, type_: TensorType, domain: Domain, entry: tree.Entry) -> None:
+    """A start that is computed: a statistic of the first batch, with the parameter's axes."""
+    assert entry.value is not None
+    if body.graph[start.id].batched:
+        raise body.fail(
+            "FL0305",
+            f"the start of `{entry.name}` is a value of each sample, and a parameter is one for all",
+            entry.value.span,
+            suggestion="reduce over the batch, as in `= mean[B](x)`",
+        )
+    if not set(start.type.axes) <= set(type_.axes):
+        raise body.fail("FL0301", f"the start of `{entry.name}` is `{start.type}`, not `{type_}`", entry.value.span)
+    if domain.structure is not None:
+        raise body.fail("FL0902", f"a `{domain.name}` cannot start from the first batch yet", entry.value.span)
 
 
 def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entry) -> None:
@@ -435,6 +457,8 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry) -> Any:
             return float(value)
         if isinstance(value, list):
             return ("values", tuple(value))
+        if isinstance(value, Tensor):
+            return value
         if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
             return 0.0 if value.name == "zeros" else 1.0
         raise body.fail("FL0305", f"a start is a number or a list, and this is {describe(value)}", entry.value.span)

@@ -43,7 +43,8 @@ class Builder:
         if key is not None and key in self._known:
             return self._known[key]
         type_ = op.infer([self.graph[i].type for i in inputs], attrs)  # type: ignore[misc]
-        node = self.graph.add(name, inputs, type_, attrs, span=span or self.span, label=label)
+        batched = False if op.pools else None
+        node = self.graph.add(name, inputs, type_, attrs, span=span or self.span, label=label, batched=batched)
         if key is not None:
             self._known[key] = node.id
         return node.id

@@ -80,8 +80,13 @@ def domain(name: str, args: tuple[float | int | str, ...] = ()) -> Domain | None
         if variant not in variants:
             known = ", ".join(f"`{v}`" for v in variants if v)
             raise ValueError(f"`{name}` has no parametrisation `{variant}`; known: {known or 'none'}")
+        extra = args[1:]
+        counted = variant == "householder"
+        if len(extra) > counted or not all(isinstance(a, int) and a >= 0 for a in extra):
+            what = "a number of reflections, as in `Orthogonal(householder, 4)`" if counted else "no further argument"
+            raise ValueError(f"`{name}({variant})` takes {what}")
         interval = Interval(-1.0, 1.0) if variants[variant] in ("orthogonal", "stiefel") else REAL
-        return Domain(name, (variant,), interval, structure=variants[variant])
+        return Domain(name, (variant, *(a for a in extra if a)), interval, structure=variants[variant])
     return None
 
 

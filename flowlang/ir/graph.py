@@ -154,6 +154,28 @@ class BaseDistribution:
     span: Span | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A state that a forward run in training replaces.
+
+    `state` is read before it is written: `new` may use it. Where `live` is given it stands for the
+    state's value during that run (a batch statistic whose running mean serves inference); every other
+    program reads the state. The analyses see the state alone, which is constant in the map's inputs.
+    """
+
+    state: int
+    new: int
+    live: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A parameter that begins at a statistic of the first batch: param := value, in the order of the text."""
+
+    param: int
+    value: int
+
+
 @dataclass(eq=False)
 class Child:
     """A sub-instance of a region.
@@ -204,6 +226,8 @@ class Region:
     outputs: list[int] = field(default_factory=list)
     emissions: list[Emission] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)  # chains only
     span: Span | None = None
@@ -219,6 +243,11 @@ class Region:
 
     def output_types(self) -> list[TensorType]:
         return [self.graph[i].tensor for i in self.outputs]
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether a parameter here or below begins at a statistic of the first batch."""
+        return any(r.starts for r in self.walk())
 
     def walk(self) -> Iterator[Region]:
         """This region and every distinct one below it, children first."""

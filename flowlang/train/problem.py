@@ -80,6 +80,9 @@ class Likelihood:
         self.offset = -self.standard.log_det
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
         self.print = digest(table)
+        # Parameters that start from data (actnorm): from the same batch in every process; a resumed run brings its own.
+        first = slice(max(batch, 256))
+        flow.initialise(self.x[first], **{k: c[first] for k, c in self.given.items()})
 
     def tensors(self, table: Table, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         x = torch.as_tensor(self.standard.apply(table.x)).to(dtype)

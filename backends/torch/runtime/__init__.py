@@ -8,6 +8,8 @@ from flowlang.backends.torch.runtime.flow import (
     FlowDistribution,
 )
 from flowlang.backends.torch.runtime.functions import (
+    batch_mean,
+    batch_var,
     broadcast,
     broadcast_cat,
     broadcast_stack,
@@ -43,6 +45,7 @@ from flowlang.backends.torch.runtime.parameters import (
     SpdMatrix,
     Sphere,
     ZeroMean,
+    assign,
     degree_mask,
     initial,
     initial_values,
@@ -98,8 +101,11 @@ __all__ = [
     "SpdMatrix",
     "Sphere",
     "ZeroMean",
+    "assign",
     "at_bin",
     "bad_input",
+    "batch_mean",
+    "batch_var",
     "bin_at",
     "bracket_solve",
     "broadcast",

@@ -49,6 +49,22 @@ class Flow(nn.Module):
         (x,), context = self._fit([("data", x, self.data_shape)], given)
         return self._log_prob(x, *context)
 
+    @torch.no_grad()
+    def initialise(self, x: Tensor, /, *, force: bool = False, **given: Tensor) -> bool:
+        """Puts the parameters that start from data (as of `actnorm`) where this batch says, in the chain's order.
+
+        Call it once with a first batch before training; `flowlang train` does. That it was done is kept in the
+        state dict (`initialised`), and later calls change nothing unless `force`. Returns whether anything was
+        set. Nothing needs it: without it those parameters begin at their defaults.
+        """
+        done = getattr(self, "initialised", None)
+        if done is None or (bool(done) and not force):
+            return False
+        (x,), context = self._fit([("data", x, self.data_shape)], given)
+        self._initialise(x, *context)
+        done.fill_(True)
+        return True
+
     def rsample(self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor) -> Tensor:
         """Samples through which gradients flow. `shape` is the batch shape (a number or a tuple).
 

@@ -57,6 +57,21 @@ def rotate(x: Tensor, by: Tensor | float) -> Tensor:
     return (torch.remainder(x + by + math.pi, 2 * math.pi) - math.pi).clamp(-top, top - torch.finfo(x.dtype).eps)
 
 
+def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """The mean over all batch dimensions (those before the last `rank`) and over `dims`."""
+    every = (*range(x.dim() - rank), *dims)
+    return x.mean(every) if every else x
+
+
+def batch_var(x: Tensor, rank: int, dims: tuple[int, ...], ddof: int = 0) -> Tensor:
+    """The variance over all batch dimensions and over `dims`; of one value it is 0."""
+    every = (*range(x.dim() - rank), *dims)
+    if not every:
+        return torch.zeros_like(x)
+    total = (x - x.mean(every, keepdim=True)).square().sum(every)
+    return total / max(x.numel() // max(total.numel(), 1) - ddof, 1)
+
+
 def safe_pow(x: Tensor, e: float) -> Tensor:
     return torch.pow(x, e)
 

@@ -50,12 +50,24 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Puts a parameter where the first batch says; entries that are not finite keep their start."""
+    parameter.copy_(torch.where(torch.isfinite(value), value, parameter))
+
+
 class Positive(nn.Module):
     """A positive parameter: exp of a softly bounded number."""
 
     def __init__(self, value: Tensor):
         super().__init__()
-        self.raw = nn.Parameter(SOFT_BOUND * torch.atanh(torch.log(value).clamp(-5.9, 5.9) / SOFT_BOUND))
+        self.raw = nn.Parameter(self.stored(value))
+
+    @staticmethod
+    def stored(value: Tensor) -> Tensor:
+        return SOFT_BOUND * torch.atanh(torch.log(value).clamp(-5.9, 5.9) / SOFT_BOUND)
+
+    def assign(self, value: Tensor) -> None:
+        assign(self.raw, self.stored(value))
 
     def forward(self) -> Tensor:
         return torch.exp(soft_bound(self.raw, SOFT_BOUND))
@@ -67,8 +79,14 @@ class Interval(nn.Module):
     def __init__(self, value: Tensor, lo: float, hi: float):
         super().__init__()
         self.lo, self.hi = lo, hi
-        p = ((value - lo) / (hi - lo)).clamp(1e-4, 1 - 1e-4)
-        self.raw = nn.Parameter(torch.log(p) - torch.log1p(-p))
+        self.raw = nn.Parameter(self.stored(value))
+
+    def stored(self, value: Tensor) -> Tensor:
+        p = ((value - self.lo) / (self.hi - self.lo)).clamp(1e-4, 1 - 1e-4)
+        return torch.log(p) - torch.log1p(-p)
+
+    def assign(self, value: Tensor) -> None:
+        assign(self.raw, self.stored(value))
 
     def forward(self) -> Tensor:
         return self.lo + (self.hi - self.lo) * torch.sigmoid(soft_bound(self.raw, 12.0))
@@ -184,19 +202,22 @@ class DenseMatrix(nn.Module):
 
 
 class Rotation(nn.Module):
-    """An orthogonal matrix as a product of Householder reflections; the first `columns` of it for Stiefel."""
+    """An orthogonal matrix as a product of Householder reflections; the first `columns` of it for Stiefel.
 
-    def __init__(self, shape: Sequence[int], columns: int | None = None):
+    n of them reach every orthogonal n x n matrix of determinant (-1)^n; `reflections` sets another number.
+    """
+
+    def __init__(self, shape: Sequence[int], columns: int | None = None, reflections: int | None = None):
         super().__init__()
         n = shape[-2]
         self.columns = columns
-        self.vectors = nn.Parameter(torch.randn(*shape[:-2], n, n))
+        self.vectors = nn.Parameter(torch.randn(*shape[:-2], reflections or n, n))
 
     def forward(self) -> Tensor:
         n = self.vectors.shape[-1]
         v = self.vectors / torch.linalg.vector_norm(self.vectors, dim=-1, keepdim=True).clamp_min(1e-12)
         q = torch.eye(n, dtype=v.dtype, device=v.device)
-        for k in range(n):
+        for k in range(v.shape[-2]):
             u = v[..., k, :]
             q = q - 2 * u.unsqueeze(-1) * (u.unsqueeze(-2) @ q)
         return q if self.columns is None else q[..., : self.columns]

@@ -121,5 +121,6 @@ class Op:
     lipschitz: LipschitzRule | None = None
     simplify: SimplifyRule | None = None
     pure: bool = True  # equal calls may be merged
+    pools: bool = False  # the result is one for the whole batch
     why_not: Mapping[str, str] = field(default_factory=dict)
     doc: str = ""

@@ -33,7 +33,8 @@ WHY = {
 
 # call: an instance applied to tensors; repeat: equal copies one after the other; get: one of several results;
 # scan_solve: slice after slice along an axis; bracket_solve: a monotone scalar equation for each entry;
-# fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction.
+# fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction;
+# running(live, new): a state's value in training, and what replaces it after; start(value): a parameter put there.
 for _name in (
     "call",
     "repeat",
@@ -43,5 +44,7 @@ for _name in (
     "fixed_point_solve",
     "estimate_log_det",
     "random_like",
+    "running",
+    "start",
 ):
     OPS.append(Op(_name, _made, _full, pure=_name in ("get",), why_not=WHY))

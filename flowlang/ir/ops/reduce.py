@@ -85,6 +85,19 @@ OPS.append(Op(
 ))  # fmt: skip
 
 
+# Statistics over the batch and, with it, over axes. One value for the whole batch: a bijector may use one
+# only through `running`, whose state stands for it wherever a single sample must be invertible.
+POOLED = {"invert": "a statistic of the batch", "jvp": "it couples the samples of a batch",
+          "lipschitz": "it couples the samples of a batch"}  # fmt: skip
+OPS.append(Op(
+    "batch_mean", _reduce_infer, _depend, interval=one, cost=cost, pools=True, why_not=POOLED,
+))  # fmt: skip
+OPS.append(Op(
+    "batch_var", _reduce_infer, _depend, interval=lambda ivs, types, node: NONNEGATIVE,
+    cost=lambda node, types: 3 * types[0].count, pools=True, why_not=POOLED,
+))  # fmt: skip
+
+
 def _prod_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
     n = count_of(types, node)
     if n > 64:
