@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import textwrap
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from typing import Any
 
 from flowlang.backends.torch.emit import ATOM, EMITTERS, Expr, Writer, called, method_name
 from flowlang.backends.torch.files import file_text, runtime_names
-from flowlang.backends.torch.names import Names, class_name
-from flowlang.backends.torch.polish import reuse_names
+from flowlang.backends.torch.names import RESERVED, Names, class_name
+from flowlang.backends.torch.polish import folded, reuse_names
 
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.programs import Program, is_map, is_random
@@ -80,6 +79,8 @@ class Generator:
     def noisy(self, region: Region, name: str, value_only: bool = False) -> bool:
         """Whether a program draws noise, itself or below."""
         key = (id(region), name, value_only)
+        if key not in self._noisy and not value_only and self.solved_first(self.program(region, name)):
+            self._noisy[key] = self.noisy(region, "inverse", True) or self.noisy(region, "forward")
         if key not in self._noisy:
             self._noisy[key] = any(
                 n.op in ("random_like", "estimate_log_det") or (n.op in ("call", "repeat") and self.noisy(*called(n)))
@@ -107,6 +108,9 @@ class Generator:
             if (name, value_only) in found[id(region)]:
                 continue
             found[id(region)].add((name, value_only))
+            if not value_only and self.solved_first(self.program(region, name)):
+                todo += [(region, "inverse", True), (region, "forward", False)]
+                continue
             for graph in graphs(self.program(region, name, value_only)):
                 todo += [called(n) for n in graph if n.op in ("call", "repeat")]
         return {k: sorted(v, key=lambda p: (p[1], PROGRAMS.index(p[0]))) for k, v in found.items()}
@@ -158,6 +162,8 @@ class Generator:
         return ["", *"\n".join(lines).split("\n")]
 
     def write_method(self, scope: ClassScope, program: Program, method: str) -> list[str]:
+        if self.solved_first(program):
+            return self.write_inverse(scope, program, method)
         writer = Writer(scope, program.graph)
         region = program.region
         names: list[str] = []
@@ -184,23 +190,64 @@ class Generator:
             node = program.graph[o]
             text = results[k]
             if not node.batched and is_map(region):
-                sizes = [str(a.size) for a in node.tensor.axes]
+                sizes = ", ".join(str(a.size) for a in node.tensor.axes)
+                shape = f"*{writer.batch}, {sizes}" if sizes else writer.batch
                 if writer.is_number(o):
-                    text = writer.full([f"*{writer.batch}", *sizes] if sizes else [writer.batch], o)
-                    text = text.replace(f"({writer.batch},)", f"({writer.batch})")
+                    text = writer.full(f"({shape})" if sizes else shape, o)
                 else:
-                    shape = f"*{writer.batch}, {', '.join(sizes)}" if sizes else writer.batch
                     text = f"{writer.env[o].at(ATOM)}.expand({shape})"
             final.append(text)
         shown = ", ".join(f"{n}: {program.graph[i].type}" for n, i in zip(names, program.inputs, strict=True))
-        body = reuse_names(names, [*writer.lines, f"return {', '.join(final)}"])
+        body = reuse_names(names, [*writer.lines, f"return {', '.join(final)}"], self.reserved | RESERVED)
+        body = [x for line in body for x in folded(line, LINE_WIDTH - 8)]
         return [
             *header(method, signature, len(final)),
             *([f"    # {plain(shown)}"] if shown else []),
             *(f"    {x}" for x in body),
         ]
 
+    def solved_first(self, program: Program) -> bool:
+        """Whether an inverse solves for its value and then takes the log-det from the forward map."""
+        return (
+            program.name == "inverse"
+            and program.log_det
+            and not is_random(program.region)
+            and not program.region.emissions
+            and any(n.op in SOLVERS for n in program.graph)
+            and not any(n.op == "running" for r in program.region.walk() for n in r.graph)
+        )
 
+    def write_inverse(self, scope: ClassScope, program: Program, method: str) -> list[str]:
+        region = program.region
+        names = Names(self.reserved)
+        arguments = [
+            names.fresh(program.graph[i].label or program.graph[i].attrs.get("name") or "x") for i in program.inputs
+        ]
+        values = [names.fresh(program.graph[o].label or "x") for o in program.outputs[:-1]]
+        context = arguments[len(region.outputs) :]
+        prefix = method.removesuffix("inverse")
+        signature = ["self", *(f"{a}: Tensor" for a in arguments)]
+        noise = {
+            v: [] if not self.noisy(region, p, v) else ["generator=generator"]
+            for p, v in (("inverse", True), ("forward", False))
+        }
+        if any(noise.values()):
+            signature.append("generator: torch.Generator | None = None")
+        solve = f"self.{prefix}inverse_value({', '.join([*arguments, *noise[True]])})"
+        forward = f"self{'._forward' if prefix else ''}({', '.join([*values, *context, *noise[False]])})"
+        log_det = names.fresh("log_det")
+        blank = "_" if len(region.outputs) == 1 else "*_"
+        del scope
+        return [
+            *header(method, signature, len(program.outputs)),
+            f"    # {plain(', '.join(f'{a}: {program.graph[i].type}' for a, i in zip(arguments, program.inputs, strict=True)))}",
+            f"    {', '.join(values)} = {solve}",
+            f"    {blank}, {log_det} = {forward}",
+            f"    return {', '.join(values)}, -{log_det}",
+        ]
+
+
+SOLVERS = ("scan_solve", "bracket_solve", "fixed_point_solve")
 PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob", "initialise")
 
 
@@ -255,6 +302,7 @@ class ClassScope:
         self.attributes: dict[str, str] = {}  # spec parameter -> attribute
         self.lines: list[str] = []
         self.buffers: dict[str, str] = {}
+        self.constants: dict[str, str] = {}
         self.children: dict[str, str] = {}
         self.shared: list[tuple[str, str]] = []
         for child in region.children.values():
@@ -364,6 +412,15 @@ class ClassScope:
     def matrix(self, node: Node) -> str:
         return f"self.{self.attributes[node.attrs['name']]}"
 
+    def constant(self, wanted: str, value: str) -> str:
+        """Plain data that a method reads, made once."""
+        for name, known in self.constants.items():
+            if known == value:
+                return f"self.{name}"
+        name = self.names.fresh(wanted)
+        self.constants[name] = value
+        return f"self.{name}"
+
     def buffer(self, wanted: str, value: str) -> str:
         """A constant tensor that follows the module's dtype and device."""
         for name, known in self.buffers.items():
@@ -379,29 +436,16 @@ class ClassScope:
         if root and self.region.has_starts:
             self.lines.append('self.register_buffer("initialised", torch.tensor(False))')
         shared = "".join(f", {name}: nn.Module" for _, name in self.shared)
-        lines = [f"    {x}" for statement in self.lines for x in broken(statement)]
+        lines = [f"    {x}" for statement in self.lines for x in folded(statement, LINE_WIDTH - 8)]
         for name, value in self.buffers.items():
-            lines += [f"    {x}" for x in broken(f'self.register_buffer("{name}", {value}, persistent=False)')]
+            lines += [
+                f"    {x}" for x in folded(f'self.register_buffer("{name}", {value}, persistent=False)', LINE_WIDTH - 8)
+            ]
+        for name, value in self.constants.items():
+            lines += [f"    {x}" for x in folded(f"self.{name} = {value}", LINE_WIDTH - 8)]
         if not lines:
             return []
         return [f"def __init__(self{shared}) -> None:", "    super().__init__()", *lines]
-
-
-def broken(statement: str) -> list[str]:
-    """A call that is too long for a line, with its arguments on lines of their own."""
-    code, mark, comment = statement.partition("  # ")
-    if len(code) <= LINE_WIDTH - 8:
-        return [statement] if len(statement) <= LINE_WIDTH - 8 else [f"# {comment}", code]
-    call = ast.parse(code).body[0]
-    value = call.value if isinstance(call, ast.Assign | ast.Expr) else None
-    lead = [f"# {comment}"] if mark else []
-    if not isinstance(value, ast.Call):
-        return [*lead, code]
-    starts = [*value.args, *value.keywords]
-    inner = [code[n.col_offset : n.end_col_offset] for n in starts]
-    head = code[: starts[0].col_offset]
-    tail = code[starts[-1].end_col_offset :]
-    return [*lead, head, *(f"    {x}," for x in inner), tail]
 
 
 def module_text(generated: Generated, *, standalone: bool, title: str, origin: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.backends.torch.names import Names
 
 from flowlang.derive.programs import Program, is_map
+from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops.splines import SPLINES, bin_axis, kind_of, numbers_of
 from flowlang.ir.types import TensorType, TupleType
@@ -162,14 +163,13 @@ class Writer:
 
     def as_tensor(self, n: int) -> str:
         """A tensor even where the value is a number in Python."""
-        return self.full((), n) if self.is_number(n) else self.env[n].at(ATOM)
+        return self.full("()", n) if self.is_number(n) else self.env[n].at(ATOM)
 
-    def full(self, shape: Sequence[str], n: int) -> str:
-        """A tensor of a shape (texts of sizes) filled with a number."""
-        sizes = f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+    def full(self, shape: str, n: int) -> str:
+        """A tensor of a shape filled with a number."""
         if self.const(n) == 0:
-            return f"{self.reference}.new_zeros({sizes})"
-        return f"{self.reference}.new_full({sizes}, {self.env[n].text})"
+            return f"{self.reference}.new_zeros({shape})"
+        return f"{self.reference}.new_full({shape}, {self.env[n].text})"
 
     def is_number(self, n: int) -> bool:
         """Whether the value is a Python number: arithmetic on constants alone."""
@@ -199,7 +199,8 @@ class Writer:
                 index.append("None")
                 inserted = True
         if inserted:
-            expr = Expr(f"{expr.at(ATOM)}[..., {', '.join(index)}]")
+            lead = "..., " if self.graph[n].batched else ""
+            expr = Expr(f"{expr.at(ATOM)}[{lead}{', '.join(index)}]")
         return expr
 
     def dim(self, n: int, axis: str) -> int:
@@ -259,9 +260,12 @@ def integers(values: Sequence[int]) -> str:
         return f"range({n})" if values[0] == 0 else f"range({values[0]}, {values[0] + n})"
     if n > 2 and len(set(values)) == 1:
         return f"[{values[0]}] * {n}"
-    for top in (values[-1], values[-1] + 1):
-        if n > 4 and list(values) == [j * top // n for j in range(n)]:
-            return f"[j * {top} // {n} for j in range({n})]"
+    first = values[0] if n else 0
+    for top in (values[-1] - first, values[-1] - first + 1) if n > 4 else ():
+        if list(values) == [first + j * top // n for j in range(n)]:
+            return f"[{f'{first} + ' if first else ''}j * {top} // {n} for j in range({n})]"
+    if n > 1 and list(values) == list(range(values[0], values[0] - n, -1)):
+        return f"range({values[0]}, {values[0] - n}, -1)"
     return repr(list(values))
 
 
@@ -431,6 +435,10 @@ def _linear_with_bias(w: Writer, n: Node) -> Expr | None:
     if n.op != "add":
         return None
     a, b = (w.graph[i] for i in n.inputs)
+    if a.op == "contract" and w.uses.get(a.id) == 1 and a.tensor.rank == 2 and not w.is_number(b.id):
+        product = _product(w, a)
+        if product is not None and w.env[a.id].level == PRODUCT and a.tensor.names == n.tensor.names:
+            return Expr(f"torch.addmm({w.aligned(b.id, n.tensor).text}, {', '.join(product)})")
     text = w.env[a.id].text
     if (
         (
@@ -582,6 +590,9 @@ def _contract(w: Writer, n: Node) -> Expr:
                 and n.tensor.names == (*tx.names[:-1], tm.names[0])
             ):
                 return Expr(f"F.linear({argument(w, x)}, {argument(w, m)})")
+    product = _product(w, n)
+    if product is not None:
+        return Expr(f"{product[0]} @ {product[1]}", PRODUCT)
     letters: dict[str, str] = {}
     for name in (*ta.names, *tb.names):
         letters.setdefault(name, "abcdefghijklmnopqrstuvwxyz"[len(letters)])
@@ -591,6 +602,22 @@ def _contract(w: Writer, n: Node) -> Expr:
 
     out = ("..." if n.batched else "") + "".join(letters[x] for x in n.tensor.names)
     return Expr(f'torch.einsum("{side(a)},{side(b)}->{out}", {argument(w, a)}, {argument(w, b)})')
+
+
+def _product(w: Writer, n: Node) -> tuple[str, str] | None:
+    """A matrix product of two values without batch dims: its factors."""
+    axes = tuple(n.attrs["axes"])
+    if len(axes) != 1 or any(w.graph[i].batched for i in n.inputs):
+        return None
+    for m, x in (n.inputs, tuple(reversed(n.inputs))):
+        tm, tx = w.type(m).names, w.type(x).names
+        if tm[-1:] != axes or tx[-2:-1] != axes:
+            continue
+        plain = len(tx) == 2 and n.tensor.names == (*tm[:-1], tx[1])
+        each = len(tm) == 2 and n.tensor.names == (*tx[:-2], tm[0], tx[-1])
+        if plain or each:
+            return w.env[m].at(PRODUCT), w.env[x].at(UNARY)
+    return None
 
 
 # ---- structure ----------------------------------------------------------------------------------
@@ -678,7 +705,7 @@ def _expand(w: Writer, n: Node) -> Expr:
     i = n.inputs[0]
     sizes = ", ".join(str(a.size) for a in n.tensor.axes)
     if w.is_number(i):
-        return Expr(w.full([str(a.size) for a in n.tensor.axes], i))
+        return Expr(w.full(repr(n.tensor.shape), i))
     text = w.aligned(i, n.tensor).at(ATOM)
     if w.graph[i].batched:
         return Expr(f"{text}.expand({w.batch_text()}, {sizes})")
@@ -1021,11 +1048,23 @@ def _bracket(w: Writer, n: Node) -> Expr:
 @emitter("scan_solve")
 def _scan(w: Writer, n: Node) -> Expr:
     target, *outer = n.inputs
-    f = _body(w, n, [target, *outer] if len(n.attrs["body"].inputs) == len(n.inputs) + 1 else outer, "step")
+    body: Program = n.attrs["body"]
+    captured = [target, *outer] if len(body.inputs) == len(n.inputs) + 1 else outer
+    f = _body(w, n, captured, "step")
     d = n.tensor.position(n.attrs["axis"]) - n.tensor.rank
-    return Expr(
-        f"{w.scope.use('scan_solve')}({f}, {w.tensor(target)}, {d}, {bool(n.attrs['reverse'])}, {n.attrs['placeholder']!r})"
-    )
+    plan = schedule(body, n.attrs["axis"], bool(n.attrs["reverse"]))
+    if plan is None:
+        return Expr(
+            f"{w.scope.use('scan_solve')}({f}, {w.tensor(target)}, {d}, {bool(n.attrs['reverse'])}, {n.attrs['placeholder']!r})"
+        )
+    from flowlang.backends.torch.incremental import write_loop
+
+    outside = Writer(w.scope, body.graph, w.names)
+    outside.lines = w.lines
+    for i, o in zip(body.inputs[1:], captured, strict=True):
+        outside.env[i] = w.env[o]
+    solved = write_loop(w, outside, body, plan, w.variable(target))
+    return Expr(f"{w.scope.use('implicit_scan')}({f}, {solved}, {plan.stages})")
 
 
 @emitter("fixed_point_solve")

@@ -19,6 +19,7 @@ STANDARD = {
     "math": "import math",
     "Callable": "from collections.abc import Callable",
     "Sequence": "from collections.abc import Sequence",
+    "pairwise": "from itertools import pairwise",
     "Any": "from typing import Any",
 }
 THIRD_PARTY = {

@@ -66,7 +66,9 @@ class Standardised(Flow):
 
     def given_standard(self) -> dict[str, Statistics]:
         names = [n for n in self.given_shapes if hasattr(self, f"mean_{n}")]
-        return {n: Statistics(*(getattr(self, f"{k}_{n}").double().cpu().numpy() for k in ("mean", "scale"))) for n in names}
+        return {
+            n: Statistics(*(getattr(self, f"{k}_{n}").double().cpu().numpy() for k in ("mean", "scale"))) for n in names
+        }
 
     def statistics(self) -> dict[str, Any]:
         """What `of` reads."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flowlang.analysis.dependence import Supports
 from flowlang.derive.plan import Order, Scan
 from flowlang.derive.program import Program, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node
 from flowlang.ir.interval import Interval
+from flowlang.ir.relation import Support
 from flowlang.ir.types import Axis, TensorType
 
 if TYPE_CHECKING:
@@ -48,12 +50,18 @@ class Body:
         if outer not in self._captured:
             node = self.replay.b.graph[outer]
             label = node.label
+            support = self.support(n)
+            known: dict[str, Any] = {} if support is None else {"support": support}
             self._captured[outer] = self.b.leaf(
-                "input", node.type, batched=node.batched, label=label, name=label or f"v{outer}", role="context"
+                "input", node.type, batched=node.batched, label=label, name=label or f"v{outer}", role="context", **known
             )
             self.inputs.append(self._captured[outer])
             self.outer.append(outer)
         return self._captured[outer]
+
+    def support(self, n: int) -> Support | None:
+        """Where a captured value may be other than 0; scans keep it for their schedule."""
+        return None
 
     def value(self, n: int) -> int:
         if n not in self.env:
@@ -102,7 +110,11 @@ class ScanBody(Body):
         self.region = set(step.region)
         u = replay.source[step.entry]
         self.flat, self.axis, self.reverse = flat_type(u.tensor, step.order)
+        self.supports = Supports(replay.source)
         self.env[u.id] = unflatten(self.b, self.input(u, self.flat), u.tensor, step.order)
+
+    def support(self, n: int) -> Support | None:
+        return self.supports.of(n)
 
     def known(self, n: int) -> int:
         """A value known at the slice: a dropped one at the current estimate, any other from outside."""

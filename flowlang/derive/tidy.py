@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from flowlang.derive.programs import Program, is_map, prune
+from flowlang.derive.program import Program, is_map, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops import OPS

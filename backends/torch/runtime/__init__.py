@@ -55,10 +55,14 @@ from flowlang.backends.torch.runtime.parameters import (
     solve_rows,
 )
 from flowlang.backends.torch.runtime.solvers import (
+    batch_first,
+    batch_last,
     bracket_solve,
     estimate_log_det,
     fixed_point_solve,
+    implicit_scan,
     scan_solve,
+    stage_rows,
 )
 from flowlang.backends.torch.runtime.splines import (
     at_bin,
@@ -104,6 +108,8 @@ __all__ = [
     "assign",
     "at_bin",
     "bad_input",
+    "batch_first",
+    "batch_last",
     "batch_mean",
     "batch_var",
     "bin_at",
@@ -123,6 +129,7 @@ __all__ = [
     "find_bin",
     "fixed_point_solve",
     "from_unit",
+    "implicit_scan",
     "initial",
     "initial_values",
     "inner_slopes",
@@ -154,6 +161,7 @@ __all__ = [
     "softplus_inverse",
     "solve_rows",
     "spline_bins",
+    "stage_rows",
     "standard_noise",
     "take_along",
     "tanh_slope",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +71,63 @@ def scan_solve(step: Callable[[Tensor], Tensor], like: Tensor, dim: int, reverse
     shape = [1] * like.dim()
     shape[dim] = n
     index = torch.arange(n, device=like.device).view(shape)
-    u = torch.full_like(like, placeholder)
-    for t in range(n - 1, -1, -1) if reverse else range(n):
-        u = torch.where(index == t, step(u), u)
-    return u
+    with torch.no_grad():
+        u = torch.full_like(like, placeholder)
+        for t in range(n - 1, -1, -1) if reverse else range(n):
+            u = torch.where(index == t, step(u), u)
+    return implicit_scan(step, u, n)
+
+
+def implicit_scan(step: Callable[[Tensor], Tensor], u: Tensor, rounds: int) -> Tensor:
+    """The solution u of u = step(u), as a value through which gradients flow.
+
+    By the implicit function theorem the gradient with respect to what `step` captures is that of one
+    step, with the incoming gradient g replaced by v = g + Jᵀv. J is strictly triangular: v is exact
+    after `rounds` rounds, mostly much earlier. First derivatives only.
+    """
+    if not torch.is_grad_enabled():
+        return u
+    if torch.compiler.is_compiling():
+        for _ in range(rounds):
+            u = step(u)
+        return u
+    u = u.detach().requires_grad_()
+    with torch.enable_grad():
+        value = step(u)
+    if not value.requires_grad:
+        return u.detach()
+
+    def back(grad: Tensor) -> Tensor:
+        v = grad
+        for _ in range(rounds):
+            (jv,) = torch.autograd.grad(value, u, v, retain_graph=True, allow_unused=True)
+            new = grad if jv is None else grad + jv
+            if torch.equal(new, v):
+                break
+            v = new
+        return v
+
+    out = value.view_as(value)
+    out.register_hook(back)
+    return out
+
+
+def stage_rows(stage_of: Sequence[int], stages: int, start: int = 0) -> list[tuple[int, int]]:
+    """The first row and the end of the rows that each stage computes, given the stage of each row."""
+    ends = [start + sum(1 for s in stage_of if s < k) for k in range(stages + 1)]
+    return list(pairwise(ends))
+
+
+def batch_last(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """`[*batch, *axes]` as `[*axes in this order, batch]`."""
+    rank = len(order)
+    flat = x.reshape(-1, *x.shape[x.dim() - rank :])
+    return flat.permute(*(k + 1 for k in order), 0).contiguous()
+
+
+def batch_first(x: Tensor, order: tuple[int, ...], shape: Sequence[int]) -> Tensor:
+    """`[*axes, batch]` as `[*batch, *axes in this order]`, of the shape given."""
+    return x.permute(-1, *order).reshape(shape)
 
 
 def fixed_point_solve(g: Callable[[Tensor], Tensor], y: Tensor, constant: float) -> Tensor:

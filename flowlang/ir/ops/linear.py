@@ -33,6 +33,13 @@ def _param_support(node: Node, types: Sequence[TensorType], supports: Sequence[S
     return None
 
 
+def _input_support(node: Node, types: Sequence[TensorType], supports: Sequence[Support | None]) -> Support | None:
+    """What was known of a value that a solver's body captures."""
+    found = node.attrs.get("support")
+    return found if isinstance(found, Support) else None
+
+
+_LEAF_SUPPORT = {"param": _param_support, "input": _input_support}
 LEAF = {"invert": "a leaf", "jvp": "a leaf", "lipschitz": "a leaf", "infer": "made with its type"}
 
 
@@ -41,7 +48,7 @@ def _no_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
 
 
 for _name in ("input", "param", "state", "const", "draw"):
-    OPS.append(Op(_name, _no_infer, _leaf_depend, support=_param_support if _name == "param" else None, why_not=LEAF))
+    OPS.append(Op(_name, _no_infer, _leaf_depend, support=_LEAF_SUPPORT.get(_name), why_not=LEAF))
 
 
 def _by_name(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:

@@ -126,6 +126,8 @@ def _pick_simplify(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
     inner = b.graph[args[0]]
     if inner.op == "stack" and inner.attrs["axis"] == attrs["axis"]:
         return inner.inputs[attrs["index"]]
+    if inner.op == "slice" and inner.attrs["axis"] == attrs["axis"] and attrs["index"] >= 0:
+        return b.op("pick", inner.inputs[0], axis=attrs["axis"], index=inner.attrs["start"] + attrs["index"])
     return None
 
 
