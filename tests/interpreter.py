@@ -80,7 +80,11 @@ def align(x: Tensor, have: TensorType, want: TensorType) -> Tensor:
     return x.reshape(shape)
 
 
-def evaluate(graph: Graph, values: Mapping[int, Tensor], parameters: Mapping[str, Tensor], wanted: list[int]) -> list[Tensor]:
+Parameters = Mapping[str, Any]
+"""Values by name; under a child's name, those of each of its copies."""
+
+
+def evaluate(graph: Graph, values: Mapping[int, Tensor], parameters: Parameters, wanted: list[int]) -> list[Tensor]:
     """Values of nodes for one sample (no batch dims)."""
     env: dict[int, Any] = dict(values)
     for n in sorted(graph.reachable(wanted)):
@@ -90,8 +94,10 @@ def evaluate(graph: Graph, values: Mapping[int, Tensor], parameters: Mapping[str
     return [env[w] for w in wanted]
 
 
-def one(graph: Graph, node: Node, env: Mapping[int, Any], parameters: Mapping[str, Tensor]) -> Any:
+def one(graph: Graph, node: Node, env: Mapping[int, Any], parameters: Parameters) -> Any:
     a = node.attrs
+    if node.op in ("call", "repeat"):
+        return called(node, [env[i] for i in node.inputs], parameters[a["child"]])
     t = [graph[i].tensor for i in node.inputs]
     x = [env[i] for i in node.inputs]
     out = node.tensor
@@ -184,3 +190,43 @@ def one(graph: Graph, node: Node, env: Mapping[int, Any], parameters: Mapping[st
             pair = TensorType.of((a["row"], len(rows)), (a["col"], len(cols)))
             return x[0] * align(keep.double(), pair, t[0])
     raise NotImplementedError(node.op)
+
+
+def called(node: Node, x: list[Tensor], copies: list[Parameters]) -> Tensor:
+    """A called region of one result: its copies in a row, on each index of the lifted axes."""
+    region, value = node.attrs["region"], x[0]
+    lifted = [s for _, s in node.attrs.get("lifted", ())]
+    for parameters in copies:
+
+        def f(v: Tensor, parameters: Parameters = parameters) -> Tensor:
+            inputs = dict(zip([*region.inputs, *region.context], [v, *x[1:]], strict=True))
+            return evaluate(region.graph, inputs, parameters, region.outputs)[0]
+
+        flat = value.reshape(math.prod(lifted), *value.shape[len(lifted) :])
+        g = f if node.attrs["method"] == "forward" else lambda v, f=f: newton(f, v)
+        value = torch.stack([g(v) for v in flat]).reshape(value.shape)
+    return value
+
+
+def newton(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """x with f(x) = y by damped Newton steps; the last one carries the gradient."""
+    goal, n = y.detach(), y.numel()
+
+    def slope(x: Tensor) -> Tensor:
+        found = torch.autograd.functional.jacobian(f, x)
+        assert isinstance(found, Tensor)
+        return found.reshape(n, n)
+
+    x = goal.clone()
+    error = (f(x) - goal).detach()
+    for _ in range(200):
+        if not float(error.abs().max()) > 1e-13 * (1 + float(goal.abs().max())):
+            break
+        step = torch.linalg.lstsq(slope(x), error.reshape(n, 1)).solution.reshape(x.shape)
+        for damping in (1.0, 0.5, 0.25, 0.1, 0.02):
+            new = x - damping * step
+            left = (f(new) - goal).detach()
+            if float(left.norm()) < float(error.norm()):
+                break
+        x, error = new, left
+    return x - torch.linalg.solve(slope(x), (f(x) - y).reshape(n, 1)).reshape(x.shape)

@@ -1,7 +1,9 @@
-"""Random typed graphs: maps of R[T, D] built of layers that are right, nearly right, or wrong.
+"""Random typed graphs: maps of one or two values built of layers that are right, nearly right, or wrong.
 
 Nothing here knows which is which; the compiler judges, and the test compares its judgement with the
-Jacobian.
+Jacobian. Layers use several axes, slices, joins, shifts, reversals, cumulative sums, masks, matrix
+products, shared values, context, split and merged axes, and called sub-regions: forward, inverted,
+repeated, lifted over axes, on coordinates and on values that only condition.
 """
 
 from __future__ import annotations
@@ -11,29 +13,43 @@ from collections.abc import Callable
 
 from flowlang.ir.build import Builder
 from flowlang.ir.domains import Domain, domain
-from flowlang.ir.graph import Graph, Region
-from flowlang.ir.types import TensorType
+from flowlang.ir.graph import Child, Graph, Region
+from flowlang.ir.types import Axis, TensorType
 
 PLAIN = ("tanh", "sin", "silu", "softplus", "sigmoid")
 
 
-class Maker:
-    """One random region."""
+SHAPES = [(("T", 3), ("D", 4)), (("D", 4),), (("T", 4), ("D", 2)), (("D", 3),), (("H", 2), ("W", 2), ("C", 2))]
+DOMAINS = ["R"] * 9 + ["Positive", "Unit"]
 
-    def __init__(self, seed: int):
-        self.r = random.Random(seed)
+
+class Maker:
+    """One random region. `depth` counts the calls around it."""
+
+    def __init__(self, seed: int | random.Random, shape: tuple[tuple[str, int], ...] | None = None, depth: int = 0):
+        self.r = seed if isinstance(seed, random.Random) else random.Random(seed)
+        self.depth = depth
         self.graph = Graph()
         self.b = Builder(self.graph)
-        self.shape = self.r.choice([(("T", 3), ("D", 4)), (("D", 4),), (("T", 4), ("D", 2)), (("D", 3),)])
-        self.type = TensorType.of(*self.shape)
-        self.region = Region("random", "bijector", self.graph)
-        real = domain("R")
-        assert real is not None
-        self.x = self.b.leaf("input", self.type, batched=True, label="x", name="x", role="map", domain=real)
-        self.region.inputs = [self.x]
-        self.c = self.b.leaf("input", TensorType.of(("K", 2)), batched=True, label="c", name="c", role="context", domain=real)
-        self.region.context = [self.c]
+        self.type = TensorType.of(*(shape or self.r.choice(SHAPES)))
+        self.region = Region("random" if not depth else f"inner{self.r.randrange(1000)}", "bijector", self.graph)
+        found = domain("R" if depth else self.r.choice(DOMAINS))
+        assert found is not None
+        self.domain = found
+        self.x = self.input("x")
+        self.c = self.context() if not depth else None
         self.params = 0
+
+    def input(self, name: str) -> int:
+        x = self.b.leaf("input", self.type, batched=True, label=name, name=name, role="map", domain=self.domain)
+        self.region.inputs.append(x)
+        return x
+
+    def context(self) -> int:
+        real = domain("R")
+        c = self.b.leaf("input", TensorType.of(("K", 2)), batched=True, label="c", name="c", role="context", domain=real)
+        self.region.context.append(c)
+        return c
 
     def param(self, type_: TensorType, name: str = "R", *args: float | str) -> int:
         self.params += 1
@@ -53,7 +69,7 @@ class Maker:
         b, r = self.b, self.r
         a = self.axis(h)
         size = b.type(h).size(a)
-        match r.randrange(12):
+        match r.randrange(14):
             case 0 | 1 | 2:
                 return b.op("shift", h, axis=a, k=r.choice([1, 1, 1, -1, 2]))
             case 3:
@@ -80,7 +96,50 @@ class Maker:
             case 10:
                 mask = b.op("mod", b.op("index", axis=a, size=size), b.const(2))
                 return b.op("order", b.op("mul", h, mask), names=b.type(h).names)
+            case 11:
+                return self.call(h, invert=r.random() < 0.3)
+            case 12:
+                return self.split(h, self.mix) if self.depth < 2 else h
         return h
+
+    def split(self, h: int, f: Callable[[int], int]) -> int:
+        """f on the value with an axis split in two, or with two axes merged into one."""
+        b, r = self.b, self.r
+        t = b.type(h)
+        even = [a for a in t.axes if a.size % 2 == 0 and a.size > 2 and not t.has("i")]
+        self.depth += 1
+        if even and (t.rank < 2 or r.random() < 0.5):
+            a = r.choice(even)
+            wide = f(b.op("split", h, axis=a.name, into=(("i", 2), ("j", a.size // 2))))
+            wide = b.op("order", wide, names=tuple(m for n in t.names for m in (("i", "j") if n == a.name else (n,))))
+            h = b.op("merge", wide, axes=("i", "j"), into=a.name)
+        elif t.rank >= 2 and not t.has("all"):
+            k = r.randrange(t.rank - 1)
+            pair = t.axes[k : k + 2]
+            flat = f(b.op("merge", h, axes=tuple(p.name for p in pair), into="all"))
+            h = b.op("split", flat, axis="all", into=tuple((p.name, p.size) for p in pair))
+        self.depth -= 1
+        return h if b.type(h).names == t.names else b.op("order", h, names=t.names)
+
+    def call(self, h: int, invert: bool = False, repeat: bool = False) -> int:
+        """A sub-region applied to a value: along one axis or all, lifted over the others."""
+        b, r = self.b, self.r
+        t = b.type(h)
+        if self.depth:
+            return b.op("tanh", h)
+        own = t.axes if repeat else tuple(a for a in t.axes if r.random() < 0.6) or t.axes[-1:]
+        inner = Maker(r, tuple((a.name, a.size) for a in own), self.depth + 1).make()
+        name = f"inner{len(self.region.children) + 1}"
+        inner.name = name
+        count = r.choice([2, 3]) if repeat else 1
+        self.region.children[name] = Child(name, inner, count=count)
+        lifted = tuple((a.name, a.size) for a in t.axes if a not in own)
+        into = TensorType((*(Axis(n, s) for n, s in lifted), *own))
+        h = b.op("order", h, names=into.names)
+        attrs = {"child": name, "region": inner, "method": "inverse" if invert else "forward"}
+        attrs |= {"count": count, "carried": 1} if repeat else {"lifted": lifted}
+        out = self.graph.add("repeat" if repeat else "call", (h,), into, attrs).id
+        return b.op("order", out, names=t.names)
 
     def attention(self, h: int, a: str) -> int:
         b = self.b
@@ -112,7 +171,7 @@ class Maker:
                     h = b.op("slice", h, axis=axis.name, start=start, stop=start + small)
                 else:
                     h = b.op("mean", h, axes=(axis.name,))
-        if r.random() < 0.3:
+        if self.c is not None and r.random() < 0.3:
             h = b.add(h, b.op("sum", b.op("tanh", self.c), axes=("K",)))
         h = b.op("expand", h, axes=tuple((x.name, x.size) for x in target.axes))
         return b.op("order", h, names=target.names)
@@ -226,17 +285,56 @@ class Maker:
         s = b.op("contract", w, x, axes=t.names)
         return b.add(x, b.mul(u, b.op(r.choice(["tanh", "sin", "softplus"]), s)))
 
+    def masked_coupling(self, x: int) -> int:
+        """RealNVP's printed form: m·x + (1 - m)·(x·exp(s(m·x)) + t(m·x))."""
+        b, r = self.b, self.r
+        a = self.axis(x)
+        m = b.op("mod", b.op("index", axis=a, size=b.type(x).size(a)), b.const(2))
+        other = b.sub(b.const(1.0), m) if r.random() < 0.8 else m
+        kept = b.op("order", b.mul(x, m), names=b.type(x).names)
+        moved = self.affine(x, kept if r.random() < 0.8 else x)
+        return b.op("order", b.add(kept, b.mul(moved, other)), names=b.type(x).names)
+
+    def crossed(self, x: int) -> int:
+        """Two halves that read each other's earlier slices."""
+        b, r = self.b, self.r
+        a = self.axis(x)
+        n = b.type(x).size(a)
+        if b.type(x).rank < 2 or n % 2:
+            return self.coupling(x)
+        one = b.op("slice", x, axis=a, start=0, stop=n // 2)
+        two = b.op("slice", x, axis=a, start=n // 2, stop=n)
+        axis = next(m for m in b.type(x).names if m != a)
+        late = [b.op("shift", h, axis=axis, k=r.choice([1, 1, 1, 0])) for h in (one, two)]
+        return b.op("join", self.affine(one, late[1]), self.affine(two, late[0]), axis=a)
+
+    def into_real(self, x: int) -> int:
+        """The data's domain onto the reals, mostly."""
+        b, r = self.b, self.r
+        right = {"Positive": "log", "Unit": "logit"}.get(self.domain.name)
+        if right is None:
+            return x
+        return b.op(right if r.random() < 0.7 else r.choice(["log", "logit", "softplus_inverse", "square", "sqrt", "tanh"]), x)
+
     def make(self) -> Region:
         layers: list[Callable[[int], int]] = [
             self.coupling, self.coupling, self.autoregressive, self.autoregressive, self.scalar, self.linear, self.structure,
-            self.residual, self.low_rank,
+            self.residual, self.low_rank, self.masked_coupling, self.crossed, lambda h: self.call(h, self.r.random() < 0.3),
+            lambda h: self.call(h, repeat=True), lambda h: self.split(h, self.r.choice([self.autoregressive, self.linear, self.coupling])),
         ]  # fmt: skip
-        h = self.x
-        for _ in range(self.r.choice([1, 1, 2, 2, 3])):
+        h = self.into_real(self.x)
+        outputs = []
+        if not self.depth and self.r.random() < 0.15:
+            z = self.into_real(self.input("z"))
+            moved = self.affine(z, self.r.choice([h, h, z]))
+            outputs = [moved]
+            if self.r.random() < 0.5:
+                h = self.affine(h, self.r.choice([moved, moved, z]))
+        for _ in range(self.r.choice([1, 1, 2, 2, 3]) if not outputs else 1):
             h = self.r.choice(layers)(h)
             if self.b.type(h).names != self.type.names:
                 h = self.b.op("order", h, names=self.type.names)
-        self.region.outputs = [h]
+        self.region.outputs = [h, *outputs]
         return self.region
 
 

@@ -1,0 +1,155 @@
+"""Small maps as a user would write them, with the clause of ANALYSIS.md that each is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Map:
+    """One map: its clause, the fallback it tries to slip through ("" for single steps), and its text.
+
+    `body` is the body of `bijector m(x: takes)`, unless `text` gives a whole spec.
+    """
+
+    name: str
+    clause: str
+    body: str
+    fallback: str = ""
+    takes: str = "R[D]"
+    data: str = "R[D = 4]"
+    base: str = "normal"
+    before: str = ""  # other declarations
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.before}\nbijector m(x: {self.takes}) {{\n{self.body}\n}}\n"
+            f"flow f {{\n  data x: {self.data}\n  m\n  base {self.base}\n}}\n"
+        )
+
+
+HALVES = "a, b = halves[D](x)\n"
+UNIT_VECTOR = "param w: Sphere[D]\ns = sum[D](w * x)\n"
+
+NOT_BIJECTIVE: tuple[Map, ...] = (
+    # A1: index identity is not name identity
+    Map("reversed reader", "A1", "x + 2 * tanh(shift[D](reverse[D](x), 1))", "scan"),
+    Map("permuted reader", "A1", "x * shift[D](permute[D](x, [1, 0, 2, 3]), 1)", "scan"),
+    Map("half read by its mirror", "A1", HALVES + "join[D](a + 2 * tanh(b), b + 2 * tanh(reverse[D](a)))"),
+    Map("merged axis read crosswise", "A1", "y = x[(T, D) -> N]\nx + 3 * tanh(reverse[N](y)[N -> (T, D)])", "scan", "R[T, D]", "R[T = 2, D = 2]"),
+    Map("another half of one name", "A1", HALVES + "join[D](a, a + tanh(b))", "scalar"),
+    # A2: support
+    Map("mask that is not zero after exp", "A2", "param W: UnitLowerTriangular[D', D]\nx + 2 * tanh(sum[D](exp(W) * x)[D' -> D] - x)", "scan"),
+    Map("upper part read through a sum", "A2", "param L: LowerTriangular[D', D]\nx * sum[D](L * x)", "scan"),
+    Map("causal attention reads its own place", "A2", "s = sum[D](x * x[T -> S])\na: R[T, S] = softmax[S](where(index[S] <= index[T], s, 0))\nx * sum[S](a * x[T -> S])", "scan", "R[T, D]", "R[T = 3, D = 2]"),
+    Map("softmax of masked scores", "A2", "a: R[T, S] = softmax[S](where(index[S] < index[T], x[T -> S], 0))\nx - 4 * tanh(sum[S](a * x[T -> S]))", "scan", "R[T]", "R[T = 3]"),
+    # A3: knowledge and accounting
+    Map("a half dropped", "A3", HALVES + "a"),
+    Map("a half twice", "A3", HALVES + "join[D](a, a)"),
+    Map("one sum twice", "A3", HALVES + "join[D](a + b, a + b)"),
+    Map("a difference with itself", "A3", "tanh(x) - tanh(x)"),
+    Map("overlapping slices", "A3", "join[D](x[D = 0..3], x[D = 2..3])"),
+    Map("a slice left out", "A3", "join[D](x[D = 0..2] * 2, x[D = 1..3] * 3)"),
+    Map("mean broadcast", "A3", "0 * x + mean[D](x)"),
+    Map("projection onto zero mean", "A3", "x - mean[D](x)"),
+    Map("shift drops the last", "A3", "shift[D](x, 1)"),
+    Map("exclusive cumsum", "A3", "cumsum[D](x) - x"),
+    Map("softmax of the data", "A3", "softmax[D](x)"),
+    Map("sorted", "A3", "sort[D](x)"),
+    Map("scale may vanish", "A3", "param s: R[D]\nx * s"),
+    Map("scale by a half may vanish", "A3", HALVES + "join[D](a, b * a)"),
+    Map("scale by tanh may vanish", "A3", HALVES + "join[D](a, b * tanh(a))"),
+    Map("unconstrained matrix", "A3", "param W: R[D', D]\nsum[D](W * x)"),
+    Map("broadcast operand", "A3", "param v: R[D]\nmean[D](x) + v"),
+    Map("lifted call of a narrower value", "A3", HALVES + "inner(mean[D](x), x)", before="bijector inner(m: R given c: R) { m + c }"),
+    Map("whole numbers", "A3", "x + 0.5", takes="Int(0..8)[D]", data="Int(0..8)[D = 4]"),
+    # A4: regions and exits
+    Map("two unknowns in one exit", "A4", HALVES + "join[D](a + tanh(b), b + 2 * tanh(a))"),
+    Map("both halves scaled by each other", "A4", HALVES + "join[D](a * exp(b), b * exp(a))"),
+    Map("crossed sums", "A4", HALVES + "join[D](a + sinh(b), b - sinh(a) * 0 + sinh(a))"),
+    Map("product and sum", "A4", HALVES + "join[D](a + b, exp(a) * exp(b))"),
+    # A5: scans
+    Map("not strictly causal", "A5", "x * cumsum[D](x)", "scan"),
+    Map("before and after", "A5", "x + 2 * tanh(shift[D](x, 1)) + 2 * tanh(shift[D](x, -1))", "scan"),
+    Map("strict along T, itself along D", "A5", "x * shift[T](x, 0) + shift[T](x, 1)", "scan", "R[T, D]", "R[T = 3, D = 2]"),
+    Map("earlier slices and a mirror", "A5", "x + shift[T](x, 1) + 3 * tanh(reverse[D](x))", "scan", "R[T, D]", "R[T = 3, D = 2]"),
+    Map("shift undone by another", "A5", "x * shift[D](shift[D](x, 1), -1)", "scan"),
+    Map("strict by two axes each way", "A5", "x + 2 * tanh(shift[T](shift[D](x, -1), 1)) + 2 * tanh(shift[T](shift[D](x, 1), -1))", "scan", "R[T, D]", "R[T = 2, D = 2]"),
+    Map("scale of earlier values may vanish", "A5", "x * shift[D](x, 1)", "scan"),
+    Map("triangular product read again", "A5", "param L: LowerTriangular[D', D]\ny = sum[D](L * x)\ny * x", "scan"),
+    Map("square in a scan", "A5", "x ^ 2 + shift[D](x, 1)", "scan"),
+    Map("mean of earlier and own", "A5", "param W: LowerTriangular[D', D]\nx - 3 * tanh(sum[D](W * x))", "scan"),
+    # A6: scalar maps
+    Map("square", "A6", "x ^ 2", "scalar"),
+    Map("fourth power", "A6", "x ^ 4", "scalar"),
+    Map("absolute value", "A6", "abs(x)", "scalar"),
+    Map("cosine", "A6", "cos(x)", "scalar"),
+    Map("sine too steep", "A6", "x + 1.5 * sin(x)", "scalar"),
+    Map("tanh too steep", "A6", "x - 1.5 * tanh(x)", "scalar"),
+    Map("unbounded coefficient", "A6", "param a: R[D]\nx + a * tanh(x)", "scalar"),
+    Map("coefficient that may reach below -1", "A6", "param a: Interval(-1.5, 0.9)[D]\nx + a * tanh(x)", "scalar"),
+    Map("silu", "A6", "silu(x)", "scalar"),
+    Map("relu", "A6", "relu(x)", "scalar"),
+    Map("clamp", "A6", "clamp(x, -1, 1)", "scalar"),
+    Map("floor", "A6", "floor(x)", "scalar"),
+    Map("floor beside the identity", "A6", "x - floor(x)", "scalar"),
+    Map("rounded", "A6", "x + round(x)", "scalar"),
+    Map("sign", "A6", "x + sign(x)", "scalar"),
+    Map("branches that do not meet", "A6", "where(x > 0, x + 1, x)", "scalar"),
+    Map("branches that meet and turn", "A6", "where(x > 0, x, -x)", "scalar"),
+    Map("branches that meet elsewhere", "A6", "where(x > 1, x, 2 * x)", "scalar"),
+    Map("wrapped", "A6", "mod(x, 1)", "scalar"),
+    Map("condition on a neighbour", "A6", "where(reverse[D](x) > 0, x, 2 * x)", "scalar"),
+    Map("zero slope far out", "A6", "x - relu(x - 1)", "scalar"),
+    Map("flat power", "A6", "x ^ 0 + 0 * x", "scalar"),
+    Map("product of two increasing", "A6", "x * (x + 3)", "scalar"),
+    # A7: contractions
+    Map("constant above 1", "A7", "x - 1.5 * tanh(reverse[D](x))", "contraction"),
+    Map("a sum costs √n", "A7", "x - 0.9 * tanh(sum[D](x))", "contraction"),
+    Map("broadcasting costs √n", "A7", "x - 0.9 * sum[D](tanh(x))", "contraction"),
+    Map("a join is a root of squares", "A7", "h = (x[D = 0..1] + x[D = 1..2]) / sqrt(2)\nx - 0.9 * join[D](tanh(h), tanh(h))", "contraction", data="R[D = 2]"),
+    Map("unbounded factor", "A7", "x - 0.5 * reverse[D](x) * tanh(x)", "contraction"),
+    Map("jumps", "A7", "x - 0.4 * round(reverse[D](x))", "contraction"),
+    Map("a network without bound", "A7", "x + mlp(8)(x)", "contraction"),
+    Map("bound above 1", "A7", "x + lipschitz(mlp(8), 1.5)(x)", "contraction"),
+    Map("two halves of a bound", "A7", "x - 0.6 * tanh(reverse[D](x)) - 0.6 * tanh(x)", "contraction"),
+    Map("orthogonal over both axes", "A7", "param Q: Orthogonal[D', D]\nx - 0.9 * tanh(sum[D', D](Q * x[T -> D'])) ", "contraction", "R[T, D]", "R[T = 3, D = 3]"),
+    # A8: low rank
+    Map("planar without a bound", "A8", "param w: R[D]\nparam u: R[D]\nx + u * tanh(sum[D](w * x))", "low rank"),
+    Map("planar below -1", "A8", UNIT_VECTOR + "x - 2 * w * tanh(s)", "low rank"),
+    Map("planar projection", "A8", UNIT_VECTOR + "x - w * s", "low rank"),
+    Map("planar with sine", "A8", UNIT_VECTOR + "x + 2 * w * sin(s)", "low rank"),
+    Map("planar with relu", "A8", UNIT_VECTOR + "x - w * relu(s)", "low rank"),
+    Map("planar with square", "A8", UNIT_VECTOR + "x + w * s ^ 2", "low rank"),
+    Map("update that reads x too", "A8", UNIT_VECTOR + "x + w * tanh(s) * x", "low rank"),
+    # A9: totality and image
+    Map("log of all reals", "A9", "log(x)"),
+    Map("square root of all reals", "A9", "sqrt(x)"),
+    Map("logit of all reals", "A9", "logit(x)"),
+    Map("conditioner is partial", "A9", HALVES + "join[D](a, b * exp(log(a)))"),
+    Map("division by a half", "A9", HALVES + "join[D](a, b / a)"),
+    Map("exp does not reach the reals", "A9", "exp(x)"),
+    Map("tanh does not reach the reals", "A9", "tanh(x)", "scalar"),
+    Map("softplus does not reach the reals", "A9", "softplus(x)"),
+    Map("exp of a half, shifted", "A9", HALVES + "join[D](a, exp(b) + tanh(a))"),
+    Map("sigmoid and tanh", "A9", "sigmoid(x) + tanh(x)", "scalar"),
+    Map("2x - 1 on Positive", "A9", "2 * x - 1", takes="Positive[D]", data="Positive[D = 4]"),
+    Map("2x - 1 on Positive to exponential", "A9", "2 * x - 1", takes="Positive[D]", data="Positive[D = 4]", base="exponential"),
+    Map("softsign", "A9", "x / (1 + abs(x))", "scalar"),
+    Map("inverse outside its image", "A9", "inverse(e)(x)", before="bijector e(x: R[D]) { exp(x) }"),
+    Map("atan in a scan", "A9", "atan(x) + shift[D](x, 1)", "scan"),
+    Map("emission off its support", "A9", HALVES + "emit exp(b) ~ normal\na"),
+    # A11: blocks and masks
+    Map("singular sums", "A11", HALVES + "join[D](a + b, 2 * a + 2 * b)"),
+    Map("masks that overlap", "A11", "m = checker[D]\nm * x + m * (x * exp(tanh(m * x)))"),
+    Map("masks that leave a gap", "A11", "m = checker[D]\nm * x * exp(tanh((1 - m) * x))"),
+    Map("masked reader of the moved part", "A11", "m = checker[D]\nm * x + (1 - m) * (x * (x - m * x))"),
+    Map("rotation that may be singular", "A11", HALVES + "param c: R\nparam s: R\njoin[D](c * a - s * b, s * a + c * b)"),
+    # A12: draws
+    Map("a draw that stays inside", "A12", "x + noisy(x)", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u ~ normal\n  x\n}"),
+    Map("a draw that is not emitted", "A12", "u: R[D] ~ normal\nx + u"),
+)  # fmt: skip
