@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import Graph, Node, Region
+from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region
 from flowlang.ir.interval import REAL, Interval, closed, point
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
@@ -146,14 +146,20 @@ def hull_operand(graph: Graph, node: Node) -> int | None:
     return None
 
 
+def law_support(graph: Graph, law: Emission | Draw | BaseDistribution) -> Interval:
+    """The support of what is drawn, emitted or leaves as base."""
+    assert law.distribution is not None
+    arguments: dict[str, float | None] = {}
+    for name, id in law.arguments:
+        node = graph[id]
+        arguments[name] = float(node.attrs["value"]) if node.op == "const" and not node.tensor.axes else None
+    return law.distribution.support(arguments)
+
+
 def base_support(region: Region) -> Interval:
     """The support of a flow's base."""
     assert region.base is not None
-    arguments: dict[str, float | None] = {}
-    for name, id in region.base.arguments:
-        node = region.graph[id]
-        arguments[name] = float(node.attrs["value"]) if node.op == "const" and not node.tensor.axes else None
-    return region.base.distribution.support(arguments)
+    return law_support(region.graph, region.base)
 
 
-__all__ = ["Ranges", "Violation", "base_support", "hull_operand", "point"]
+__all__ = ["Ranges", "Violation", "base_support", "hull_operand", "law_support", "point"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flowlang.analysis.dependence import Summaries
-from flowlang.analysis.ranges import Ranges, Violation
+from flowlang.analysis.ranges import Ranges, Violation, law_support
+from flowlang.derive import explain
 from flowlang.derive.plan import (
     CallInverse,
     Failure,
@@ -59,7 +60,9 @@ class Analyses:
             sink: list[Violation] = []
             self._violations[id(region)] = sink
             self._ranges[id(region)] = Ranges(
-                region.graph, {}, lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink)
+                region.graph,
+                {d.value: law_support(region.graph, d) for d in region.draws},
+                lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink),
             )
         return self._ranges[id(region)]
 
@@ -193,32 +196,24 @@ class Analyses:
         return self._plans[id(region)]
 
     def check_image(self, region: Region, plan: Plan) -> Failure | None:
-        """Every inverse step is total on what the outputs may be, and leads back into the declared domain."""
+        """A9b: every inverse step is total on what the outputs may be, and leads back into the declared domain;
+        what is emitted fills the support of its distribution. The outputs of a flow are its base's affair."""
+        ranges = self.ranges(region)
+        for e in region.emissions:
+            if e.distribution is not None:
+                image, support = ranges.interval(e.value), law_support(region.graph, e)
+                if not fills(image, support):
+                    return explain.wrong_support(region, e, image, support)
         if region.kind == "flow":
             return None
-        program = build(plan.region, plan, "inverse")
-        self._programs[(id(region), "inverse")] = program
-        ranges = self.ranges(region)
+        program = build(plan.region, plan, "preimage")
         results = [*region.outputs, *(e.value for e in region.emissions)]
-        operands = [ranges.interval(r) for r in results]
-        operands += [ranges.interval(c) for c in region.context]
-        found = self.program_bounds(program, operands)
+        found = self.program_bounds(program, [ranges.interval(v) for v in (*results, *region.context)])
         for v in found.violations:
-            return Failure(
-                "FL0414",
-                "not invertible: the values of this map need not fill its range: going back, "
-                f"`{v.node.op}` needs {v.need.words or v.need.interval}, and what reaches it lies in {v.found}",
-                v.node.span or region.span,
-                suggestion="shift or scale after the last map that narrows the range, or use one that is onto",
-            )
-        for i, iv in zip(region.inputs, found.outputs, strict=False):
-            domain = region.graph[i].attrs.get("domain")
-            if isinstance(domain, Domain) and not iv.within(domain.interval):
-                return Failure(
-                    "FL0414",
-                    f"not invertible: going back, values may lie in {iv}, outside the declared `{domain}`",
-                    region.graph[region.outputs[0]].span or region.span,
-                )
+            return explain.not_onto(region, v)
+        for i, iv in zip([*region.inputs, *(d.value for d in region.draws)], found.outputs, strict=True):
+            if not leads_back(iv, ranges.interval(i)):
+                return explain.leaves_domain(region, i, iv, ranges.interval(i))
         return None
 
     def program(self, region: Region, name: str) -> Program:
@@ -291,6 +286,16 @@ class Analyses:
 
     def region_class(self, region: Region) -> str:
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
+
+
+def fills(image: Interval, support: Interval) -> bool:
+    """A9: the image is the support; an end that is attained or not has measure 0."""
+    return (image.lo, image.hi) == (support.lo, support.hi)
+
+
+def leads_back(found: Interval, domain: Interval) -> bool:
+    """A9b: going back ends in the data's domain."""
+    return found.within(domain)
 
 
 WAYS = ("analytic", "bracketing", "scan", "fixed point", "integration")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence
+from flowlang.analysis.ranges import Violation
 from flowlang.derive.plan import Failure
-from flowlang.ir.graph import Node, Region
+from flowlang.ir.graph import Emission, Node, Region
 from flowlang.ir.interval import Interval
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
@@ -144,6 +145,35 @@ def unbalanced(inv: Inverter, node: Node) -> Failure:
         f"not invertible: `{node.attrs['region'].name}` draws or emits, and here its value only conditions something else",
         node.span or result_span(inv),
         suggestion="apply it to a coordinate that leaves, or condition on a value without draws",
+    )
+
+
+def wrong_support(region: Region, e: Emission, image: Interval, support: Interval) -> Failure:
+    assert e.distribution is not None
+    return Failure(
+        "FL0408",
+        f"the support of `{e.distribution.name}` is {support}, and what is emitted fills {image}",
+        e.span or region.span,
+        suggestion="emit it under a distribution with that support, or map it onto the support first",
+    )
+
+
+def not_onto(region: Region, v: Violation) -> Failure:
+    return Failure(
+        "FL0414",
+        "not invertible: the values of this map need not fill its range: going back, "
+        f"`{shown(v.node.op)}` needs {v.need.words or v.need.interval}, and what reaches it lies in {v.found}",
+        v.node.span or region.span,
+        suggestion="shift or scale after the last map that narrows the range, or use one that is onto",
+    )
+
+
+def leaves_domain(region: Region, n: int, found: Interval, domain: Interval) -> Failure:
+    declared = region.graph[n].attrs.get("domain") or domain
+    return Failure(
+        "FL0414",
+        f"not invertible: going back, values may lie in {found}, outside the declared `{declared}`",
+        region.graph[region.outputs[0]].span or region.span,
     )
 
 

@@ -30,6 +30,8 @@ def tangent(b: Builder, graph: Graph, env: Mapping[int, int], path: set[int], en
         if i == entry:
             continue
         node = graph[i]
+        if node.tensor.kind != "real":
+            continue  # a condition chooses between branches: it adds no slope of its own
         total: int | None = None
         for slot, j in enumerate(node.inputs):
             t = tangents.get(j)

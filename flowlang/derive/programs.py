@@ -85,6 +85,8 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
                 r.lazy[e.value] = list(e.arguments)
     r.run_steps(plan.steps)
     outputs = [r.value(i) for i in region.inputs]
+    if name == "preimage":  # for the analysis: draws too, and no log-det
+        return r.finish([*outputs, *(r.value(d.value) for d in region.draws)], log_det=False)
     if name == "sample":
         return r.finish(outputs, log_det=False)
     r.weigh(plan.steps)

@@ -123,7 +123,9 @@ class Replay:
             op = "running"
         else:
             inputs, op = (self.value(self.starts[n].value),), "start"
-        made = self.b.graph.add(op, inputs, node.type, dict(node.attrs), span=node.span, label=node.label, batched=False)
+        made = self.b.graph.add(
+            op, inputs, node.type, dict(node.attrs), span=node.span, label=node.label, batched=False
+        )
         self.env[n] = made.id
 
     def _lazy_order(self, order: list[int]) -> list[int]:

@@ -63,24 +63,32 @@ def slot_constant(
     of_region: Callable[[Region, int, int], float | None],
 ) -> float | None:
     if node.op == "get":
-        call = graph[node.inputs[0]]
-        return None if call.op not in ("call",) else 1.0
+        return 1.0 if graph[node.inputs[0]].op == "call" else None
     if node.op == "call" and isinstance(node.type, TensorType):
-        region: Region = node.attrs["region"]
-        return of_region(region, slot, 0)
+        found = of_region(node.attrs["region"], slot, 0)
+        return None if found is None else found * lifted_broadcast(node, graph[node.inputs[slot]].tensor)
     if node.op in ("call", "repeat"):
         return None
     if node.op == "contract":
-        weight = graph[node.inputs[1 - slot]]
-        if weight.op == "norm_bounded" and set(node.attrs["axes"]) <= set(weight.tensor.names):
-            return float(weight.attrs["bound"])
-        if weight.op == "param" and getattr(weight.attrs.get("domain"), "structure", None) in ("orthogonal", "stiefel"):
-            return 1.0
+        bound = weight_norm(graph[node.inputs[1 - slot]], tuple(node.attrs["axes"]))
+        if bound is not None:
+            return bound
     rule = OPS[node.op].lipschitz
     if rule is None:
         return None
     return rule(node, types, slot, [interval(j) for j in node.inputs])
 
 
-def columns(t: TensorType, axes: Sequence[str]) -> int:
-    return prod(t.size(a) for a in axes)
+def weight_norm(weight: Node, axes: tuple[str, ...]) -> float | None:
+    """The norm of a weight as the matrix of a product that sums over `axes`, where its kind tells it."""
+    if weight.op == "norm_bounded" and set(axes) == set(weight.attrs["axes"]):
+        return float(weight.attrs["bound"])
+    structure = getattr(weight.attrs.get("domain"), "structure", None)
+    if weight.op == "param" and structure in ("orthogonal", "stiefel") and weight.tensor.rank == 2 and len(axes) == 1:
+        return 1.0
+    return None
+
+
+def lifted_broadcast(node: Node, argument: TensorType) -> float:
+    """An argument that lacks an axis over which a call is lifted is read once for each of its indices."""
+    return sqrt(prod(size for name, size in node.attrs.get("lifted", ()) if not argument.has(name)))

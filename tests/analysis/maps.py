@@ -43,10 +43,10 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("merged axis read crosswise", "A1", "y = x[(T, D) -> N]\nx + 3 * tanh(reverse[N](y)[N -> (T, D)])", "scan", "R[T, D]", "R[T = 2, D = 2]"),
     Map("another half of one name", "A1", HALVES + "join[D](a, a + tanh(b))", "scalar"),
     # A2: support
-    Map("mask that is not zero after exp", "A2", "param W: UnitLowerTriangular[D', D]\nx + 2 * tanh(sum[D](exp(W) * x)[D' -> D] - x)", "scan"),
+    Map("mask that is not zero after exp", "A2", "param W: UnitLowerTriangular[D', D]\nx + 2 * tanh(sum[D](exp(W) * x) - x)", "scan"),
     Map("upper part read through a sum", "A2", "param L: LowerTriangular[D', D]\nx * sum[D](L * x)", "scan"),
-    Map("causal attention reads its own place", "A2", "s = sum[D](x * x[T -> S])\na: R[T, S] = softmax[S](where(index[S] <= index[T], s, 0))\nx * sum[S](a * x[T -> S])", "scan", "R[T, D]", "R[T = 3, D = 2]"),
-    Map("softmax of masked scores", "A2", "a: R[T, S] = softmax[S](where(index[S] < index[T], x[T -> S], 0))\nx - 4 * tanh(sum[S](a * x[T -> S]))", "scan", "R[T]", "R[T = 3]"),
+    Map("causal attention reads its own place", "A2", "s = sum[D](x * x[T -> S])\na: R[T, S] = softmax[S](where(index[S](x[T -> S]) <= index[T](x), s, 0))\nx * sum[S](a * x[T -> S])", "scan", "R[T, D]", "R[T = 3, D = 2]"),
+    Map("softmax of masked scores", "A2", "a: R[T, S] = softmax[S](where(index[S](x[T -> S]) < index[T](x), x[T -> S], 0))\nx - 4 * tanh(sum[S](a * x[T -> S]))", "scan", "R[T]", "R[T = 3]"),
     # A3: knowledge and accounting
     Map("a half dropped", "A3", HALVES + "a"),
     Map("a half twice", "A3", HALVES + "join[D](a, a)"),
@@ -145,11 +145,13 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("emission off its support", "A9", HALVES + "emit exp(b) ~ normal\na"),
     # A11: blocks and masks
     Map("singular sums", "A11", HALVES + "join[D](a + b, 2 * a + 2 * b)"),
-    Map("masks that overlap", "A11", "m = checker[D]\nm * x + m * (x * exp(tanh(m * x)))"),
-    Map("masks that leave a gap", "A11", "m = checker[D]\nm * x * exp(tanh((1 - m) * x))"),
-    Map("masked reader of the moved part", "A11", "m = checker[D]\nm * x + (1 - m) * (x * (x - m * x))"),
+    Map("masks that overlap", "A11", "m = checker[D](x)\nm * x + m * (x * exp(tanh(m * x)))"),
+    Map("masks that leave a gap", "A11", "m = checker[D](x)\nm * x * exp(tanh((1 - m) * x))"),
+    Map("masked reader of the moved part", "A11", "m = checker[D](x)\nm * x + (1 - m) * (x * (x - m * x))"),
     Map("rotation that may be singular", "A11", HALVES + "param c: R\nparam s: R\njoin[D](c * a - s * b, s * a + c * b)"),
     # A12: draws
     Map("a draw that stays inside", "A12", "x + noisy(x)", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u ~ normal\n  x\n}"),
     Map("a draw that is not emitted", "A12", "u: R[D] ~ normal\nx + u"),
+    Map("a draw that only conditions", "A12", HALVES + "join[D](a, b + noisy(a))", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u + x ~ normal\n  x\n}"),
+    Map("an emission without a draw", "A12", "emit x ~ normal\nx + 1"),
 )  # fmt: skip

@@ -28,9 +28,7 @@ BOGACKI_SHAMPINE = explicit(
     [F(2, 9), F(1, 3), F(4, 9), 0],
     [F(7, 24), F(1, 4), F(1, 3), F(1, 8)],
 )
-RADAU3 = Tableau(
-    ((F(5, 12), F(-1, 12)), (F(3, 4), F(1, 4))), (F(3, 4), F(1, 4)), (F(1, 3), F(1))
-)
+RADAU3 = Tableau(((F(5, 12), F(-1, 12)), (F(3, 4), F(1, 4))), (F(3, 4), F(1, 4)), (F(1, 3), F(1)))
 
 
 @pytest.mark.parametrize(

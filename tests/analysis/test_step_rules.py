@@ -31,7 +31,9 @@ RULES = {
 
 
 def declaration(name: str, body: str, claim: str = "") -> tree.Declaration:
-    found = parse(Source.of("rule", f"solver {name} (v, x, t, h) {{\n {claim}\n {body}\n}}\n"), Report()).module.items[0]
+    found = parse(Source.of("rule", f"solver {name} (v, x, t, h) {{\n {claim}\n {body}\n}}\n"), Report()).module.items[
+        0
+    ]
     assert isinstance(found, tree.Declaration)
     return found
 

@@ -47,7 +47,9 @@ class Maker:
 
     def context(self) -> int:
         real = domain("R")
-        c = self.b.leaf("input", TensorType.of(("K", 2)), batched=True, label="c", name="c", role="context", domain=real)
+        c = self.b.leaf(
+            "input", TensorType.of(("K", 2)), batched=True, label="c", name="c", role="context", domain=real
+        )
         self.region.context.append(c)
         return c
 
@@ -55,9 +57,17 @@ class Maker:
         self.params += 1
         found = domain(name, args)
         assert isinstance(found, Domain)
-        init = {"orthogonal": ("orthogonal",), "plu": ("orthogonal",), "dense": ("orthogonal",), "lower": ("identity",), "unit_lower": ("identity",)}
+        init = {
+            "orthogonal": ("orthogonal",),
+            "plu": ("orthogonal",),
+            "dense": ("orthogonal",),
+            "lower": ("identity",),
+            "unit_lower": ("identity",),
+        }
         start = init.get(found.structure or "", ("normal", 0.0, 0.5) if name == "R" else 0.4)
-        return self.b.leaf("param", type_, batched=False, label=f"p{self.params}", name=f"p{self.params}", domain=found, init=start)
+        return self.b.leaf(
+            "param", type_, batched=False, label=f"p{self.params}", name=f"p{self.params}", domain=found, init=start
+        )
 
     # ---- pieces ---------------------------------------------------------------------------------
 
@@ -84,7 +94,15 @@ class Maker:
                 w = self.param(TensorType.of((f"{a}'", size), (a, size)))
                 degrees = tuple(range(size))
                 if r.random() < 0.8:
-                    w = b.op("masked", w, row=f"{a}'", col=a, row_degrees=degrees, col_degrees=degrees, strict=r.random() < 0.75)
+                    w = b.op(
+                        "masked",
+                        w,
+                        row=f"{a}'",
+                        col=a,
+                        row_degrees=degrees,
+                        col_degrees=degrees,
+                        strict=r.random() < 0.75,
+                    )
                 out = b.op("rename", b.op("contract", h, w, axes=(a,)), pairs=((f"{a}'", a),))
                 return b.op("order", out, names=b.type(h).names)
             case 8:
@@ -217,12 +235,16 @@ class Maker:
         b, r = self.b, self.r
         match r.randrange(9):
             case 0:
-                amount = self.param(TensorType(()), "Interval", *r.choice([(0.0, 0.9), (-0.9, 0.9), (0.0, 2.0), (-2.0, 0.0)]))
+                amount = self.param(
+                    TensorType(()), "Interval", *r.choice([(0.0, 0.9), (-0.9, 0.9), (0.0, 2.0), (-2.0, 0.0)])
+                )
                 return b.add(x, b.mul(amount, b.op(r.choice(["tanh", "sin", "atan"]), x)))
             case 1:
                 return b.op(r.choice(["sinh", "asinh", "exp", "softplus", "tanh", "square", "abs", "silu", "floor"]), x)
             case 2:
-                return b.add(b.mul(x, b.const(r.choice([0.5, 2.0, -1.5]))), b.op(r.choice(["softplus", "sin", "exp", "silu"]), x))
+                return b.add(
+                    b.mul(x, b.const(r.choice([0.5, 2.0, -1.5]))), b.op(r.choice(["softplus", "sin", "exp", "silu"]), x)
+                )
             case 3:
                 return b.op("leaky_relu", x, slope=r.choice([0.1, 2.0, -0.5]))
             case 4:
@@ -314,7 +336,9 @@ class Maker:
         right = {"Positive": "log", "Unit": "logit"}.get(self.domain.name)
         if right is None:
             return x
-        return b.op(right if r.random() < 0.7 else r.choice(["log", "logit", "softplus_inverse", "square", "sqrt", "tanh"]), x)
+        return b.op(
+            right if r.random() < 0.7 else r.choice(["log", "logit", "softplus_inverse", "square", "sqrt", "tanh"]), x
+        )
 
     def make(self) -> Region:
         layers: list[Callable[[int], int]] = [

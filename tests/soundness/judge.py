@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from flowlang.backends.torch.codegen import Generator, module_text
 from flowlang.backends.torch.load import load_module
+from torch import Tensor
+
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.plan import Failure, Gather, Plan, Solve, Unjoin
 from flowlang.ir.domains import Domain
@@ -185,7 +185,10 @@ class Judge:
         missed = ""
         for scale in (2.0, 1.0, 0.3):
             goal = torch.cat(
-                [inside(iv, scale * torch.randn(s)).reshape(-1) for iv, s in zip(self.images, self.out_shapes, strict=True)]
+                [
+                    inside(iv, scale * torch.randn(s)).reshape(-1)
+                    for iv, s in zip(self.images, self.out_shapes, strict=True)
+                ]
             )
             point = self.run("inverse", goal, self.out_shapes)[0]
             if not torch.isfinite(point).all():

@@ -620,7 +620,7 @@ unary(
     weight=1,
     why="`round` is piecewise constant",
 )
-unary("stop", bounds=lambda a: a, lipschitz=1.0, zero=True, weight=0, why="`stop` hides the gradient of its value")
+unary("stop", bounds=lambda a: a, zero=True, weight=0, why="`stop` hides the gradient of its value")
 unary(
     "not", bounds=lambda a: closed(0, 1), continuous=False, weight=1, infer=bool_result, why="a condition is no number"
 )
@@ -970,6 +970,8 @@ def _pow_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t
 def _pow_needs(node: Node, slot: int, facts: Facts) -> Sequence[Need] | str:
     if _exponent(node, node.attrs) is None:
         return "a power with a varying exponent has no inverse rule"
+    if _exponent(node, node.attrs) == 0:
+        return "the power 0 is constant"
     return (Need(0, POSITIVE, words="may be negative or zero, where this power is not strictly monotone"),)
 
 

@@ -313,7 +313,9 @@ OPS.append(Op(
 ))  # fmt: skip
 OPS.append(Op(
     "log_softmax", _axis_infer, _mixed, interval=lambda ivs, types, node: Interval(-inf, 0.0, True, False),
-    jvp=_log_softmax_jvp, lipschitz=lambda node, types, slot, ivs: 2.0, cost=lambda node, types: 5 * node.tensor.count,
+    jvp=_log_softmax_jvp,
+    # The slope I - 1pᵀ is an oblique projection, of norm √n ‖p‖ ≤ √n.
+    lipschitz=lambda node, types, slot, ivs: sqrt(types[0].size(node.attrs["axis"])), cost=lambda node, types: 5 * node.tensor.count,
     why_not={"invert": "`log_softmax` forgets the common level"},
 ))  # fmt: skip
 

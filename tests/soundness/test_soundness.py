@@ -1,0 +1,23 @@
+"""No accepted random graph has a wrong log-det, a failing round trip or an image that it does not reach."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.soundness.run import Tally, run
+
+
+def holds(tally: Tally) -> None:
+    assert not tally.wrong, tally.wrong[:5]
+    assert 0.10 * tally.judged <= tally.accepted <= 0.60 * tally.judged, str(tally)
+    assert tally.trivial <= tally.accepted / 2, str(tally)
+
+
+def test_no_random_graph_is_accepted_wrongly() -> None:
+    holds(run(300))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(300, 2500, 550))
+def test_no_random_graph_is_accepted_wrongly_at_length(first: int) -> None:
+    holds(run(550, first))
