@@ -547,6 +547,19 @@ def _one_by_one(w: Writer, n: Node) -> Expr:
     return Expr(text)
 
 
+@emitter("length")
+def _length(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    return Expr(f"torch.linalg.vector_norm({argument(w, i)}, dim={w.dims(i, n.attrs['axes'])})")
+
+
+@emitter("normalize")
+def _normalize(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    dims = tuple(w.dim(i, a) for a in n.attrs["axes"])
+    return Expr(f"{w.scope.use('unit_vector')}({argument(w, i)}, {dims!r})")
+
+
 @emitter("softmax", "log_softmax")
 def _softmax(w: Writer, n: Node) -> Expr:
     i = n.inputs[0]

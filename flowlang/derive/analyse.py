@@ -14,6 +14,7 @@ from flowlang.derive.plan import (
     FixedPoint,
     LowRank,
     Plan,
+    Polar,
     Scalar,
     Scan,
     Solve,
@@ -274,7 +275,7 @@ class Analyses:
                 node = view.graph[n]
                 cost = OPS[node.op].log_det_cost
                 return cost if isinstance(cost, str) else cost(node, slot, Inverter(view, self))
-            case Scalar() | LowRank():
+            case Scalar() | LowRank() | Polar():
                 return "D"
             case FixedPoint():
                 return "estimator"

@@ -56,7 +56,8 @@ def dot(b: Builder, v: int, w: int, axes: tuple[str, ...]) -> int:
                 return dot(b, v, node.inputs[0], axes)
     if v == w:
         domain = b.graph[v].attrs.get("domain")
-        if isinstance(domain, Domain) and domain.structure == "sphere" and b.type(v).rank == 1:
+        unit = b.graph[v].op == "normalize" and set(b.graph[v].attrs["axes"]) == names
+        if unit or (isinstance(domain, Domain) and domain.structure == "sphere" and b.type(v).rank == 1):
             return b.const(1.0)
         return b.op("sum", b.op("square", v), axes=axes)
     first, second = min(v, w), max(v, w)

@@ -100,7 +100,24 @@ class LowRank:
     image: Interval
 
 
-Step = Solve | Unjoin | Gather | CallInverse | Scalar | Scan | FixedPoint | LowRank
+@dataclass(frozen=True, slots=True)
+class Polar:
+    """exit = offset + a(r)·arm, arm = entry - z0, r = |arm|: solved along rays (radial flows).
+
+    a = over / under and slope / under² = d(r·a)/dr are polynomials in r and in scalars that do not depend on entry.
+    """
+
+    entry: int
+    exit: int
+    radius: int
+    arm: int
+    offset: tuple[tuple[float, int], ...]
+    over: tuple[tuple[tuple[tuple[int, int], ...], float], ...]
+    under: tuple[tuple[tuple[tuple[int, int], ...], float], ...]
+    slope: tuple[tuple[tuple[tuple[int, int], ...], float], ...]
+
+
+Step = Solve | Unjoin | Gather | CallInverse | Scalar | Scan | FixedPoint | LowRank | Polar
 
 
 @dataclass

@@ -14,6 +14,7 @@ from flowlang.derive.plan import (
     Gather,
     LowRank,
     Plan,
+    Polar,
     Scalar,
     Scan,
     Solve,
@@ -22,6 +23,7 @@ from flowlang.derive.plan import (
     call_results,
     mapped_slots,
 )
+from flowlang.derive.polar import solve_polar, weigh_polar
 from flowlang.derive.program import Program, draws_noise, is_random, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
@@ -274,6 +276,8 @@ class Replay:
                 self.solve_fixed_point(step)
             case LowRank():
                 solve_low_rank(self, step)
+            case Polar():
+                solve_polar(self, step)
 
     def bind(self, node: Node, value: int) -> None:
         """Records a solved value, its axes in the order that the forward graph has."""
@@ -406,6 +410,8 @@ class Replay:
                 self.weigh_fixed_point(step)
             case LowRank():
                 weigh_low_rank(self, step)
+            case Polar():
+                weigh_polar(self, step)
 
     def weigh_fixed_point(self, step: FixedPoint) -> None:
         body, program = self.fixed_point_body(step)

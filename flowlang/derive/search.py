@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence, Supports, call_relation, local_relation
-from flowlang.derive import contraction, explain, lowrank, scalar, scan
+from flowlang.derive import contraction, explain, lowrank, polar, scalar, scan
 from flowlang.derive.plan import CallInverse, Failure, Gather, Plan, Solve, Step, Unjoin, call_results, mapped_slots
 from flowlang.derive.problem import Problem, ScanContext
 from flowlang.derive.program import is_random
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Fallback = Callable[["Inverter", Problem, int, tuple[int, ...]], Step | None]
 FALLBACKS: Sequence[Fallback] = (
-    scalar.scalar_map, scan.scan, lowrank.low_rank, contraction.contraction,
+    scalar.scalar_map, scan.scan, lowrank.low_rank, polar.polar, contraction.contraction,
 )  # fmt: skip
 
 

@@ -256,6 +256,17 @@ def reduction(op: str) -> Fn:
     return call
 
 
+def euclidean(op: str) -> Fn:
+    """`length[D](x)`, the Euclidean norm over D; `normalize[D](x)`, x over it."""
+
+    def call(body: Body, args: Arguments) -> Any:
+        expect(body, args, op, 1)
+        x = operand(body, args)
+        return body.node(op, x, axes=reduced_axes(body, args, body.b.type(x), op), span=span(args))
+
+    return call
+
+
 def sum_of(body: Body, x: int, names: tuple[str, ...], where: Span) -> Tensor:
     """A sum; the sum of a product over axes that both factors have is a contraction."""
     node = body.graph[x]
@@ -755,6 +766,8 @@ def _table() -> dict[str, Any]:
     put("max", extremum("max"))
     for name in ("sum", "mean", "var", "std", "prod", "logsumexp", "argmax", "any", "all"):
         put(name, reduction(name))
+    put("length", euclidean("length"))
+    put("normalize", euclidean("normalize"))
     put("softmax", softmax("softmax"))
     put("log_softmax", softmax("log_softmax"))
     put("cumsum", along("cumsum", exclusive=False, reverse=False))

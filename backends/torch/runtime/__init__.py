@@ -28,6 +28,7 @@ from flowlang.backends.torch.runtime.functions import (
     softplus_inverse,
     take_along,
     tanh_slope,
+    unit_vector,
 )
 from flowlang.backends.torch.runtime.noise import (
     standard_noise,
@@ -167,5 +168,6 @@ __all__ = [
     "tanh_slope",
     "tied_slopes",
     "unit_of",
+    "unit_vector",
     "von_mises_noise",
 ]

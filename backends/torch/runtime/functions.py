@@ -57,6 +57,13 @@ def rotate(x: Tensor, by: Tensor | float) -> Tensor:
     return (torch.remainder(x + by + math.pi, 2 * math.pi) - math.pi).clamp(-top, top - torch.finfo(x.dtype).eps)
 
 
+def unit_vector(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x over its Euclidean norm along `dims`; where that is 0, the vector of equal entries, without gradient."""
+    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    even = math.prod([x.shape[d] for d in dims]) ** -0.5
+    return torch.where(length > 0, x / torch.where(length > 0, length, 1.0), even)
+
+
 def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
     """The mean over all batch dimensions (those before the last `rank`) and over `dims`."""
     every = (*range(x.dim() - rank), *dims)

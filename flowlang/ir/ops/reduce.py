@@ -85,6 +85,32 @@ OPS.append(Op(
 ))  # fmt: skip
 
 
+# The Euclidean norm over axes, with slope 0 at 0; and the vector over it, a fixed unit vector at 0.
+def _length_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
+    axes = node.attrs["axes"]
+    return b.op("contract", b.op("normalize", args[0], axes=axes), t, axes=axes)
+
+
+OPS.append(Op(
+    "length", _reduce_infer, _depend, interval=lambda ivs, types, node: NONNEGATIVE, jvp=_length_jvp, cost=cost,
+    lipschitz=lambda node, types, slot, ivs: 1.0, why_not={"invert": "a length forgets the direction"},
+))  # fmt: skip
+
+
+def _normalize_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    for n in attrs["axes"]:
+        need(types[0], n)
+    return types[0]
+
+
+OPS.append(Op(
+    "normalize", _normalize_infer, lambda node, types, slot, supports: Relation.equal(
+        node.tensor.axes, types[0].axes, but=tuple(node.attrs["axes"])),
+    interval=lambda ivs, types, node: closed(-1, 1), cost=cost,
+    why_not={"invert": "a direction forgets the length", "jvp": "not needed so far", "lipschitz": "it jumps at 0"},
+))  # fmt: skip
+
+
 # Statistics over the batch and, with it, over axes. One value for the whole batch: a bijector may use one
 # only through `running`, whose state stands for it wherever a single sample must be invertible.
 POOLED = {"invert": "a statistic of the batch", "jvp": "it couples the samples of a batch",
