@@ -12,11 +12,13 @@ from flowlang.backends.torch.files import file_text, runtime_names
 from flowlang.backends.torch.names import RESERVED, Names, class_name
 from flowlang.backends.torch.polish import folded, reuse_names
 
+from flowlang.analysis.solvers import order
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.programs import Program, is_map, is_random
 from flowlang.derive.tidy import graphs, tidy, without_log_det, zero_log_det
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Child, Node, Region
+from flowlang.ir.tableau import Tableau
 
 LINE_WIDTH = 120
 
@@ -83,7 +85,7 @@ class Generator:
             self._noisy[key] = self.noisy(region, "inverse", True) or self.noisy(region, "forward")
         if key not in self._noisy:
             self._noisy[key] = any(
-                n.op in ("random_like", "estimate_log_det") or (n.op in ("call", "repeat") and self.noisy(*called(n)))
+                n.op in ("random_like", "estimate_log_det") or (n.op in RUNS and self.noisy(*called(n)))
                 for graph in graphs(self.program(region, name, value_only))
                 for n in graph
             )
@@ -112,8 +114,8 @@ class Generator:
                 todo += [(region, "inverse", True), (region, "forward", False)]
                 continue
             for graph in graphs(self.program(region, name, value_only)):
-                todo += [called(n) for n in graph if n.op in ("call", "repeat")]
-        return {k: sorted(v, key=lambda p: (p[1], PROGRAMS.index(p[0]))) for k, v in found.items()}
+                todo += [called(n) for n in graph if n.op in RUNS]
+        return {k: sorted(v, key=lambda p: (p[1], program_rank(p[0]), p[0])) for k, v in found.items()}
 
     # ---- one class ------------------------------------------------------------------------------
 
@@ -249,6 +251,12 @@ class Generator:
 
 SOLVERS = ("scan_solve", "bracket_solve", "fixed_point_solve")
 PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob", "initialise")
+RUNS = ("call", "repeat", "integrate")  # ops that run a program of a child
+
+
+def program_rank(name: str) -> int:
+    """Programs in the order of the list, derivatives of nets after them."""
+    return PROGRAMS.index(name) if name in PROGRAMS else len(PROGRAMS)
 
 
 def header(method: str, signature: list[str], results: int) -> list[str]:
@@ -305,6 +313,7 @@ class ClassScope:
         self.constants: dict[str, str] = {}
         self.children: dict[str, str] = {}
         self.shared: list[tuple[str, str]] = []
+        self.tableaus: list[tuple[Tableau, str]] = []
         for child in region.children.values():
             self.add_child(child)
         for node in region.graph:
@@ -333,6 +342,26 @@ class ClassScope:
             self.lines.append(f"self.{name} = nn.ModuleList({made} for _ in range({child.count}))")
         else:
             self.lines.append(f"self.{name} = {made}")
+
+    # ---- solvers --------------------------------------------------------------------------------
+
+    def tableau(self, name: str, tableau: Tableau) -> str:
+        """An attribute that holds a Runge-Kutta method."""
+        for known, attribute in self.tableaus:
+            if known == tableau:
+                return f"self.{attribute}"
+        attribute = self.names.fresh(name)
+        self.tableaus.append((tableau, attribute))
+        a = tuple(tuple(float(v) for v in row[:i]) for i, row in enumerate(tableau.a))
+        b, c = (tuple(map(float, values)) for values in (tableau.b, tableau.c))
+        parts = [repr(a), repr(b), repr(c)]
+        if tableau.embedded is not None:
+            parts.append(repr(tuple(float(x - y) for x, y in zip(tableau.b, tableau.embedded, strict=True))))
+            parts.append(str(order(tableau, tableau.embedded).value + 1))
+        self.lines.append(f"self.{attribute} = {self.use('RungeKutta')}(")
+        self.lines += [f"    {p}," for p in parts]
+        self.lines.append(")")
+        return f"self.{attribute}"
 
     # ---- parameters -----------------------------------------------------------------------------
 

@@ -1015,6 +1015,41 @@ def _repeat(w: Writer, n: Node) -> Expr | None:
     return None
 
 
+# ---- differential equations ---------------------------------------------------------------------
+
+
+@emitter("integrate")
+def _integrate(w: Writer, n: Node) -> Expr | None:
+    """`ode_steps(rates, state, batch, start, stop, steps, method)`, or the adaptive one with its tolerances."""
+    x = n.inputs[0]
+    traced = bool(n.attrs.get("log_det"))
+    along = n.attrs["method"] == "divergence_along"
+    rank = w.type(x).rank
+    batch = f"{w.variable(x)}.shape[:-{rank}]" if rank else f"{w.variable(x)}.shape"
+    before = [w.variable(i) for i in n.inputs[1 : 1 + along]]
+    after = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in n.inputs[1 + along :]]
+    call = f"self.{w.scope.children[n.attrs['child']]}{_method(n)}({', '.join(['state[0]', *before, 't', *after])})"
+    start_value = w.variable(x)
+    if traced:
+        state = f"({start_value}, {start_value}.new_zeros({batch}))"
+        rates = f"lambda state, t: {call}"
+    else:
+        state, rates = f"({start_value},)", f"lambda state, t: ({call},)"
+    ends = f"{n.attrs['start']!r}, {n.attrs['stop']!r}"
+    method = w.scope.tableau(n.attrs["solver"], n.attrs["tableau"])
+    if "steps" in n.attrs:
+        function, how = w.scope.use("ode_steps"), f"{n.attrs['steps']}"
+    else:
+        function, how = w.scope.use("ode_adaptive"), f"{n.attrs['rtol']!r}, {n.attrs['atol']!r}"
+    text = f"{function}({rates}, {state}, {batch}, {ends}, {how}, {method})"
+    if traced:
+        names = _results(w, n)
+        w.lines.append(f"{', '.join(names)} = {text}")
+        _bind_results(w, n, names)
+        return None
+    return Expr(f"{text}[0]")
+
+
 # ---- solvers ------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 RUNTIME = "flowlang.backends.torch.runtime"
-MODULES = ("parameters", "functions", "splines", "solvers", "noise", "errors", "flow")
+MODULES = ("parameters", "functions", "splines", "solvers", "errors", "odes", "noise", "flow")
 STANDALONE = {"errors": "errors_standalone"}  # what stands in for a module in a file that needs torch alone
 
 FUTURE = "from __future__ import annotations"
@@ -21,6 +21,7 @@ STANDARD = {
     "Sequence": "from collections.abc import Sequence",
     "pairwise": "from itertools import pairwise",
     "Any": "from typing import Any",
+    "NamedTuple": "from typing import NamedTuple",
 }
 THIRD_PARTY = {
     "torch": "import torch",

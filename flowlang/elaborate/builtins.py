@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, apply
+from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.elaborate.values import (
@@ -793,15 +794,15 @@ def _table() -> dict[str, Any]:
     put("running", running)
     put("lipschitz", lipschitz)
     for name, what in {
-        "integrate": "solvers", "grad": "gradients of functions",
+        "grad": "gradients of functions",
         "jvp": "derivatives of functions", "vjp": "derivatives of functions", "divergence": "derivatives of functions",
         "derivative": "derivatives of functions", "ema": "copies of networks", "frozen": "copies of networks",
         "copy": "copies of networks", "surrogate": "custom gradients", "onehot": "integer values", "resize": "images",
-        "cnf": "continuous flows",
     }.items():  # fmt: skip
         put(name, not_yet(name, what))
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")
+    table["integrate"] = Builtin("integrate", integrate, options=INTEGRATE_OPTIONS)
     put("mixture", mixture_of, kind="distribution")
     put("categorical", categorical_of, kind="distribution")
     table.update(NETWORKS)

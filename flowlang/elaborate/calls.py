@@ -24,6 +24,7 @@ from flowlang.elaborate.values import (
     Pending,
     Poison,
     Tensor,
+    Transition,
     Tuple,
     TypeSpec,
     describe,
@@ -97,6 +98,8 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
             assert item.eq is not None
             if name in words and isinstance(item.eq, tree.Name) and item.eq.id in words[name]:
                 args.keywords[name] = Option(item.eq.id)
+            elif name in words and isinstance(item.eq, tree.Name) and isinstance(body.find(item.eq.id), Option):
+                args.keywords[name] = body.find(item.eq.id)  # handed on: `trace = trace`
             elif name in words:
                 choices = ", ".join(f"`{w}`" for w in words[name])
                 raise body.fail(
@@ -105,6 +108,10 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
                 )  # fmt: skip
             else:
                 args.keywords[name] = body.ev(item.eq)
+            args.keyword_spans[name] = item.span
+        elif name is not None and item.arrow is not None and item.arrow_eq is None:
+            assert item.eq is not None
+            args.keywords[name] = Transition(body.ev(item.eq), body.ev(item.arrow))
             args.keyword_spans[name] = item.span
         elif item.left is not None and item.eq is None and item.arrow is None:
             if item.type is not None:
@@ -119,6 +126,8 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
 
 def option_words(fn: Any) -> dict[str, tuple[str, ...]]:
     target = fn.target if isinstance(fn, Instance) else fn
+    if isinstance(target, Builtin):
+        return dict(target.options)
     if not isinstance(target, Declared):
         return {}
     found = {p.name: one_of_words(p.type) for ps in target.declaration.parameters for p in ps}
@@ -173,6 +182,8 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
             return alias
         return dispatch(body, alias, args)
     body.elab.check_kind(body, inst.target, args.span)
+    if inst.kind == "solver":
+        return solver_instance(body, inst, args)
     params = parameters_of(inst)
     by_name = {p.name: p for p in params}
     statics: dict[str, Any] = dict(inst.arguments)
@@ -221,6 +232,34 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
         )  # fmt: skip
     axes = args.axes or inst.axes
     return call_instance(body, full, tensors, extras, axes, args.span)
+
+
+SOLVER_OPTIONS = ("steps", "rtol", "atol")  # of every solver: so many equal steps, or the tolerances of adaptive ones
+
+
+def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
+    """A solver with its options: `rk4(steps = 20)`, `dopri5(rtol = 1e-5, atol = 1e-5)`."""
+    own = [p.name for p in parameters_of(inst) if p.type is not None]
+    known = [*own, *SOLVER_OPTIONS]
+    values = dict(inst.arguments)
+    free = [n for n in known if n not in args.keywords]
+    if len(args.positional) > len(free):
+        raise body.fail("FL0202", f"`{inst.target.name}` takes {len(known)} arguments", args.span or inst.span)
+    given = {**dict(zip(free, args.positional, strict=False)), **args.keywords}
+    for name, value in given.items():
+        where = args.keyword_spans.get(name, args.span or inst.span)
+        if name not in known:
+            raise body.fail(
+                "FL0202", f"the solver `{inst.target.name}` has no argument `{name}`", where,
+                suggestion=did_you_mean(name, known) or f"its arguments are {', '.join(f'`{n}`' for n in known)}",
+            )  # fmt: skip
+        whole = name == "steps"
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if name in SOLVER_OPTIONS and not (number and value > 0):
+            kind = "a whole number" if whole else "a number"
+            raise body.fail("FL0306", f"`{name}` is {kind} above 0, and this is {describe(value)}", where)
+        values[name] = value
+    return Instance(inst.target, values, args.span or inst.span)
 
 
 def is_tensor_like(value: Any) -> bool:

@@ -12,7 +12,7 @@ from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, parameters_of
 from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean
 from flowlang.elaborate.statements import NOTHING, run_statements
-from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type
+from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
     ABSENT,
     POISON,
@@ -443,7 +443,7 @@ class Elaborator:
             if given:
                 value = self.import_argument(body, p.name, inst.arguments[p.name])
             elif p.default is not None:
-                value = body.ev(p.default)
+                value = default_value(body, p)
                 if isinstance(value, Instance) and value.owner is None:
                     value.owner, value.name, value.label = body, body.fresh_child_name(p.name), p.name
             elif is_optional(p.type):
@@ -622,7 +622,7 @@ class Elaborator:
                     quiet = self.report
                     self.report = Report()
                     try:
-                        value = scratch.ev(p.default)
+                        value = default_value(scratch, p)
                     finally:
                         self.report = quiet
                 if value is not None:
@@ -700,7 +700,7 @@ class Elaborator:
                 if not is_tensor_type(p.type):
                     value = arguments.get(p.name)
                     if value is None and p.default is not None:
-                        value = scratch.ev(p.default)
+                        value = default_value(scratch, p)
                     if value is not None:
                         scratch.names[p.name] = value
             for k, p in enumerate(parameters_of(inst)):
@@ -781,6 +781,14 @@ class Library:
 
 def holds_instance(value: Any) -> bool:
     return isinstance(value, Instance) or (isinstance(value, list) and any(holds_instance(v) for v in value))
+
+
+def default_value(body: Body, p: tree.Parameter) -> Any:
+    """A parameter's default, evaluated here; a word of an enumeration stands for itself."""
+    assert p.default is not None
+    if isinstance(p.default, tree.Name) and p.default.id in one_of_words(p.type):
+        return Option(p.default.id)
+    return body.ev(p.default)
 
 
 def fits_static(kind: Static, value: Any) -> bool:

@@ -12,11 +12,9 @@ from flowlang.source import Source, Span
 from flowlang.syntax import tree
 
 # Kinds whose declarations have a meaning now; others are parsed and refused with one diagnostic.
-KINDS = ("bijector", "net", "norm", "flow", "const")
+KINDS = ("bijector", "net", "norm", "flow", "solver", "path", "const")
 LATER_KINDS = {
     "model": "models with named programs",
-    "path": "probability paths",
-    "solver": "solvers",
     "optimizer": "optimizers",
     "recipe": "recipes",
 }

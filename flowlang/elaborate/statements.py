@@ -689,16 +689,8 @@ def new_input(body: Body, name: str, type_: TensorType, batched: bool, span: Spa
 def repeat_node(body: Body, inner: Body, carried: list[int], count: int, span: Span) -> list[int]:
     """The `repeat` node for a finished inner body, its captures wired to this body's values."""
     region = inner.region
-    region.context = list(inner.captures.values())
     name = body.fresh_child_name("blocks" if "blocks" not in body.region.children else "more_blocks")
-    bindings: dict[str, str] = {}
-    for shared, outer in inner.captured_instances.values():
-        assert shared.name is not None
-        child = region.children.get(shared.name)
-        if child is not None:
-            bindings[shared.name] = body.adopt(outer, child.region, span).name
-            body.elab.note_shared(body, outer, count)
-    body.region.children[name] = Child(name, region, False, bindings, count)
+    adopt_body(body, inner, name, count, span)
     types = tuple(region.graph[i].tensor for i in region.outputs)
     attrs = {"child": name, "region": region, "count": count, "method": "forward", "carried": len(carried)}
     type_: Any = types[0] if len(types) == 1 else TupleType(types)
@@ -707,6 +699,20 @@ def repeat_node(body: Body, inner: Body, carried: list[int], count: int, span: S
     if len(types) == 1:
         return [node.id]
     return [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(types)]
+
+
+def adopt_body(body: Body, inner: Body, name: str, count: int, span: Span) -> None:
+    """Makes a finished inner body a child: its captures become context, shared networks are handed in."""
+    region = inner.region
+    region.context.extend(inner.captures.values())
+    bindings: dict[str, str] = {}
+    for shared, outer in inner.captured_instances.values():
+        assert shared.name is not None
+        child = region.children.get(shared.name)
+        if child is not None:
+            bindings[shared.name] = body.adopt(outer, child.region, span).name
+            body.elab.note_shared(body, outer, count)
+    body.region.children[name] = Child(name, region, False, bindings, count)
 
 
 def repeat_body(body: Body, statement: tree.Repeat, count: int) -> Any:

@@ -109,6 +109,7 @@ class Builtin:
     kind: str = "function"
     step: bool = False  # may stand alone in a chain and is applied to the chain's value
     signature: str = ""
+    options: tuple[tuple[str, tuple[str, ...]], ...] = ()  # keyword arguments that take a word of a list
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,14 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class Transition:
+    """`t = 0 -> 1`: from one value to another."""
+
+    start: Value
+    stop: Value
+
+
+@dataclass(frozen=True, slots=True)
 class RangeValue:
     start: int | None
     stop: int | None
@@ -257,5 +266,7 @@ def describe(value: Value) -> str:
             return f"the word `{value.word}`"
         case RangeValue():
             return "a range"
+        case Transition():
+            return "a transition `a -> b`"
         case _:
             return "a value"

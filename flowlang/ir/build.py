@@ -84,6 +84,10 @@ class Builder:
             if key not in self._known:
                 self._known[key] = self.leaf("const", node.type, batched=False, span=node.span, **dict(node.attrs))
             return self._known[key]
+        if OPS[node.op].made:
+            return self.graph.add(
+                node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label
+            ).id
         new = self.op(node.op, *inputs, span=node.span, label=node.label, **dict(node.attrs))
         if node.label:
             self.graph.relabel(new, node.label)

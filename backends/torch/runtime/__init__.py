@@ -2,6 +2,7 @@
 
 from flowlang.backends.torch.runtime.errors import (
     bad_input,
+    no_solution,
 )
 from flowlang.backends.torch.runtime.flow import (
     Flow,
@@ -33,6 +34,11 @@ from flowlang.backends.torch.runtime.functions import (
 from flowlang.backends.torch.runtime.noise import (
     standard_noise,
     von_mises_noise,
+)
+from flowlang.backends.torch.runtime.odes import (
+    RungeKutta,
+    ode_adaptive,
+    ode_steps,
 )
 from flowlang.backends.torch.runtime.parameters import (
     Cayley,
@@ -102,6 +108,7 @@ __all__ = [
     "PluMatrix",
     "Positive",
     "Rotation",
+    "RungeKutta",
     "Simplex",
     "SpdMatrix",
     "Sphere",
@@ -141,7 +148,10 @@ __all__ = [
     "log_cosh",
     "log_sigmoid_slope",
     "log_tanh_slope",
+    "no_solution",
     "norm_bounded",
+    "ode_adaptive",
+    "ode_steps",
     "orthogonal_start",
     "quadratic_bin",
     "quadratic_spline",

@@ -122,5 +122,6 @@ class Op:
     simplify: SimplifyRule | None = None
     pure: bool = True  # equal calls may be merged
     pools: bool = False  # the result is one for the whole batch
+    made: bool = False  # its nodes are made with their type, which no rule can tell
     why_not: Mapping[str, str] = field(default_factory=dict)
     doc: str = ""

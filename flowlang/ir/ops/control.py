@@ -31,6 +31,7 @@ WHY = {
     "jvp": "the region is inlined", "lipschitz": "from the region it runs",
 }  # fmt: skip
 
+# integrate: the value at `stop` of x' = v(x, t, ..) with the value at `start`; by the tableau in equal steps or adaptive ones.
 # call: an instance applied to tensors; repeat: equal copies one after the other; get: one of several results;
 # scan_solve: slice after slice along an axis; bracket_solve: a monotone scalar equation for each entry;
 # fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction;
@@ -46,5 +47,6 @@ for _name in (
     "random_like",
     "running",
     "start",
+    "integrate",
 ):
-    OPS.append(Op(_name, _made, _full, pure=_name in ("get",), why_not=WHY))
+    OPS.append(Op(_name, _made, _full, pure=_name in ("get",), made=True, why_not=WHY))
