@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowlang.analysis.ranges import Violation, base_support
+from flowlang.checks.fields import check_fields
 from flowlang.derive.analyse import Analyses, class_rank, shown_class
 from flowlang.derive.explain import shown
 from flowlang.derive.plan import Failure, Plan, Step
@@ -147,6 +148,7 @@ def check_flow(comp: Compilation, target: Declared) -> None:
         check_support(comp, region)
     if not region.broken:
         check_requirements(comp, region)
+        check_fields(region, comp.report)
 
 
 def check_unused(comp: Compilation, target: Declared) -> None:
@@ -514,7 +516,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     way = comp.analyses.way(region)
     entry["log_det"] = log_det
     entry["inverse"] = way
-    entry["exactness"] = "unbiased" if log_det == "estimator" else "exact"
+    entry["exactness"] = "unbiased" if comp.analyses.estimated(region) else "exact"
     entry["random"] = is_random(region)
     if region.steps:
         entry["steps"] = step_count(region)

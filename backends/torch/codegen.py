@@ -358,9 +358,7 @@ class ClassScope:
         if tableau.embedded is not None:
             parts.append(repr(tuple(float(x - y) for x, y in zip(tableau.b, tableau.embedded, strict=True))))
             parts.append(str(order(tableau, tableau.embedded).value + 1))
-        self.lines.append(f"self.{attribute} = {self.use('RungeKutta')}(")
-        self.lines += [f"    {p}," for p in parts]
-        self.lines.append(")")
+        self.lines.append(f"self.{attribute} = {self.use('RungeKutta')}({', '.join(parts)})")
         return f"self.{attribute}"
 
     # ---- parameters -----------------------------------------------------------------------------

@@ -1042,9 +1042,9 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
     else:
         function, how = w.scope.use("ode_adaptive"), f"{n.attrs['rtol']!r}, {n.attrs['atol']!r}"
     text = f"{function}({rates}, {state}, {batch}, {ends}, {how}, {method})"
-    if traced:
+    if isinstance(n.type, TupleType):
         names = _results(w, n)
-        w.lines.append(f"{', '.join(names)} = {text}")
+        w.lines.append(f"{', '.join(names)} = {text}" if traced else f"{names[0]} = {text}[0]")
         _bind_results(w, n, names)
         return None
     return Expr(f"{text}[0]")

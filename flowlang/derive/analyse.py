@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from flowlang.analysis.dependence import Summaries
 from flowlang.analysis.ranges import Ranges, Violation, law_support
 from flowlang.derive import explain
+from flowlang.derive.forward_mode import Tangents, divergence_program, jvp_program
+from flowlang.derive.jvp import NoDerivative
 from flowlang.derive.plan import (
     CallInverse,
     Failure,
     FixedPoint,
+    Integrate,
     LowRank,
     Plan,
     Polar,
@@ -222,8 +225,23 @@ class Analyses:
         if key not in self._programs:
             plan = self.plan(region) if is_map(region) else None
             assert not isinstance(plan, Failure), plan
-            self._programs[key] = build(region if plan is None else plan.region, plan, name)
+            self._programs[key] = derivative(region, name) or build(region if plan is None else plan.region, plan, name)
         return self._programs[key]
+
+    def rough(self, region: Region, name: str) -> str | None:
+        """The op that leaves one of a net's derivatives, or one it calls, without a graph; None where all have one."""
+        todo, seen = [(region, name)], set()
+        while todo:
+            at, program = todo.pop()
+            if (id(at), program) in seen:
+                continue
+            seen.add((id(at), program))
+            try:
+                found = self.program(at, program)
+            except NoDerivative as stop:
+                return at.graph[stop.node].op
+            todo += [(n.attrs["region"], n.attrs["method"]) for n in found.graph if "tangents" in n.attrs]
+        return None
 
     def lipschitz(self, region: Region, slot: int, index: int) -> float | None:
         key = (id(region), slot, index)
@@ -262,6 +280,8 @@ class Analyses:
                 return costlier(f"scan over {step.axes}", inner)
             case FixedPoint():
                 return "fixed point"
+            case Integrate():
+                return "integration"
             case CallInverse(n):
                 node = self.view(region).graph[n]
                 return "analytic" if node.attrs.get("method") == "inverse" else self.way(node.attrs["region"])
@@ -279,11 +299,29 @@ class Analyses:
                 return "D"
             case FixedPoint():
                 return "estimator"
+            case Integrate():
+                return "ode"
             case Scan():
                 return worst(self.log_det_class(region, s) for s in step.steps)
             case CallInverse(n):
                 return self.region_class(self.view(region).graph[n].attrs["region"])
         return "0"
+
+    def estimated(self, region: Region) -> bool:
+        """Whether the log-det is an unbiased estimate."""
+        return any(self.step_estimated(region, s) for s in self.steps_of(region))
+
+    def step_estimated(self, region: Region, step: Step) -> bool:
+        match step:
+            case FixedPoint():
+                return True
+            case Integrate(n):
+                return bool(self.view(region).graph[n].attrs["trace"] == "hutchinson")
+            case Scan():
+                return any(self.step_estimated(region, s) for s in step.steps)
+            case CallInverse(n):
+                return self.estimated(self.view(region).graph[n].attrs["region"])
+        return False
 
     def region_class(self, region: Region) -> str:
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
@@ -297,6 +335,14 @@ def fills(image: Interval, support: Interval) -> bool:
 def leads_back(found: Interval, domain: Interval) -> bool:
     """A9b: going back ends in the data's domain."""
     return found.within(domain)
+
+
+def derivative(region: Region, name: str) -> Program | None:
+    """The program of that name if it is one of a net's derivatives. Raises NoDerivative where an op has none."""
+    if name in ("divergence", "divergence_along"):
+        return divergence_program(region, exact=name == "divergence")
+    how = Tangents.named(name)
+    return None if how is None else jvp_program(region, how)
 
 
 WAYS = ("analytic", "bracketing", "scan", "fixed point", "integration")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowlang.derive.jvp import NoDerivative
-from flowlang.derive.programs import Program, prune
+from flowlang.derive.program import Program, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops import OPS
@@ -38,6 +38,14 @@ class Tangents:
         """The name of the program."""
         slots = "_".join(map(str, self.slots))
         return f"jvp_{slots}" if self.directions is None else f"jvp_{slots}_along_{self.directions}"
+
+    @staticmethod
+    def named(method: str) -> Tangents | None:
+        """The tangents of a program's name, None for programs of other kinds."""
+        if not method.startswith("jvp_"):
+            return None
+        slots, _, directions = method.removeprefix("jvp_").partition("_along_")
+        return Tangents(tuple(map(int, slots.split("_"))), int(directions) if directions else None)
 
 
 class DirectionalBuilder(Builder):

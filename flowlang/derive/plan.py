@@ -44,6 +44,13 @@ class CallInverse:
 
 
 @dataclass(frozen=True, slots=True)
+class Integrate:
+    """The start of a trajectory from its end: the same field, integrated backwards."""
+
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scalar:
     """A strictly monotone map of each entry, solved by bracketing."""
 
@@ -117,7 +124,7 @@ class Polar:
     slope: tuple[tuple[tuple[tuple[int, int], ...], float], ...]
 
 
-Step = Solve | Unjoin | Gather | CallInverse | Scalar | Scan | FixedPoint | LowRank | Polar
+Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar
 
 
 @dataclass
@@ -128,11 +135,11 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
 
     def inverted_calls(self) -> Iterator[int]:
-        """The calls that are coordinates' own steps, those inside scans included."""
+        """The calls and integrations that are coordinates' own steps, those inside scans included."""
         stack = list(self.steps)
         while stack:
             step = stack.pop()
-            if isinstance(step, CallInverse):
+            if isinstance(step, CallInverse | Integrate):
                 yield step.node
             elif isinstance(step, Scan):
                 stack.extend(step.steps)

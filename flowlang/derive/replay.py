@@ -12,6 +12,7 @@ from flowlang.derive.plan import (
     CallInverse,
     FixedPoint,
     Gather,
+    Integrate,
     LowRank,
     Plan,
     Polar,
@@ -161,6 +162,13 @@ class Replay:
         if node.op in ("call", "repeat"):
             self.call(node)
             return
+        if node.op == "integrate" and node.id in self.weighed:
+            x, log_det = self.trajectory(node, self.value(node.inputs[0]))
+            self.weights.append(log_det)
+            self.env[node.id] = x
+            if node.label:
+                self.b.graph.relabel(x, node.label)
+            return
         self.env[node.id] = self.b.copy(node, [self.value(i) for i in node.inputs])
 
     def sample_emission(self, n: int) -> None:
@@ -268,6 +276,11 @@ class Replay:
                 self.bind(source[v], b.op("join", *pieces, axis=axis, span=source[v].span))
             case CallInverse(n):
                 self.call_inverse(source[n])
+            case Integrate(n):
+                node = source[n]
+                x, log_det = self.trajectory(node, self.value(n), backwards=True)
+                self.weights.append(b.neg(log_det))
+                self.bind(source[node.inputs[0]], x)
             case Scalar():
                 self.solve_scalar(step)
             case Scan():
@@ -305,6 +318,21 @@ class Replay:
         self.weights.append(self.b.neg(log_det) if method in ("inverse", "forward") else log_det)
         for k, slot in enumerate(mapped):
             self.bind(self.source[node.inputs[slot]], self.b.op_get(call, k, node.span))
+
+    def trajectory(self, node: Node, start: int, *, backwards: bool = False) -> tuple[int, int]:
+        """The other end of a trajectory, and the integral of the field's divergence along it (Chen et al. 2018)."""
+        attrs = {**dict(node.attrs), "method": "divergence", "log_det": True}
+        if backwards:
+            attrs["start"], attrs["stop"] = attrs["stop"], attrs["start"]
+        inputs = [start, *(self.value(i) for i in node.inputs[1:])]
+        if attrs["trace"] == "hutchinson":
+            attrs["method"] = "divergence_along"
+            t = node.tensor
+            shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in t.axes)}
+            inputs.insert(1, self.b.graph.add("random_like", (), t, shape, batched=True).id)
+            self.program.random = True
+        whole = self.b.graph.add("integrate", tuple(inputs), TupleType((node.tensor, SCALAR)), attrs, span=node.span)
+        return self.b.op_get(whole.id, 0, node.span), self.b.op_get(whole.id, 1, node.span)
 
     # ---- solvers --------------------------------------------------------------------------------
 

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence, Supports, call_relation, local_relation
 from flowlang.derive import contraction, explain, lowrank, polar, scalar, scan
-from flowlang.derive.plan import CallInverse, Failure, Gather, Plan, Solve, Step, Unjoin, call_results, mapped_slots
+from flowlang.derive.plan import (
+    CallInverse,
+    Failure,
+    Gather,
+    Integrate,
+    Plan,
+    Solve,
+    Step,
+    Unjoin,
+    call_results,
+    mapped_slots,
+)
 from flowlang.derive.problem import Problem, ScanContext
 from flowlang.derive.program import is_random
 from flowlang.ir.graph import Node, Region
@@ -219,6 +230,8 @@ class Inverter:
             return self.call_inverse(p, node)
         if node.op == "get":
             return self.call_inverse(p, self.graph[node.inputs[0]])
+        if node.op == "integrate":
+            return self.integrate_back(p, node)
         slots = self.unknown_slots(p, node)
         if not slots:
             p.lost = m  # its value follows from what is known: it carries no coordinate of its own
@@ -301,6 +314,23 @@ class Inverter:
             return False
         p.unknown.discard(node.id)
         self.replace(p, results, operands, CallInverse(node.id))
+        return True
+
+    def integrate_back(self, p: Problem, node: Node) -> bool:
+        """A trajectory is told from its end when what the field reads besides it is known."""
+        start, *others = node.inputs
+        if p.scans or any(i in p.unknown for i in others):
+            return False
+        if start not in p.unknown:
+            p.lost = node.id
+            return False
+        method = "divergence" if node.attrs["trace"] == "exact" else "divergence_along"
+        rough = self.analyses.rough(node.attrs["region"], method)
+        if rough is not None:
+            why = f"`{explain.shown(rough)}` in the field that is integrated has no derivative, so its divergence is not known"
+            p.conditions.append((node, 0, why))
+            return False
+        self.replace(p, [node.id], [start], Integrate(node.id))
         return True
 
     def unlifted(self, node: Node, operands: Iterable[int]) -> str | None:

@@ -66,7 +66,7 @@ class _Tidy:
 
     def visit(self, node: Node) -> None:
         inputs = tuple(self.env[i] for i in node.inputs)
-        if node.op in ("call", "repeat"):
+        if node.op in ("call", "repeat", "integrate"):
             self.env[node.id] = self.call(node, inputs)
         elif node.op == "get":
             self.env[node.id] = self.get(node, inputs[0])
@@ -91,16 +91,19 @@ class _Tidy:
         attrs, type_ = dict(node.attrs), node.type
         if self.log_det_goes(node):
             attrs["log_det"] = False
+            if node.op == "integrate":  # the divergence is not needed either, nor noise for its estimate
+                inputs = inputs if attrs["method"] == "divergence" else (inputs[0], *inputs[2:])
+                attrs["method"] = "forward"
             type_ = TupleType(result_types(node.type)[:-1])
         return self.b.graph.add(node.op, inputs, type_, attrs, span=node.span, label=node.label).id
 
     def log_det_goes(self, node: Node) -> bool:
-        if not node.attrs.get("log_det") or not is_map(node.attrs["region"]):
+        if not node.attrs.get("log_det") or not (node.op == "integrate" or is_map(node.attrs["region"])):
             return False
         last = len(result_types(node.type)) - 1
-        return last not in self.read.get(node.id, set()) or self.zero(
-            node.attrs["region"], node.attrs.get("method", "forward")
-        )
+        if last not in self.read.get(node.id, set()):
+            return True
+        return node.op != "integrate" and self.zero(node.attrs["region"], node.attrs.get("method", "forward"))
 
     def get(self, node: Node, call: int) -> int:
         source, index = self.source[node.inputs[0]], node.attrs["index"]

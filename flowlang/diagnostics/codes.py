@@ -60,6 +60,7 @@ CODES: dict[str, str] = {
     "FL0602": "bad-solver",
     "FL0603": "endpoint-missed",
     "FL0604": "path-not-smooth",
+    "FL0605": "may-escape",
     # 07 backends and run time
     "FL0701": "cannot-lower",
     "FL0702": "bad-input",
