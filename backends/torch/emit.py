@@ -728,7 +728,20 @@ def _expand(w: Writer, n: Node) -> Expr:
 @emitter("gather")
 def _gather(w: Writer, n: Node) -> Expr:
     i, k = n.inputs
-    return Expr(f"{w.scope.use('take_along')}({argument(w, i)}, {argument(w, k)}, {w.dim(i, n.attrs['axis'])})")
+    axis = n.attrs["axis"]
+    apart = not any(w.type(i).has(a) for a in w.type(k).names if a != axis)
+    if apart and not w.graph[i].batched:
+        return Expr(f"{w.scope.use('take_along')}({argument(w, i)}, {argument(w, k)}, {w.dim(i, axis)})")
+    if apart and not w.graph[k].batched:
+        rank = w.type(i).rank
+        return Expr(f"{w.scope.use('pick_along')}({argument(w, i)}, {argument(w, k)}, {w.dim(i, axis)}, {rank})")
+    rest = [a for a in w.type(i).names if a != axis]
+    table = moved(w.tensor(i), w.type(i).names, [*rest, axis])
+    new = n.tensor.rank - len(rest)
+    if new and w.graph[i].batched:
+        table = f"{table}[..., {', '.join(['None'] * new + [':'] * (len(rest) + 1))}]"
+    index = w.aligned(k, n.tensor)
+    return Expr(f"{w.scope.use('take_aligned')}({table}, {index.text})")
 
 
 # ---- matrices -----------------------------------------------------------------------------------

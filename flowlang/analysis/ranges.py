@@ -66,7 +66,7 @@ class Ranges:
         if node.id in self.inputs:
             return self.inputs[node.id]
         match node.op:
-            case "input" | "param" | "state" | "draw":
+            case "input" | "param" | "state":
                 return leaf_bounds(node)
             case "const":
                 values = list(number(node.attrs["value"]))

@@ -128,9 +128,7 @@ class Builder:
         return self.op("sum", id, axes=names) if names else id
 
     def expand(self, id: int, type: TensorType) -> int:
-        """Broadcast to a type that has at least the axes of the value."""
-        if set(self.type(id).names) == set(type.names):
-            return id
+        """Broadcast to a type that has at least the axes of the value, and in its order."""
         return self.op("expand", id, axes=tuple((a.name, a.size) for a in type.axes))
 
     def total(self, id: int, over: Sequence[Axis]) -> int:

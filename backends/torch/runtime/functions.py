@@ -113,8 +113,20 @@ def shift_along(x: Tensor, k: int, dim: int) -> Tensor:
 
 
 def take_along(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """x at an index along `dim`; the index's axes come in front of x's other axes."""
+    """A table at an index along `dim`; the index's dims come in front of the table's other ones."""
     return torch.movedim(x, dim, 0)[index.long()]
+
+
+def pick_along(x: Tensor, index: Tensor, dim: int, event: int) -> Tensor:
+    """x at an index that all samples share; the index's dims come in front of x's other `event` dims."""
+    found = x.index_select(dim, index.long().reshape(-1)).movedim(dim, -event)
+    return found.unflatten(-event, index.shape)
+
+
+def take_aligned(x: Tensor, index: Tensor) -> Tensor:
+    """x along its last dim at an index whose dims stand where x's other dims do."""
+    shape = torch.broadcast_shapes(x.shape[:-1], index.shape)
+    return x.expand(*shape, x.shape[-1]).gather(-1, index.long().expand(shape).unsqueeze(-1)).squeeze(-1)
 
 
 def cumsum_along(x: Tensor, dim: int, exclusive: bool, reverse: bool) -> Tensor:
@@ -122,7 +134,7 @@ def cumsum_along(x: Tensor, dim: int, exclusive: bool, reverse: bool) -> Tensor:
         x = x.flip(dim)
     y = torch.cumsum(x, dim)
     if exclusive:
-        y = y - x
+        y = shift_along(y, 1, dim)
     return y.flip(dim) if reverse else y
 
 

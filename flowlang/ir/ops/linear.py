@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flowlang.ir.domains import Domain
 from flowlang.ir.interval import REAL, Interval, point
-from flowlang.ir.ops.base import Attrs, Op, OpProblem
+from flowlang.ir.ops.base import Attrs, NoTangent, Op, OpProblem
 from flowlang.ir.ops.shape import need
 from flowlang.ir.relation import MAX_BITS, Matrix, Relation, Support, compare, matrix
 from flowlang.ir.types import Axis, TensorType, Type
@@ -40,14 +40,17 @@ def _input_support(node: Node, types: Sequence[TensorType], supports: Sequence[S
 
 
 _LEAF_SUPPORT = {"param": _param_support, "input": _input_support}
-LEAF = {"invert": "a leaf", "jvp": "a leaf", "lipschitz": "a leaf", "infer": "made with its type"}
+LEAF = {
+    "interval": "its domain or value, read by the range analysis", "invert": "a leaf has no operand",
+    "jvp": "a leaf has no operand", "lipschitz": "a leaf has no operand", "infer": "made with its type",
+}  # fmt: skip
 
 
 def _no_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     raise AssertionError("leaves are made with their type")
 
 
-for _name in ("input", "param", "state", "const", "draw"):
+for _name in ("input", "param", "state", "const"):
     OPS.append(Op(_name, _no_infer, _leaf_depend, support=_LEAF_SUPPORT.get(_name), why_not=LEAF))
 
 
@@ -166,9 +169,9 @@ def _conv_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Nod
 
 
 def _conv_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
-    if slot == 0:
-        return b.op("conv", t, args[1], **dict(node.attrs))
-    return None
+    if slot:
+        raise NoTangent
+    return b.op("conv", t, args[1], **dict(node.attrs))
 
 
 OPS.append(Op(

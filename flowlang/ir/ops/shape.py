@@ -520,6 +520,9 @@ OPS.append(Op(
 def _gather_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     need(types[0], attrs["axis"])
     rest = types[0].without((attrs["axis"],))
+    for a in types[1].axes:
+        if rest.has(a.name) and rest.size(a.name) != a.size:
+            raise OpProblem("FL0301", f"axis `{a.name}` has size {rest.size(a.name)} and size {a.size}")
     axes = [a for a in types[1].axes if not rest.has(a.name)]
     return TensorType((*axes, *rest.axes), types[0].kind)
 

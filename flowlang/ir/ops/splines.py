@@ -173,7 +173,7 @@ def _make(kind: str) -> None:
     ))  # fmt: skip
     OPS.append(Op(
         f"{kind}_log_slope", infer, _depend, interval=lambda ivs, types, node: REAL,  # type: ignore[arg-type]
-        cost=lambda node, types: 0,
+        cost=lambda node, types: 10 * node.tensor.count,  # the bin comes from the value itself
         why_not={"invert": "no map", "jvp": "second derivatives are not needed", "lipschitz": "no bound is known"},
     ))  # fmt: skip
 
