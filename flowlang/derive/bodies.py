@@ -53,7 +53,13 @@ class Body:
             support = self.support(n)
             known: dict[str, Any] = {} if support is None else {"support": support}
             self._captured[outer] = self.b.leaf(
-                "input", node.type, batched=node.batched, label=label, name=label or f"v{outer}", role="context", **known
+                "input",
+                node.type,
+                batched=node.batched,
+                label=label,
+                name=label or f"v{outer}",
+                role="context",
+                **known,
             )
             self.inputs.append(self._captured[outer])
             self.outer.append(outer)

@@ -158,7 +158,7 @@ def low_rank(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> LowRa
     w = node.inputs[1 - node.inputs.index(u)]
     if w == u or node.tensor != graph[u].tensor or graph[w].tensor.axes != node.tensor.axes:
         return None
-    if not inv.sound_region(p, inv.between(p, u, exits)):
+    if not inv.sound_region(p, u, inv.between(p, u, exits)):
         return None
     for s, v in bottlenecks(graph, p.unknown, u):
         path = between(graph, s, w)

@@ -82,14 +82,13 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class FixedPoint:
-    """entry + g(entry) = exit for a certified contraction g."""
+    """entry + g(entry) = exit for a certified contraction g, a sum of terms."""
 
     entry: int
     exit: int
-    residual: int  # the node g(entry)
+    residual: tuple[tuple[int, bool], ...]  # the terms of g(entry), and whether each is subtracted
     path: tuple[int, ...]
     constant: float
-    negative: bool = False  # exit = entry - residual
 
 
 @dataclass(frozen=True, slots=True)

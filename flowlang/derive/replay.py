@@ -393,11 +393,16 @@ class Replay:
         body = Body(self)
         u = self.source[step.entry]
         body.entry(u)
-        for n in step.path:
-            if n not in (step.entry, step.exit):
-                body.evaluate(self.source[n])
-        residual = body.ordered(step.residual, u.tensor)
-        return body, body.program([body.b.neg(residual) if step.negative else residual])
+        inside, b = set(step.path), body.b
+        total: int | None = None
+        for n, negative in step.residual:
+            for i in sorted(inside & self.source.reachable([n])):
+                body.evaluate(self.source[i])
+            g = b.neg(body.value(n)) if negative else body.value(n)
+            total = g if total is None else b.add(total, g)
+        assert total is not None
+        total = b.expand(total, u.tensor)
+        return body, body.program([b.op("order", total, names=u.tensor.names)])
 
     def solve_fixed_point(self, step: FixedPoint) -> None:
         u = self.source[step.entry]

@@ -31,7 +31,7 @@ def scalar_map(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Sca
     if len(exits) > 1 or not same_axes(inv, u, e):
         return None
     path = inv.between(p, u, exits)
-    if not pointwise(inv, p, u, path) or not inv.sound_region(p, path):
+    if not pointwise(inv, p, u, path) or not inv.sound_region(p, u, path):
         return None
     proof = Proof(inv, u, e, path)
     for n in path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flowlang.analysis.dependence import Dependence
 from flowlang.derive.plan import Order, Scan
 from flowlang.derive.problem import Problem, ScanContext
-from flowlang.ir.relation import Relation, compare, subset
+from flowlang.ir.relation import Relation, compare, full, subset
 from flowlang.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def scan(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Scan | None:
     dependence = inv.dependence(u, p.cut)
     region = inv.between(p, u, exits)
-    if not inv.sound_region(p, region):
+    if not inv.sound_region(p, u, region):
         return None
     for order in orders(inv, p, u, exits):
         carriers = carry(inv, dependence, u, exits, order, region)
@@ -35,9 +35,7 @@ def orders(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Iterato
     """Single axes, then lexicographic orders of several: raster scans."""
     t = inv.graph[u].tensor
     names = [
-        a.name
-        for a in t.axes
-        if a.size > 1 and not inv.barred(p, u, a.name) and all(inv.graph[e].tensor.has(a.name) for e in exits)
+        a.name for a in t.axes if not inv.barred(p, u, a.name) and all(inv.graph[e].tensor.has(a.name) for e in exits)
     ]
     for k in range(1, len(names) + 1):
         for axes in itertools.permutations(names, k):
@@ -78,9 +76,10 @@ def not_after(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
     sizes = {a.name: a.size for a in relation.rows}
     for part in relation.parts:
         for row, (axis, reverse) in zip(rows, order, strict=True):
-            found = relation.matrix(part, row, axis)
-            upto, before = compare(sizes[row], "<=" if reverse else ">="), compare(sizes[row], "<" if reverse else ">")
-            if found is None or upto is None or before is None or not subset(found, upto):
+            n = sizes[row]
+            found = relation.matrix(part, row, axis) or full(n, n)
+            upto, before = compare(n, "<=" if reverse else ">="), compare(n, "<" if reverse else ">")
+            if upto is None or before is None or not subset(found, upto):
                 return False
             if subset(found, before):
                 break
@@ -99,7 +98,9 @@ def scan_along(
     region: list[int], dependence: Dependence,
 ) -> Scan | None:  # fmt: skip
     graph = inv.graph
-    dropped = {n for n in region if n not in exits and n in carriers and drops(dependence.of(n), carriers[n], order)}
+    inside = [n for n in region if n not in exits and isinstance(graph[n].type, TensorType)]
+    independent = {n for n in inside if dependence.of(n) is None}  # known, at every slice
+    dropped = independent | {n for n in inside if n in carriers and drops(dependence.of(n), carriers[n], order)}
     if not dropped:
         return None
     for n in region:  # a call whose every result is dropped is dropped with them
@@ -108,7 +109,7 @@ def scan_along(
             dropped.add(n)
     inner = Problem(
         Counter(exits), frozenset([u]), {n for n in region if n not in dropped and n not in exits},
-        (*p.scans, ScanContext(carriers)), p.cut | dropped, p.slice_known | dropped | set(exits),
+        (*p.scans, ScanContext(carriers)), p.cut | dropped, p.slice_known | (dropped - independent) | set(exits),
     )  # fmt: skip
     for n in region:
         if n != u and n in inner.unknown and inv.computable(inner, graph[n]):
@@ -122,4 +123,4 @@ def scan_along(
 
 
 def drops(relation: Relation | None, rows: tuple[str, ...], order: Order) -> bool:
-    return relation is None or strict(relation, rows, order)
+    return relation is not None and strict(relation, rows, order)

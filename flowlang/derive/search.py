@@ -205,11 +205,11 @@ class Inverter:
         local = self.local(node, slot)
         return local is None or all(local.within(o, c, "==") for o, c in zip(own, other, strict=True))
 
-    def sound_region(self, p: Problem, nodes: Iterable[int]) -> bool:
+    def sound_region(self, p: Problem, entry: int, nodes: Iterable[int]) -> bool:
         """What lies between entry and exits reads nothing unknown beside it, and under a scan nothing
         across slices (A5.4)."""
         inside = set(nodes)
-        for n in inside:
+        for n in inside - {entry}:
             for k, i in enumerate(self.graph[n].inputs):
                 if i in p.unknown and i not in inside:
                     return False

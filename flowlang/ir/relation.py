@@ -61,6 +61,11 @@ def eye(n: int) -> Matrix:
     return Matrix(n, n, None)
 
 
+@lru_cache(maxsize=64)
+def full(n: int, m: int) -> Matrix:
+    return Matrix(n, m, ((1 << m) - 1,) * n)
+
+
 def too_large(n: int, m: int) -> bool:
     return n * m > MAX_BITS
 
@@ -352,19 +357,32 @@ def eliminate(left: dict[str | None, Matrix], right: dict[str | None, Matrix]) -
     if len(left) == 2 and len(right) == 1:
         (r1, m1), (r2, m2) = sorted(left.items(), key=lambda p: p[0] or "")
         ((e, inner),) = right.items()
-        return [
-            {(r1, e): transpose(f), (r2, e): transpose(g)} if g is not None else {(r1, e): transpose(f)}
-            for f, g in blocks(transpose(inner), transpose(m1), transpose(m2))
-        ]
+        found = lexicographic(transpose(inner), transpose(m1), transpose(m2))
+        return [{((r1, r2)[k], e): transpose(f) for k, f in part} for part in found]
     if len(left) == 1 and len(right) == 2:
         ((r, outer),) = left.items()
         (e1, m1), (e2, m2) = sorted(right.items(), key=lambda p: p[0] or "")
-        return [{(r, e1): f, (r, e2): g} if g is not None else {(r, e1): f} for f, g in blocks(outer, m1, m2)]
+        return [{(r, (e1, e2)[k]): f for k, f in part} for part in lexicographic(outer, m1, m2)]
     return [{(r, e): product(a, b) for r, a in left.items() for e, b in right.items()}]
 
 
 def nonempty_rows(a: Matrix) -> Matrix:
     return matrix(a.n, 1, (1 if r else 0 for r in a.bits()))
+
+
+@lru_cache(maxsize=512)
+def lexicographic(outer: Matrix, first: Matrix, second: Matrix) -> tuple[tuple[tuple[int, Matrix], ...], ...]:
+    """`blocks` with the better of the two as the slow axis; matrices with the number of their axis."""
+    choices = []
+    for order, found in (((0, 1), blocks(outer, first, second)), ((1, 0), blocks(outer, second, first))):
+        parts = [[(order[0], f)] + ([(order[1], g)] if g is not None else []) for f, g in found]
+        width = (second if order == (0, 1) else first).m
+        volume = 0
+        for f, g in found:
+            inner = [r.bit_count() for r in g.bits()] if g is not None else [width] * f.n
+            volume += sum(r.bit_count() * n for r, n in zip(f.bits(), inner, strict=True))
+        choices.append((volume, order, tuple(tuple(p) for p in parts)))
+    return min(choices, key=lambda c: c[:2])[2]
 
 
 @lru_cache(maxsize=512)

@@ -749,6 +749,17 @@ def _simple_add(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
         return args[1]
     if y == 0 and _number(y) and b.type(args[0]).kind == "real":
         return args[0]
+    return _merge_choices(b, b.graph[args[0]], b.graph[args[1]])
+
+
+def _merge_choices(b: Builder, x: Node, y: Node) -> int | None:
+    """where(c, t, 0) + where(c, 0, s) is where(c, t, s): the slopes of two branches."""
+    if x.op != "where" or y.op != "where" or x.inputs[0] != y.inputs[0] or x.tensor != y.tensor:
+        return None
+    for p, q in ((x, y), (y, x)):
+        if b.const_value(p.inputs[2]) == 0 and b.const_value(q.inputs[1]) == 0:
+            found = b.op("where", x.inputs[0], p.inputs[1], q.inputs[2])
+            return found if b.type(found) == x.tensor else None
     return None
 
 
