@@ -45,7 +45,7 @@ def polar(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Polar | 
     if len(exits) > 1 or p.scans or not t.axes or graph[e].tensor != t or inv.interval(u) != REAL:
         return None
     region = inv.between(p, u, exits)
-    if not inv.sound_region(p, region):
+    if not inv.sound_region(p, u, region):
         return None
     for radius, power, arm in radii(inv, u, region):
         if power == 2 and any(x.op == "sqrt" for x, _ in graph.users(radius)):
