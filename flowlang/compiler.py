@@ -516,7 +516,9 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     way = comp.analyses.way(region)
     entry["log_det"] = log_det
     entry["inverse"] = way
-    entry["exactness"] = "unbiased" if comp.analyses.estimated(region) else "exact"
+    # A draw inside makes log_prob a lower bound: its mean over draws is log p less a Kullback-Leibler divergence.
+    draws = any(r.draws for r in region.walk())
+    entry["exactness"] = "lower bound" if draws else "unbiased" if comp.analyses.estimated(region) else "exact"
     entry["random"] = is_random(region)
     if region.steps:
         entry["steps"] = step_count(region)

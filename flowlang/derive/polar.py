@@ -72,7 +72,9 @@ def radii(inv: Inverter, u: int, region: list[int]) -> list[tuple[int, int, int]
             out.append((n, 2, inner.inputs[0]))
         elif node.op == "contract" and node.inputs[0] == node.inputs[1]:
             out.append((n, 2, node.inputs[0]))
-    return [(n, k, arm) for n, k, arm in out if arm == u or (graph[arm].op in ("sub", "add") and u in graph[arm].inputs)]
+    return [
+        (n, k, arm) for n, k, arm in out if arm == u or (graph[arm].op in ("sub", "add") and u in graph[arm].inputs)
+    ]
 
 
 def along_rays(
@@ -90,7 +92,9 @@ def along_rays(
         slope = add(mul(derivative(rho.over), rho.under), mul(rho.over, derivative(rho.under)), -1.0)
     except NoRational:
         return None
-    if not (positive(stretch.over, inv.interval) and positive(rho.under, inv.interval) and positive(slope, inv.interval)):
+    if not (
+        positive(stretch.over, inv.interval) and positive(rho.under, inv.interval) and positive(slope, inv.interval)
+    ):
         return None
     above, below = by_degree(rho.over), by_degree(rho.under)
     if max(above) <= max(below) or not positive(above[max(above)], inv.interval):

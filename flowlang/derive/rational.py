@@ -181,4 +181,16 @@ def write(b: Builder, p: Polynomial, value: Callable[[int], int]) -> int:
     return b.const(0.0) if out is None else out
 
 
-__all__ = ["VARIABLE", "NoRational", "Polynomial", "Rational", "by_degree", "derivative", "number", "positive", "read", "variable", "write"]
+__all__ = [
+    "VARIABLE",
+    "NoRational",
+    "Polynomial",
+    "Rational",
+    "by_degree",
+    "derivative",
+    "number",
+    "positive",
+    "read",
+    "variable",
+    "write",
+]
