@@ -54,21 +54,27 @@ class Analyses:
     _plans: dict[int, Plan | Failure] = field(default_factory=dict)
     _programs: dict[tuple[int, str], Program] = field(default_factory=dict)
     _bounds: dict[object, Evaluated] = field(default_factory=dict)
+    _kept: dict[int, Region | Program] = field(default_factory=dict)
     _lipschitz: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
+
+    def key(self, thing: Region | Program) -> int:
+        """The identity of a region or program, kept alive: that of a dead one may be given to another."""
+        self._kept[id(thing)] = thing
+        return id(thing)
 
     # ---- bounds ---------------------------------------------------------------------------------
 
     def ranges(self, region: Region) -> Ranges:
         """Bounds in a region whose inputs lie anywhere in their declared domains."""
-        if id(region) not in self._ranges:
+        if self.key(region) not in self._ranges:
             sink: list[Violation] = []
-            self._violations[id(region)] = sink
-            self._ranges[id(region)] = Ranges(
+            self._violations[self.key(region)] = sink
+            self._ranges[self.key(region)] = Ranges(
                 region.graph,
                 {d.value: law_support(region.graph, d) for d in region.draws},
                 lambda node, ivs: self.call_bounds(region.graph, node, ivs, sink),
             )
-        return self._ranges[id(region)]
+        return self._ranges[self.key(region)]
 
     def violations(self, region: Region) -> list[Violation]:
         """Partial ops that the region's declared domains do not make total."""
@@ -79,7 +85,7 @@ class Analyses:
         if region.base is not None:
             laws.append(region.base)
         found = [v for law in laws for v in self.argument_violations(region, law)]
-        return [*ranges.violations, *self._violations[id(region)], *found]
+        return [*ranges.violations, *self._violations[self.key(region)], *found]
 
     def argument_violations(self, region: Region, law: Emission | Draw | BaseDistribution) -> list[Violation]:
         """Arguments of a distribution that may leave where they must lie."""
@@ -120,7 +126,7 @@ class Analyses:
         return self.region_bounds(region, operands).outputs
 
     def region_bounds(self, region: Region, operands: Sequence[Interval]) -> Evaluated:
-        key = ("region", id(region), tuple(operands))
+        key = ("region", self.key(region), tuple(operands))
         if key not in self._bounds:
             inputs = dict(zip([*region.inputs, *region.context], operands, strict=False))
             sink: list[Violation] = []
@@ -161,7 +167,7 @@ class Analyses:
         return (*now[: int(node.attrs["carried"])], REAL)
 
     def program_bounds(self, program: Program, operands: Sequence[Interval]) -> Evaluated:
-        key = ("program", id(program), tuple(operands))
+        key = ("program", self.key(program), tuple(operands))
         if key not in self._bounds:
             inputs = dict(zip(program.inputs, operands, strict=False))
             sink: list[Violation] = []
@@ -190,14 +196,14 @@ class Analyses:
     # ---- plans and programs ---------------------------------------------------------------------
 
     def plan(self, region: Region) -> Plan | Failure:
-        if id(region) not in self._plans:
+        if self.key(region) not in self._plans:
             found = Inverter(region, self).run()
-            self._plans[id(region)] = found
+            self._plans[self.key(region)] = found
             if isinstance(found, Plan):
                 problem = self.check_image(region, found)
                 if problem is not None:
-                    self._plans[id(region)] = problem
-        return self._plans[id(region)]
+                    self._plans[self.key(region)] = problem
+        return self._plans[self.key(region)]
 
     def check_image(self, region: Region, plan: Plan) -> Failure | None:
         """A9b: every inverse step is total on what the outputs may be, and leads back into the declared domain;
@@ -221,7 +227,7 @@ class Analyses:
         return None
 
     def program(self, region: Region, name: str) -> Program:
-        key = (id(region), name)
+        key = (self.key(region), name)
         if key not in self._programs:
             plan = self.plan(region) if is_map(region) else None
             assert not isinstance(plan, Failure), plan
@@ -244,7 +250,7 @@ class Analyses:
         return None
 
     def lipschitz(self, region: Region, slot: int, index: int) -> float | None:
-        key = (id(region), slot, index)
+        key = (self.key(region), slot, index)
         if key not in self._lipschitz:
             entry = [*region.inputs, *region.context][slot]
             ranges = self.ranges(region)
