@@ -737,6 +737,8 @@ class Elaborator:
         except Fail as e:
             self.report.add(e.diagnostic)
             return None
+        except Poisoned:
+            return None
         if not isinstance(spec, Static):
             return None
         match spec.name:

@@ -657,7 +657,7 @@ def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
     """`repeat n { steps }`: one region for all copies when a copy gives back the type it takes."""
     assert body.chain_value is not None
     x = body.chain_value
-    if isinstance(x, Poison) or count == 0:
+    if isinstance(x, Poison) or count == 0 or not statement.body:
         return
     if count > 1:
         inner = inner_body(body, statement, "chain")

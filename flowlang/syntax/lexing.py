@@ -51,8 +51,11 @@ class Shaped:
     broken_spans: list[tuple[int, int]] = field(default_factory=list)  # offsets that a reported problem covers
 
 
-def shape(source: Source, raw: Iterable[Any]) -> Shaped:
-    """Decides words and statement ends; reports what is wrong with characters and brackets."""
+def shape(source: Source, raw: Iterable[Any], *, top: bool = True) -> Shaped:
+    """Decides words and statement ends; reports what is wrong with characters and brackets.
+
+    `top`: the text is a file, whose first words are those of items; otherwise it is one expression.
+    """
     out = Shaped()
     spellings: dict[str, str] = {}
     clean: list[Any] = []
@@ -60,9 +63,9 @@ def shape(source: Source, raw: Iterable[Any]) -> Shaped:
     for token in raw:
         kind = token.type
         start, end = token.start_pos, token.end_pos
-        if len(clean) > limits.TOKENS:
-            out.problems.append(_limit(source, start, end, f"more than {limits.TOKENS:,} words and signs"))
-            break
+        if len(clean) >= limits.TOKENS:
+            out.problems = [_limit(source, start, end, f"more than {limits.TOKENS:,} words and signs")]
+            return out
         if kind == "COMMENT":
             out.comments.append(Comment(start, end, str(token).rstrip(), line_start))
             continue
@@ -85,7 +88,7 @@ def shape(source: Source, raw: Iterable[Any]) -> Shaped:
             token = token.update(value=folded)
         line_start = kind == "NEWLINE"
         clean.append(token)
-    _structure(source, clean, out)
+    _structure(source, clean, out, top)
     return out
 
 
@@ -123,7 +126,7 @@ def _limit(source: Source, start: int, end: int, what: str) -> Diagnostic:
     return Diagnostic("FL0901", f"{what}: limit reached", Span(source, start, end), suggestion="split the file")
 
 
-def _structure(source: Source, raw: list[Any], out: Shaped) -> None:
+def _structure(source: Source, raw: list[Any], out: Shaped, top: bool) -> None:
     """One pass: brackets, statement ends, words."""
     stack: list[Any] = []
     tokens = out.tokens
@@ -187,7 +190,7 @@ def _structure(source: Source, raw: list[Any], out: Shaped) -> None:
             i += 1
             continue
         if kind == "NAME":
-            token = _word(raw, i, token, tokens, stack, header, statement_start)
+            token = _word(raw, i, token, tokens, stack, header, statement_start, top)
             kind = token.type
             if kind in ("KIND", "DEF"):
                 header = True
@@ -263,14 +266,16 @@ def _resyncs(raw: list[Any], i: int) -> bool:
     )
 
 
-def _word(raw: list[Any], i: int, token: Any, tokens: list[Any], stack: list[Any], header: bool, start: bool) -> Any:
+def _word(
+    raw: list[Any], i: int, token: Any, tokens: list[Any], stack: list[Any], header: bool, start: bool, top: bool
+) -> Any:
     text = str(token)
     if text in HARD:
         return token.update(type=HARD[text])
     after = raw[i + 1] if i + 1 < len(raw) else None
     previous = tokens[-1].type if tokens else None
     named = after is not None and after.type == "NAME"
-    if not stack and previous in (None, "SEP"):
+    if top and not stack and previous in (None, "SEP"):
         if text == "edition" and after is not None and after.type == "NUMBER":
             return token.update(type="EDITION")
         if named and text in TOP_WORDS and text != "edition":
@@ -279,7 +284,8 @@ def _word(raw: list[Any], i: int, token: Any, tokens: list[Any], stack: list[Any
             return token.update(type="REQUIRE")
         if named and str(after) not in HARD:
             return token.update(type="KIND")
-    if header and text == "given" and stack and stack[-1].type == "LPAR" and named:
+    variadic = after is not None and after.type == "STAR"
+    if header and text == "given" and stack and stack[-1].type == "LPAR" and (named or variadic):
         return token.update(type="GIVEN")
     if previous == "SCAN" and text == "reverse" and named:
         return token.update(type="REVERSE")

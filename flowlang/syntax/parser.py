@@ -57,7 +57,7 @@ def parse_expression(text: str) -> tree.Expr:
     """One expression, for tests and tools; raises FlowError."""
     source = Source.of("expression", text)
     report = Report()
-    shaped = shape(source, scan(text))
+    shaped = shape(source, scan(text), top=False)
     report.extend(shaped.problems)
     parser = _Parser(source, report)
     found = parser.piece(shaped.tokens, "expr") if report.ok else None
@@ -98,7 +98,7 @@ class _Parser:
             found = self.item(tokens)
             if found is None:
                 continue
-            if isinstance(found, int):
+            if isinstance(found, str):
                 edition = self.edition(found, tokens, k)
             else:
                 items.append(found)
@@ -106,18 +106,18 @@ class _Parser:
         module = _with_docs(module, self.source, shaped.comments)
         return Parsed(module, frozenset(self.broken), tuple(shaped.comments))
 
-    def edition(self, value: int, tokens: list[Any], k: int) -> int:
+    def edition(self, text: str, tokens: list[Any], k: int) -> int:
         where = Span(self.source, tokens[0].start_pos, tokens[-1].end_pos)
         if k:
             self.report.add(
                 Diagnostic("FL0106", "`edition` stands on the first line", where, suggestion="move it to the top")
             )
-        if value != EDITION:
+        if text != str(EDITION):
             self.report.add(
-                Diagnostic("FL0105", f"this FlowLang knows edition {EDITION}, and not {value}", where,
+                Diagnostic("FL0105", f"this FlowLang knows edition {EDITION}, and not {text}", where,
                            suggestion=f"write `edition {EDITION}`, or install a newer FlowLang")
             )  # fmt: skip
-        return value
+        return EDITION
 
     def touched(self, tokens: list[Any], shaped: Shaped) -> bool:
         start, end = tokens[0].start_pos, tokens[-1].end_pos
@@ -238,7 +238,7 @@ class _Parser:
     def top(self, node: Any) -> Any:
         match node.data:
             case "edition":
-                return int(str(node.children[1]).replace("_", ""))
+                return str(node.children[1])
             case "import_":
                 return self.import_(node)
             case "require":
