@@ -82,7 +82,7 @@ class Body:
         self.captured_instances: dict[int, tuple[Instance, Instance]] = {}
         self.used: set[str] = set()
         self.bound_spans: dict[str, Span] = {}
-        self.chain_value: Tensor | None = None
+        self.chain_value: Tensor | Poison | None = None  # what the steps of a chain have made so far
         self.outer_axes: set[str] | None = None  # shared axes that an enclosing reduction removes; None: no licence
         self.outer_typed = False
         self.depth = 0

@@ -534,8 +534,7 @@ class Elaborator:
         """A bijector without a tensor parameter: a chain, as in a flow."""
         if declaration.kind == "flow":
             run_statements(body, declaration.body or ())
-            if body.chain_value is not None:
-                body.region.outputs = [body.chain_value.id]
+            self.end_chain(body)
             return
         type_ = inputs.get("x")
         if type_ is None:
@@ -554,7 +553,13 @@ class Elaborator:
             body.axes.setdefault(a.name, a.size)
         body.chain_value = Tensor(id_, body)
         run_statements(body, declaration.body or ())
-        body.region.outputs = [body.chain_value.id]
+        self.end_chain(body)
+
+    def end_chain(self, body: Body) -> None:
+        if isinstance(body.chain_value, Tensor):
+            body.region.outputs = [body.chain_value.id]
+        elif body.chain_value is not None:
+            body.region.broken = True
 
     def finish(self, body: Body, declaration: tree.Declaration, value: Any, span: Span) -> None:
         if isinstance(value, Poison):

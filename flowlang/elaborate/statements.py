@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowlang import limits
 from flowlang.diagnostics import Label
@@ -63,11 +63,30 @@ def run_one(body: Body, statement: tree.Statement, *, last: bool) -> Any:
         body.region.broken = True
     except OpProblem as e:
         body.report(body.diagnostic(e.code, e.message, statement.span, suggestion=e.suggestion, notes=e.notes))
-    if isinstance(statement, tree.Bind):
-        for t in statement.targets:
-            body.names[t.name] = POISON
-            body.used.add(t.name)
+    for name in bound_names(statement):
+        body.names[name] = POISON
+        body.used.add(name)
+    if body.chain_value is None and body.region.kind == "flow":
+        body.chain_value = POISON  # it may have been the `data`
     return POISON
+
+
+def bound_names(statement: tree.Statement) -> list[str]:
+    """The names that a statement binds or updates, those inside its blocks too."""
+    match statement:
+        case tree.Bind():
+            return [t.name for t in statement.targets]
+        case tree.Declare():
+            return [e.name for e in statement.entries]
+        case tree.Declaration():
+            return [statement.name]
+        case tree.Invalid():
+            return list(statement.names)
+        case tree.If():
+            return [n for s in (*statement.then, *statement.orelse) for n in bound_names(s)]
+        case tree.Repeat() | tree.For() | tree.Scan():
+            return [n for s in statement.body for n in bound_names(s)]
+    return []
 
 
 def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
@@ -105,6 +124,10 @@ def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
             raise body.fail("FL0902", "a tableau has no meaning yet", statement.span)
         case tree.Import():
             raise body.fail("FL0106", "`import` stands at the top of a file", statement.span)
+        case tree.Invalid():
+            if body.chain_value is not None:
+                step_failed(body)
+            raise_poison()
     return NOTHING
 
 
@@ -295,6 +318,11 @@ def expression(body: Body, statement: tree.ExprStatement, last: bool) -> Any:
         for e in statement.values:
             run_step(body, e)
         return NOTHING
+    if body.region.kind == "flow":
+        raise body.fail(
+            "FL0212", f"the flow `{body.region.name}` has no `data` before its first step", statement.span,
+            suggestion="begin with `data x: R[D = 2]`",
+        )  # fmt: skip
     if not last:
         for e in statement.values:
             body.ev(e)
@@ -323,6 +351,8 @@ def declare(body: Body, statement: tree.Declare) -> None:
         except Fail as e:
             body.report(e.diagnostic)
             body.names[entry.name] = POISON
+            if statement.word == "data" and body.region.kind == "flow":
+                body.chain_value = POISON
 
 
 def check_new(body: Body, name: str, span: Span) -> None:
@@ -526,7 +556,7 @@ def emit(body: Body, statement: tree.Emit) -> None:
     body.region.emissions.append(Emission(id, dist.law, distribution_arguments(body, dist, body.b.type(id)), statement.span))
 
 
-def raise_poison() -> None:
+def raise_poison() -> NoReturn:
     from flowlang.elaborate.body import Poisoned
 
     raise Poisoned
@@ -540,8 +570,8 @@ def base(body: Body, statement: tree.Base) -> None:
     if body.chain_value is None:
         raise body.fail("FL0212", "a flow needs `data` before its base", statement.span)
     dist = distribution(body, statement.value)
-    if dist is None:
-        return
+    if dist is None or isinstance(body.chain_value, Poison):
+        raise_poison()
     arguments = distribution_arguments(body, dist, body.chain_value.type)
     body.region.base = BaseDistribution(dist.law, arguments, statement.span)
 
@@ -557,19 +587,27 @@ def run_step(body: Body, expr: tree.Expr) -> None:
     x = body.chain_value
     fn = body.ev(expr)
     if isinstance(fn, Poison) or isinstance(x, Poison):
-        body.region.broken = True
+        step_failed(body)
         return
-    before = len(body.region.emissions)
     result = apply(body, step_function(body, fn, expr), [x], context_for(body, fn), expr.span, [expr.span])
-    del before
     if isinstance(result, Poison):
-        body.region.broken = True
+        step_failed(body)
         return
     if not isinstance(result, Tensor):
         raise body.fail("FL0211", f"a step gives one value, and this gives {describe(result)}", expr.span)
     result = body.capture(result)
     body.chain_value = result
     body.region.steps.append(Step(expr.span.text, x.id, result.id, span=expr.span))
+
+
+def step_failed(body: Body) -> None:
+    """The chain goes on after a step in error, so that later mistakes are told too.
+
+    A step on vectors hardly ever changes their type; what one on images would have made, nobody knows.
+    """
+    body.region.broken = True
+    if isinstance(body.chain_value, Tensor) and body.chain_value.type.rank > 1:
+        body.chain_value = POISON
 
 
 def step_function(body: Body, fn: Any, expr: tree.Expr) -> Any:
@@ -657,17 +695,20 @@ def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
     """`repeat n { steps }`: one region for all copies when a copy gives back the type it takes."""
     assert body.chain_value is not None
     x = body.chain_value
-    if isinstance(x, Poison) or count == 0 or not statement.body:
+    if count == 0 or not statement.body:
+        return
+    if isinstance(x, Poison):
+        run_statements(body, statement.body)  # for the names in it
         return
     if count > 1:
         inner = inner_body(body, statement, "chain")
         inner.chain_value = new_input(inner, "x", x.type, body.graph[x.id].batched, statement.span)
         inner.region.inputs = [inner.chain_value.id]
         run_statements(inner, statement.body)
-        if inner.region.broken:
-            body.region.broken = True
-            return
         out = inner.chain_value
+        if inner.region.broken or not isinstance(out, Tensor):
+            step_failed(body)
+            return
         if out.type == x.type and not inner.region.emissions:
             inner.region.outputs = [out.id]
             ids = repeat_node(body, inner, [x.id], count, statement.span)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,7 @@ from flowlang import limits
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.source import Source, Span
 from flowlang.syntax import tree
-from flowlang.syntax.lexing import CLOSING, OPENING, Comment, Shaped, items_of, shape
+from flowlang.syntax.lexing import CLOSING, OPENING, Comment, items_of, shape
 from flowlang.syntax.tables import Node, Token, engine, scan
 
 EDITION = 1
@@ -77,6 +77,7 @@ class _Parser:
         self.source = source
         self.report = report
         self.broken: set[str] = set()
+        self.hurt_spans: list[tuple[int, int]] = []
 
     def span(self, node: Any) -> Span:
         if isinstance(node, Node):
@@ -88,19 +89,15 @@ class _Parser:
     def run(self) -> Parsed:
         shaped = shape(self.source, scan(self.source.text))
         self.report.extend(shaped.problems)
+        self.hurt_spans = shaped.broken_spans
         whole = Span(self.source, 0, len(self.source.text))
         items: list[Any] = []
         edition: int | None = None
         for k, tokens in enumerate(items_of(shaped.tokens)):
-            if self.touched(tokens, shaped):
-                self.mark_broken(tokens)
-                continue
             found = self.item(tokens)
-            if found is None:
-                continue
             if isinstance(found, str):
                 edition = self.edition(found, tokens, k)
-            else:
+            elif found is not None:
                 items.append(found)
         module = tree.Module(self.source, edition, tuple(items), span=whole)
         module = _with_docs(module, self.source, shaped.comments)
@@ -119,28 +116,33 @@ class _Parser:
             )  # fmt: skip
         return EDITION
 
-    def touched(self, tokens: list[Any], shaped: Shaped) -> bool:
+    def hurt(self, tokens: list[Any]) -> bool:
+        """Whether a problem was reported among these tokens: what they say is not to be trusted."""
+        if not self.hurt_spans or not tokens:
+            return False
         start, end = tokens[0].start_pos, tokens[-1].end_pos
-        return any(s < end and e > start for s, e in shaped.broken_spans)
+        return any(s < end and e > start for s, e in self.hurt_spans)
 
     def mark_broken(self, tokens: list[Any]) -> None:
         if len(tokens) > 1 and tokens[0].type in ("KIND", "DEF"):
             self.broken.add(str(tokens[1]))
 
     def item(self, tokens: list[Any]) -> Any:
+        """An item of a file; a declaration keeps the statements that are good. None where nothing can be kept."""
+        failure: Diagnostic | None = None
         if tokens[0].type not in ("KIND", "IMPORT", "REQUIRE", "EDITION"):
-            self.report.add(self.misplaced(tokens))
+            if not self.hurt(tokens):
+                self.report.add(self.misplaced(tokens))
             return None
-        try:
-            return self.top(self.feed(tokens, "item"))
-        except _Failure as failure:
+        if not self.hurt(tokens):
+            try:
+                return self.top(self.feed(tokens, "item"))
+            except _Failure as e:
+                failure = e.diagnostic
+        found = self.recover(tokens, failure)
+        if found is None:
             self.mark_broken(tokens)
-            before = len(self.report.errors)
-            if tokens[0].type == "KIND":
-                self.recover_block(tokens)
-            if len(self.report.errors) == before:
-                self.report.add(failure.diagnostic)
-            return None
+        return found
 
     def misplaced(self, tokens: list[Any]) -> Diagnostic:
         where = Span(self.source, tokens[0].start_pos, tokens[0].end_pos)
@@ -150,51 +152,49 @@ class _Parser:
             suggestion="a file holds imports, `require` and declarations, as in `flow name { .. }`",
         )  # fmt: skip
 
-    def recover_block(self, tokens: list[Any]) -> None:
-        """Reports every broken statement of a body by itself."""
-        at = next((k for k, t in enumerate(tokens) if t.type == "LBRACE"), None)
-        if at is None or tokens[-1].type != "RBRACE":
-            return
-        head = [*tokens[: at + 1], tokens[-1]]
-        try:
-            self.feed(head, "item" if tokens[0].type == "KIND" else "statement")
-        except _Failure as failure:
-            self.report.add(failure.diagnostic)
-        self.recover_statements(tokens[at + 1 : -1])
+    def recover(self, tokens: list[Any], failure: Diagnostic | None) -> Any:
+        """A declaration or compound statement that does not parse, or that a reported problem touches.
 
-    def recover_statements(self, tokens: list[Any]) -> None:
-        for part in items_of(tokens):
+        Its head is parsed with empty blocks, and each statement of its blocks by itself, so that every mistake is
+        reported once and the rest is kept. None where the head is at fault.
+        """
+        before = len(self.report)
+        head, blocks = _blocks(tokens)
+        found: Any = None
+        if blocks and not any(self.hurt([t]) for t in head):
             try:
-                self.feed(part, "statement")
-            except _Failure as failure:
-                before = len(self.report.errors)
-                braces = [k for k, t in enumerate(part) if t.type == "LBRACE"]
-                if braces and part[0].type in ("IF", "REPEAT", "FOR", "SCAN", "DEF"):
-                    self.recover_nested(part)
-                if len(self.report.errors) == before:
-                    self.report.add(failure.diagnostic)
+                top = tokens[0].type == "KIND"
+                found = (self.top if top else self.statement)(self.feed(head, "item" if top else "statement"))
+            except _Failure as e:
+                self.report.add(e.diagnostic)
+        bodies = [self.recover_block(b) for b in blocks]
+        if failure is not None and len(self.report) == before:
+            self.report.add(failure)
+            return None
+        if found is None:
+            return None
+        span = Span(self.source, tokens[0].start_pos, tokens[-1].end_pos)
+        return replace(_refill(found, bodies), span=span)
 
-    def recover_nested(self, part: list[Any]) -> None:
-        """The blocks of a compound statement, one by one; its heads with empty blocks."""
-        head: list[Any] = []
-        depth, start = 0, 0
-        for k, t in enumerate(part):
-            if t.type == "LBRACE":
-                if depth == 0:
-                    head.append(t)
-                    start = k + 1
-                depth += 1
-            elif t.type == "RBRACE":
-                depth -= 1
-                if depth == 0:
-                    self.recover_statements(part[start:k])
-                    head.append(t)
-            elif depth == 0:
-                head.append(t)
-        try:
-            self.feed(head, "statement")
-        except _Failure as failure:
-            self.report.add(failure.diagnostic)
+    def recover_block(self, tokens: list[Any]) -> tuple[tree.Statement, ...]:
+        return tuple(self.recover_statement(part) for part in items_of(tokens))
+
+    def recover_statement(self, tokens: list[Any]) -> tree.Statement:
+        failure: Diagnostic | None = None
+        hurt = self.hurt(tokens)
+        if not hurt:
+            try:
+                return self.statement(self.feed(tokens, "statement"))
+            except _Failure as e:
+                failure = e.diagnostic
+        found: tree.Statement | None = None
+        if tokens[0].type in ("IF", "REPEAT", "FOR", "SCAN", "DEF"):
+            found = self.recover(tokens, failure)
+        elif failure is not None:
+            self.report.add(failure)
+        if found is not None:
+            return found
+        return tree.Invalid(_names_bound(tokens), span=Span(self.source, tokens[0].start_pos, tokens[-1].end_pos))
 
     def piece(self, tokens: list[Any], start: str) -> Any:
         try:
@@ -539,6 +539,49 @@ class _Parser:
             case "item_into":
                 return tree.Item(None, None, nodes[0], nodes[1] if len(nodes) > 1 else None, span=span)
         return tree.Item(nodes[0], type=nodes[1] if len(nodes) > 1 else None, span=span)
+
+
+def _blocks(tokens: list[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """The tokens outside all braces, with the braces; and what stands in each pair."""
+    head: list[Any] = []
+    blocks: list[list[Any]] = []
+    depth = 0
+    for t in tokens:
+        closes = t.type == "RBRACE"
+        depth -= closes
+        if depth == 0:
+            head.append(t)
+        else:
+            blocks[-1].append(t)
+        if t.type == "LBRACE":
+            if depth == 0:
+                blocks.append([])
+            depth += 1
+    return head, blocks
+
+
+def _refill(node: Any, bodies: list[tuple[tree.Statement, ...]]) -> Any:
+    """A compound statement or declaration with its bodies put back, in text order."""
+    match node:
+        case tree.If():
+            then, *rest = bodies
+            if len(node.orelse) == 1:  # an `else if`: its own blocks follow
+                return replace(node, then=then, orelse=(_refill(node.orelse[0], rest),))
+            return replace(node, then=then, orelse=rest[0] if rest else ())
+        case tree.Declaration() if node.body is None:
+            return node
+    return replace(node, body=bodies[0])
+
+
+def _names_bound(tokens: list[Any]) -> tuple[str, ...]:
+    """Names that a statement which does not parse would have bound: uses of them are no second mistake."""
+    found: dict[str, None] = {}
+    for t, after in zip(tokens, [*tokens[1:], None], strict=True):
+        if t.type == "NAME" and (after is None or after.type in ("EQ", "ASSIGN", "TILDE", "COLON", "COMMA", "LSQB")):
+            found[str(t)] = None
+    if tokens[0].type == "DEF" and len(tokens) > 1:
+        found[str(tokens[1])] = None
+    return tuple(found)
 
 
 WORDS = {

@@ -273,6 +273,13 @@ class Tableau(Node):
     rows: tuple[Row, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Invalid(Node):
+    """A statement that does not parse; what is wrong was reported. `names` are those it would have bound."""
+
+    names: tuple[str, ...]
+
+
 # ---- declarations -------------------------------------------------------------------------------
 
 
@@ -310,7 +317,8 @@ class Declaration(Node):
 
 
 Statement = (
-    Bind | ExprStatement | Declare | Base | Emit | Require | Import | If | Repeat | For | Scan | Tableau | Declaration
+    Bind | ExprStatement | Declare | Base | Emit | Require | Import | If | Repeat | For | Scan | Tableau | Invalid
+    | Declaration
 )
 
 
