@@ -266,7 +266,7 @@ def check_support(comp: Compilation, region: Region) -> None:
     image = analyses.ranges(region).interval(region.outputs[0])
     where = region.base.span
     name = region.base.distribution.name
-    if image != support and not (image.within(support) and support.within(image)):
+    if (image.lo, image.hi) != (support.lo, support.hi):  # end points carry no mass
         comp.report.add(
             Diagnostic(
                 "FL0408",
@@ -277,6 +277,7 @@ def check_support(comp: Compilation, region: Region) -> None:
             )
         )
         return
+    support = support.meet(image) or support
     program = analyses.program(region, "inverse")
     context = [analyses.ranges(region).interval(c) for c in region.context]
     emitted = [analyses.ranges(region).interval(e.value) for e in region.emissions]
