@@ -81,13 +81,12 @@ class Proof:
         self.env: dict[int, int] = {}
         self.inputs: dict[int, Interval] = {}
         self.outer: dict[int, int] = {}
-        below = inv.graph.descendants([u])
         for n in sorted(inv.graph.reachable([e])):
             node = inv.graph[n]
             if not isinstance(node.type, TensorType):
                 continue
             inside = n in self.path and n != u
-            kept = node.op in KEPT and n not in below and all(i in self.env for i in node.inputs)
+            kept = node.op in KEPT and all(i in self.env and i not in self.path for i in node.inputs)
             if inside or kept:
                 self.env[n] = b.copy(node, [self.env[i] for i in node.inputs])
             else:

@@ -77,7 +77,7 @@ def not_after(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
     for part in relation.parts:
         for row, (axis, reverse) in zip(rows, order, strict=True):
             n = sizes[row]
-            found = relation.matrix(part, row, axis) or full(n, n)
+            found = relation.pairs(part, row, axis, n) or full(n, n)
             upto, before = compare(n, "<=" if reverse else ">="), compare(n, "<" if reverse else ">")
             if upto is None or before is None or not subset(found, upto):
                 return False
