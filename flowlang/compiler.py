@@ -86,6 +86,8 @@ def compile_source(
     for target in module.declared():
         if target.kind == "flow":
             check_flow(comp, target)
+        elif target.kind == "model":
+            check_model(comp, target)
     for target in module.declared():
         if target.kind in CHECKED_KINDS:
             comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, report)
@@ -96,7 +98,7 @@ def compile_source(
                     target.declaration.name_span, severity="warning",
                 )
             )  # fmt: skip
-        elif target.kind != "flow" and id(target.declaration) not in elab.instantiated:
+        elif target.kind not in ("flow", "model") and id(target.declaration) not in elab.instantiated:
             check_unused(comp, target)
     for item in module.module.items:
         if isinstance(item, tree.Require):
@@ -114,7 +116,8 @@ def compile_source(
 # ---- declarations -------------------------------------------------------------------------------
 
 
-def check_flow(comp: Compilation, target: Declared) -> None:
+def flow_arguments(comp: Compilation, target: Declared) -> dict[str, Any] | None:
+    """Static arguments of a flow or model: those set from outside, and witnesses for those without a default."""
     params = [p for ps in target.declaration.parameters for p in ps]
     arguments = {p.name: comp.elab.sets[p.name] for p in params if p.name in comp.elab.sets}
     comp.elab.used_sets |= set(arguments)
@@ -124,9 +127,14 @@ def check_flow(comp: Compilation, target: Declared) -> None:
     if missing:
         witness = comp.elab.witness_arguments(target, comp.elab.witness)
         if witness is None:
-            return
+            return None
         arguments = {**witness, **arguments}
-    region = comp.elab.root(target, arguments)
+    return arguments
+
+
+def check_flow(comp: Compilation, target: Declared) -> None:
+    arguments = flow_arguments(comp, target)
+    region = comp.elab.root(target, arguments) if arguments is not None else None
     if region is None:
         return
     comp.regions[target.name] = region
@@ -149,6 +157,18 @@ def check_flow(comp: Compilation, target: Declared) -> None:
     if not region.broken:
         check_requirements(comp, region)
         check_fields(region, comp.report)
+
+
+def check_model(comp: Compilation, target: Declared) -> None:
+    """A model's programs are examined one by one; its networks with the first that uses them."""
+    arguments = flow_arguments(comp, target)
+    region = comp.elab.root(target, arguments) if arguments is not None else None
+    if region is None:
+        return
+    comp.regions[target.name] = region
+    for program in region.programs.values():
+        examine(comp, program)
+        region.broken = region.broken or program.broken
 
 
 def check_unused(comp: Compilation, target: Declared) -> None:

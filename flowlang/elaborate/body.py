@@ -9,6 +9,7 @@ from flowlang import limits
 from flowlang.diagnostics import Diagnostic, Label
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import apply, make_call
+from flowlang.elaborate.paths import FUNCTIONS
 from flowlang.elaborate.scope import ModuleScope, did_you_mean
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import (
@@ -24,6 +25,7 @@ from flowlang.elaborate.values import (
     Instance,
     Local,
     Option,
+    PathFunction,
     Pending,
     Poison,
     RangeValue,
@@ -195,6 +197,10 @@ class Body:
         if isinstance(value, list):
             return [self.capture(v) for v in value]
         return value
+
+    def draw(self, target: tree.Target, dist: DistributionValue, span: Span) -> Tensor | None:
+        """The value of a draw in a program; None in a bijector, where a draw is balanced by an emission."""
+        return None
 
     def import_shared(self, outer: Instance, name: str) -> Instance:
         if id(outer) not in self.captured_instances:
@@ -532,9 +538,25 @@ class Body:
             raise self.fail(
                 "FL0201", f"unknown name `{expr.name}`", expr.span, suggestion=did_you_mean(expr.name, value.names)
             )
+        if isinstance(value, Declared | Instance) and value.kind == "path":
+            return self.path_function(value, expr)
         if isinstance(value, Instance) and expr.name in value.arguments:
             return value.arguments[expr.name]
         raise self.fail("FL0306", f"{describe(value)} has no part `{expr.name}`", expr.span)
+
+    def path_function(self, value: Declared | Instance, expr: tree.Attribute) -> PathFunction:
+        target = value.target if isinstance(value, Instance) else value
+        arguments = dict(value.arguments) if isinstance(value, Instance) else {}
+        if isinstance(target, Declared) and target.declaration.alias is not None:
+            found = self.elab.resolve_alias(target)
+            if isinstance(found, Declared | Instance):
+                return self.path_function(found, expr)
+        if not isinstance(target, Declared) or expr.name not in FUNCTIONS:
+            raise self.fail(
+                "FL0306", f"a path has no `{expr.name}`", expr.span,
+                suggestion=did_you_mean(expr.name, FUNCTIONS) or f"it has {', '.join(f'`{f}`' for f in FUNCTIONS)}",
+            )  # fmt: skip
+        return PathFunction(target, tuple(sorted(arguments.items())), expr.name)
 
     def brackets(self, expr: tree.Brackets) -> Any:
         value = self.ev(expr.value)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.paths import call_path
 from flowlang.elaborate.scope import close_names, did_you_mean, item_name
 from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
@@ -21,6 +22,7 @@ from flowlang.elaborate.values import (
     Instance,
     Local,
     Option,
+    PathFunction,
     Pending,
     Poison,
     Tensor,
@@ -155,6 +157,8 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
             return call_target(body, Instance(fn, {}, args.span), args)
         case Instance():
             return call_target(body, fn, args)
+        case PathFunction():
+            return call_path(body, fn, args)
         case Local():
             return call_local(body, fn, args)
         case _:
@@ -182,6 +186,8 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
             return alias
         return dispatch(body, alias, args)
     body.elab.check_kind(body, inst.target, args.span)
+    if inst.kind == "path" and not args.positional:
+        return Instance(inst.target, {**inst.arguments, **args.keywords}, args.span)
     if inst.kind == "solver":
         return solver_instance(body, inst, args)
     params = parameters_of(inst)

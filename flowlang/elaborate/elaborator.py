@@ -10,6 +10,7 @@ from flowlang.diagnostics import Diagnostic, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, parameters_of
+from flowlang.elaborate.models import build_model
 from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
@@ -421,6 +422,9 @@ class Elaborator:
         params = parameters_of(inst)
         self.bind_statics(body, inst, params, span, caller)
         tensor_params = [p for p in params if is_tensor_type(p.type)]
+        if declaration.kind == "model":
+            build_model(self, body, declaration)
+            return
         if not tensor_params:
             self.build_chain(body, declaration, inputs, span)
             return

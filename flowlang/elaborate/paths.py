@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flowlang.elaborate.arithmetic import Algebra, Evaluator, static_names
+from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.elaborate.values import PathFunction
 from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+    from flowlang.elaborate.calls import Arguments
 
 
 def symbolic(declaration: tree.Declaration, given: Mapping[str, Any] | None = None) -> Any:
@@ -29,3 +34,76 @@ def symbolic(declaration: tree.Declaration, given: Mapping[str, Any] | None = No
     symbols = dict(zip(("t", "x0", "x1"), sp.symbols("t x0 x1", real=True), strict=True))
     names.update({p.name: symbols[p.name] for ps in declaration.parameters for p in ps if p.name in symbols})
     return Evaluator(algebra, names).run(declaration.body or ())
+
+
+# ---- paths as functions of tensors --------------------------------------------------------------
+
+FUNCTIONS = ("at", "velocity", "alpha", "sigma", "alpha_rate", "sigma_rate")
+
+
+def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
+    """`path.at(t, x0, x1)` and what follows from it: `velocity(t, x0, x1)`, `alpha(t)`, `sigma(t)` and their rates."""
+    assert args.span is not None
+    names = ("t", "x0", "x1") if fn.name in ("at", "velocity") else ("t",)
+    values = dict(zip(names, args.positional, strict=False)) | args.keywords
+    if set(values) != set(names):
+        raise body.fail(
+            "FL0203", f"`{fn.name}` of a path takes ({', '.join(names)})", args.span,
+            suggestion=f"as in `{fn.path.declaration.name}.{fn.name}({', '.join(names)})`",
+        )  # fmt: skip
+    where = dict(zip(names, args.spans, strict=False))
+    try:
+        expression = symbolic(fn.path.declaration, {k: v for k, v in fn.arguments if isinstance(v, int | float)})
+    except NotPlain as stop:
+        raise body.fail(
+            "FL0902", f"the path `{fn.path.declaration.name}` is no formula in t, x0 and x1 ({stop.what}), and has no meaning yet", args.span
+        ) from None  # fmt: skip
+    import sympy as sp
+
+    t = sp.Symbol("t", real=True)
+    ends = {n: sp.Symbol(n, real=True) for n in ("x0", "x1")}
+    if fn.name in ("velocity", "alpha_rate", "sigma_rate"):
+        expression = sp.diff(expression, t)
+    if fn.name.startswith(("alpha", "sigma")):
+        end = ends["x1" if fn.name.startswith("alpha") else "x0"]
+        expression = sp.simplify(sp.diff(expression, end))
+        if expression.has(*ends.values()):
+            raise body.fail("FL0306", f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`", args.span)
+    env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
+    body.b.span = args.span
+    return body.wrap(emit_formula(body, sp.simplify(expression), env))
+
+
+def emit_formula(body: Body, e: Any, env: Mapping[str, int]) -> int:
+    """A sympy expression as graph nodes; symbols stand for values of the body."""
+    import sympy as sp
+
+    b = body.b
+    match e:
+        case sp.Symbol():
+            return env[e.name]
+        case sp.Number() | sp.NumberSymbol():
+            return b.const(float(e))
+        case sp.Add() | sp.Mul():
+            parts = [emit_formula(body, a, env) for a in e.args]
+            # Scalars first: a product with a tensor comes last.
+            parts.sort(key=lambda n: (b.type(n).rank, n))
+            out = parts[0]
+            for p in parts[1:]:
+                out = b.add(p, out) if isinstance(e, sp.Add) else b.mul(p, out)
+            return out
+        case sp.Pow(base=base, exp=power):
+            inner = emit_formula(body, base, env)
+            return b.op("pow", inner, emit_formula(body, power, env))
+        case sp.exp():
+            return b.op("exp", emit_formula(body, e.args[0], env))
+        case sp.Abs() | sp.Min() | sp.Max() | sp.Function():
+            name = {"Abs": "abs", "Min": "min", "Max": "max"}.get(type(e).__name__, type(e).__name__)
+            parts = [emit_formula(body, a, env) for a in e.args]
+            out = parts[0]
+            if name in ("min", "max"):
+                for p in parts[1:]:
+                    out = b.op(name, out, p)
+                return out
+            return b.op(name, out)
+    raise AssertionError(f"no graph for {type(e).__name__}")

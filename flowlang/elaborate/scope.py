@@ -12,9 +12,8 @@ from flowlang.source import Source, Span
 from flowlang.syntax import tree
 
 # Kinds whose declarations have a meaning now; others are parsed and refused with one diagnostic.
-KINDS = ("bijector", "net", "norm", "flow", "solver", "path", "const")
+KINDS = ("bijector", "net", "norm", "flow", "model", "solver", "path", "const")
 LATER_KINDS = {
-    "model": "models with named programs",
     "optimizer": "optimizers",
     "recipe": "recipes",
 }

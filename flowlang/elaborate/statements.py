@@ -221,6 +221,10 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     dist = distribution(body, statement.values[0])
     if dist is None:
         return POISON
+    drawn = body.draw(target, dist, statement.span)
+    if drawn is not None:
+        bind_name(body, target, drawn, "=")
+        return drawn
     spec = evaluate_type(body, target.type) if target.type is not None else None
     arguments = distribution_arguments(body, dist)
     type_ = draw_type(body, spec, arguments, statement.span, dist.law.event_axes)

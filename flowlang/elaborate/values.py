@@ -200,6 +200,15 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class PathFunction:
+    """`path.velocity`: a function that follows from a path."""
+
+    path: Declared
+    arguments: tuple[tuple[str, Any], ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Transition:
     """`t = 0 -> 1`: from one value to another."""
 

@@ -229,6 +229,7 @@ class Region:
     updates: list[Update] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
+    programs: dict[str, Region] = field(default_factory=dict)  # of a model: regions with the model's own children
     steps: list[Step] = field(default_factory=list)  # chains only
     span: Span | None = None
     doc: str | None = None

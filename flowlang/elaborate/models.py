@@ -1,0 +1,172 @@
+"""`model name { data .. def loss { .. } def sample { .. } }`: networks, and programs that share them.
+
+A program is a `def` of the model whose parameters have types, or the names of the model's data. It
+becomes a region of its own whose children are the model's. Any other `def` is a local function of the
+programs, evaluated where it is called.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flowlang.elaborate.body import Body, Fail, Poisoned
+from flowlang.elaborate.statements import NOTHING, check_new, run_one, run_statements
+from flowlang.elaborate.types import evaluate_type
+from flowlang.elaborate.values import DistributionValue, Instance, Local, Poison, Static, Tensor, Tuple, TypeSpec
+from flowlang.ir.domains import Domain
+from flowlang.ir.graph import Graph, Region
+from flowlang.ir.types import TensorType
+from flowlang.source import Span
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.elaborator import Elaborator
+
+
+class DataInput:
+    """An entry of `data` or `given`: its name, type and domain."""
+
+    def __init__(self, name: str, type: TensorType, domain: Domain, span: Span):
+        self.name, self.type, self.domain, self.span = name, type, domain, span
+
+
+class ProgramBody(Body):
+    """A program under construction: a graph of its own, with the children and parameters of its model."""
+
+    def __init__(self, model: Body, region: Region, inputs: list[DataInput]):
+        super().__init__(model.elab, region, model.module, parent=model, anchor=model.anchor)
+        self.model = model
+        self.data_type = inputs[0].type if inputs else None
+        region.children = model.region.children
+        self._reserved = model.reserved
+        self._copies: dict[int, int] = {}
+
+    def capture(self, value: Any, name: str | None = None) -> Any:
+        """The model's networks are used as they are; its parameters, and what it computes of them, are copied here."""
+        if isinstance(value, Instance):
+            return value
+        if isinstance(value, Tensor) and value.body is self.model:
+            return Tensor(self.copied(value.id), self)
+        return super().capture(value, name)
+
+    def copied(self, n: int) -> int:
+        if n not in self._copies:
+            node = self.model.graph[n]
+            self._copies[n] = self.b.copy(node, [self.copied(i) for i in node.inputs])
+        return self._copies[n]
+
+    def draw(self, target: tree.Target, dist: DistributionValue, span: Span) -> Tensor:
+        """A draw: the type written, or that of the arguments, or for a bare distribution that of the data."""
+        from flowlang.elaborate.statements import distribution_arguments, draw_type
+
+        arguments = distribution_arguments(self, dist)
+        spec = evaluate_type(self, target.type) if target.type is not None else None
+        if spec is None and not arguments:
+            if self.data_type is None:
+                raise self.fail("FL0310", f"`{target.name}` has no type, and the model has no `data` to take one from", span,
+                                suggestion=f"write it, as in `{target.name}: R[D = 2] ~ {dist.name}`")  # fmt: skip
+            type_ = self.data_type
+        else:
+            type_ = draw_type(self, spec, arguments, span, dist.law.event_axes)
+        self.b.span = span
+        return Tensor(dist.law.draw(self.b, type_, dict(arguments)), self)
+
+
+def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> None:
+    """Runs the model's statements, then makes a region of each program."""
+    inputs: list[DataInput] = []
+    defs: list[tree.Declaration] = []
+    for statement in declaration.body or ():
+        if isinstance(statement, tree.Declare) and statement.word in ("data", "given"):
+            inputs += declare_data(body, statement)
+        elif isinstance(statement, tree.Declaration) and statement.kind == "def":
+            defs.append(statement)
+            body.names[statement.name] = Local(statement, body)
+            body.used.add(statement.name)
+        else:
+            run_one(body, statement, last=False)
+    for d in defs:
+        if is_program(d, inputs):
+            region = build_program(body, d, inputs)
+            body.region.programs[d.name] = region
+            body.region.broken = body.region.broken or region.broken
+    if not body.region.programs and not body.region.broken:
+        body.report(
+            body.diagnostic(
+                "FL0212", f"the model `{declaration.name}` has no program", declaration.name_span or declaration.span,
+                suggestion="a program is a `def`, as in `def loss { .. }`; its parameters have types or the names of data",
+            )
+        )  # fmt: skip
+
+
+def declare_data(body: Body, statement: tree.Declare) -> list[DataInput]:
+    out: list[DataInput] = []
+    for entry in statement.entries:
+        try:
+            check_new(body, entry.name, entry.span)
+            spec = evaluate_type(body, entry.type) if entry.type is not None else None
+            if spec is None or isinstance(spec, Static) or spec.rest:
+                raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `data {entry.name}: R[D = 2]`", entry.span)
+            axes = []
+            for n, s in spec.axes:
+                size = body.elab.size_override(body, n, s, entry)
+                axes.append((n, size))
+                body.axes.setdefault(n, size)
+            out.append(DataInput(entry.name, TensorType.of(*axes, kind=spec.domain.kind), spec.domain, entry.span))
+        except Fail as e:
+            body.report(e.diagnostic)
+        except Poisoned:
+            body.region.broken = True
+    return out
+
+
+def is_program(d: tree.Declaration, inputs: list[DataInput]) -> bool:
+    data = {i.name for i in inputs}
+    return all(p.type is not None or p.name in data for ps in d.parameters for p in ps)
+
+
+def build_program(model: Body, d: tree.Declaration, inputs: list[DataInput]) -> Region:
+    region = Region(d.name, "program", Graph(), span=d.span, doc=d.doc, library=model.region.library)
+    region.signature = f"{model.region.name}.{d.name}"
+    body = ProgramBody(model, region, inputs)
+    try:
+        feed(body, d, inputs)
+        value = run_statements(body, d.body or ())
+        if value is NOTHING:
+            raise body.fail("FL0308", f"the program `{d.name}` has no result", d.name_span or d.span,
+                            suggestion="end its body with an expression")  # fmt: skip
+        if not isinstance(value, Poison):
+            values = list(value.items) if isinstance(value, Tuple) else [value]
+            region.outputs = [body.tensor(v, d.span) for v in values]
+    except Fail as e:
+        body.report(e.diagnostic)
+    except Poisoned:
+        region.broken = True
+    needed = region.graph.reachable(list(region.outputs))
+    named = {p.name for ps in d.parameters for p in ps}
+    region.inputs = [i for i in region.inputs if i in needed or region.graph[i].label in named]
+    return region
+
+
+def feed(body: ProgramBody, d: tree.Declaration, inputs: list[DataInput]) -> None:
+    """Inputs of a program: its parameters, and the data it reads."""
+    data = {i.name: i for i in inputs}
+    for p in (p for ps in d.parameters for p in ps):
+        if p.type is None:
+            found = data[p.name]
+            add_input(body, p.name, found.type, found.domain, p.span)
+            continue
+        spec = evaluate_type(body, p.type)
+        if not isinstance(spec, TypeSpec) or spec.rest or not spec.sized:
+            raise body.fail("FL0306", f"`{p.name}` of a program is a tensor of known size", p.span)
+        add_input(body, p.name, spec.tensor(), spec.domain, p.span)
+    for i in inputs:
+        if i.name not in body.names:
+            add_input(body, i.name, i.type, i.domain, i.span)
+
+
+def add_input(body: Body, name: str, type_: TensorType, domain: Domain, span: Span) -> None:
+    id = body.b.leaf("input", type_, batched=True, span=span, label=name, name=name, role="map", domain=domain)
+    body.region.inputs.append(id)
+    body.names[name] = Tensor(id, body)
+    body.used.add(name)
