@@ -83,14 +83,14 @@ def info(spec: str | Path, **sets: Any) -> list[dict[str, Any]]:
 
 
 def pick_flow(comp: Compilation, name: str | None) -> str:
-    flows = comp.flows()
+    flows = comp.flows() + comp.models()
     if name is not None:
         if name not in flows:
             raise FlowError(
                 Diagnostic(
                     "FL0804",
-                    f"`{name}` is no flow of this spec",
-                    suggestion=f"its flows are {', '.join(f'`{f}`' for f in flows) or 'none'}",
+                    f"`{name}` is no flow or model of this spec",
+                    suggestion=f"it has {', '.join(f'`{f}`' for f in flows) or 'none'}",
                 )
             )
         return name
@@ -98,7 +98,7 @@ def pick_flow(comp: Compilation, name: str | None) -> str:
         raise FlowError(
             Diagnostic(
                 "FL0804",
-                "this spec has no flow",
+                "this spec has no flow and no model",
                 suggestion="declare one, as in `flow name { data x: R[D = 2] .. base normal }`",
             )
         )
@@ -129,7 +129,7 @@ def generate_from(comp: Compilation, flow: str | None = None, *, standalone: boo
                 suggestion="write it with other functions",
             )
         ) from None
-    title = f"flow {name}: {region.graph[region.inputs[0]].type}"
+    title = f"{region.kind} {name}" + (f": {region.graph[region.inputs[0]].type}" if region.inputs else "")
     text = module_text(made, standalone=standalone, title=title, origin=Path(comp.source.name).name)
     return text, made.root
 

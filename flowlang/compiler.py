@@ -66,6 +66,9 @@ class Compilation:
     def flows(self) -> list[str]:
         return [d.name for d in self.module.declared() if self.kind(d) == "flow"]
 
+    def models(self) -> list[str]:
+        return [d.name for d in self.module.declared() if self.kind(d) == "model"]
+
     def kind(self, target: Declared) -> str:
         return target.kind
 

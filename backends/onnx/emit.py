@@ -69,7 +69,7 @@ def _neg(w: Lowering, n: Node) -> Value:
     return w.g.neg(w.number(w.value(n.inputs[0])))
 
 
-@emitter("identity", "stop", "rename")
+@emitter("identity", "within", "stop", "rename")
 def _identity(w: Lowering, n: Node) -> Value:
     return w.value(n.inputs[0])
 

@@ -96,6 +96,8 @@ class Generator:
         if self.root.kind == "flow":
             names = ["forward", "inverse", "log_prob", "sample", "sample_and_log_prob"]
             return [(n, f"_{n}") for n in (*names, *(["initialise"] if self.root.has_starts else []))]
+        if self.root.kind == "model":
+            return []
         if not is_map(self.root):
             return [("forward", "forward")]
         extra = [("score", "score"), ("generate", "generate")] if is_random(self.root) else []
@@ -105,6 +107,8 @@ class Generator:
         """For each region, the programs that the root needs of it, in a fixed order."""
         found: dict[int, set[tuple[str, bool]]] = {id(r): set() for r in self.regions}
         todo = [(self.root, p, False) for p, _ in self.roots()]
+        todo += [(r, "forward", False) for r in self.root.programs.values()]
+        found |= {id(r): set() for r in self.root.programs.values()}
         while todo:
             region, name, value_only = todo.pop()
             if (name, value_only) in found[id(region)]:
@@ -125,12 +129,17 @@ class Generator:
         scope = ClassScope(self, region)
         prefix = "_" if root else ""
         bodies = [self.write_method(scope, self.program(region, p, v), prefix + method_name(p, v)) for p, v in asked]
-        lines = [f"class {name}({'Flow' if root else 'nn.Module'}):"]
-        if root:
-            self.helpers.add("Flow")
+        for program in region.programs.values():
+            bodies += [self.program_face(program), self.write_method(scope, self.program(program, "forward"), f"_{program.name}")]
+        base = "Flow" if root else "Model" if region.programs else "nn.Module"
+        lines = [f"class {name}({base}):"]
+        if base != "nn.Module":
+            self.helpers.add(base)
         lines += [f"    {x}".rstrip() for x in self.docstring(region)]
         if root:
             lines += [f"    {x}".rstrip() for x in self.shapes(region)]
+        elif region.programs:
+            lines += [f"    {x}".rstrip() for x in self.programs(region)]
         constructor = scope.constructor()
         for body in [constructor, *bodies] if constructor else bodies:
             lines.append("")
@@ -163,6 +172,29 @@ class Generator:
         lines.append(f"types = {dictionary({k: string(str(t)) for k, t in types.items()})}")
         return ["", *"\n".join(lines).split("\n")]
 
+    def programs(self, region: Region) -> list[str]:
+        """The class attributes of a model: its programs with the shapes of their inputs, and all types."""
+        table: dict[str, str] = {}
+        types: dict[str, str] = {}
+        for name, program in region.programs.items():
+            nodes = [program.graph[i] for i in program.inputs]
+            table[name] = dictionary({str(n.label): repr(n.tensor.shape) for n in nodes})
+            types |= {str(n.label): string(str(n.tensor)) for n in nodes}
+        lines = [f"programs = {dictionary(table)}", f"types = {dictionary(types)}"]
+        return ["", *"\n".join(lines).split("\n")]
+
+    def program_face(self, region: Region) -> list[str]:
+        """The method that users call for a program: it checks its inputs and broadcasts their batch dimensions."""
+        names = [str(region.graph[i].label) for i in region.inputs]
+        results = ", ".join(["Tensor"] * len(region.outputs))
+        returns = results if len(region.outputs) == 1 else f"tuple[{results}]"
+        inputs = "".join(f", {n}: Tensor" for n in names) or ", shape: Any = ()"
+        head = f"def {region.name}(self{inputs}, generator: torch.Generator | None = None) -> {returns}:"
+        values = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+        doc = plain(region.doc or f"The program `{region.name}` of the spec.").splitlines()
+        body = f"return self.run({string(region.name)}, {values}, {'()' if names else 'shape'}, generator)"
+        return [head, *(f"    {x}" for x in quoted(doc)), f"    {body}"]
+
     def write_method(self, scope: ClassScope, program: Program, method: str) -> list[str]:
         if self.solved_first(program):
             return self.write_inverse(scope, program, method)
@@ -174,7 +206,8 @@ class Generator:
             var = writer.names.fresh(node.label or node.attrs.get("name") or "x")
             writer.env[i] = Expr(var)
             names.append(var)
-        sampling = program.name in ("sample", "sample_and_log_prob")
+        named = region.kind == "program"
+        sampling = program.name in ("sample", "sample_and_log_prob") or (named and not names)
         if sampling:
             writer.batch, writer.reference = "batch", "self.like"
         else:
@@ -183,7 +216,7 @@ class Generator:
             writer.reference = names[0]
         signature = ["self", *(["batch: tuple[int, ...]"] if sampling else []), *(f"{n}: Tensor" for n in names)]
         value_only = is_map(region) and not program.log_det and not sampling
-        if sampling or self.noisy(region, program.name, value_only):
+        if sampling or named or self.noisy(region, program.name, value_only):
             signature.append("generator: torch.Generator | None = None")
             writer.generator = "generator"
         results = writer.run(program.outputs)
@@ -191,7 +224,7 @@ class Generator:
         for k, o in enumerate(program.outputs):
             node = program.graph[o]
             text = results[k]
-            if not node.batched and is_map(region):
+            if not node.batched and (named or is_map(region)):
                 sizes = ", ".join(str(a.size) for a in node.tensor.axes)
                 shape = f"*{writer.batch}, {sizes}" if sizes else writer.batch
                 if writer.is_number(o):

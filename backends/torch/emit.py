@@ -388,7 +388,7 @@ def _neg(w: Writer, n: Node) -> Expr:
     return Expr(f"-{w.env[n.inputs[0]].at(UNARY)}", UNARY)
 
 
-@emitter("identity")
+@emitter("identity", "within")
 def _identity(w: Writer, n: Node) -> Expr:
     return w.env[n.inputs[0]]
 

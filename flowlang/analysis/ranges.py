@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region
-from flowlang.ir.interval import REAL, Interval, closed, point
+from flowlang.ir.interval import NONNEGATIVE, REAL, Interval, closed, point
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 
+NOISE = {"uniform": closed(0.0, 1.0), "exponential": NONNEGATIVE}  # bounds of standard noise
 Bounds = Interval | tuple[Interval, ...]
 
 
@@ -71,6 +72,8 @@ class Ranges:
             case "const":
                 values = list(number(node.attrs["value"]))
                 return closed(min(values), max(values)) if values else REAL
+            case "random_like" if node.attrs["kind"] in NOISE:
+                return NOISE[node.attrs["kind"]]
             case "index":
                 return closed(0, max(int(node.attrs["size"]) - 1, 0))
             case "get":
@@ -85,6 +88,8 @@ class Ranges:
         if violations is not None and op.total is not None:
             for need in op.total(node, types):
                 if not need.holds(operands[need.slot]):
+                    if node.attrs.get("proved"):  # shown by other means than intervals, as of a path's formula
+                        return REAL
                     violations.append(Violation(node, need, operands[need.slot], self.graph))
                     return REAL
         hull = hull_operand(self.graph, node)

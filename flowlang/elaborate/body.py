@@ -24,6 +24,7 @@ from flowlang.elaborate.values import (
     DistributionValue,
     Instance,
     Local,
+    LogProb,
     Option,
     PathFunction,
     Pending,
@@ -538,6 +539,11 @@ class Body:
             raise self.fail(
                 "FL0201", f"unknown name `{expr.name}`", expr.span, suggestion=did_you_mean(expr.name, value.names)
             )
+        if expr.name == "log_prob" and isinstance(value, Builtin | DistributionValue):
+            if isinstance(value, Builtin) and value.kind == "distribution":
+                value = apply(self, value, [], {}, expr.value.span)
+            if isinstance(value, DistributionValue):
+                return LogProb(value)
         if isinstance(value, Declared | Instance) and value.kind == "path":
             return self.path_function(value, expr)
         if isinstance(value, Instance) and expr.name in value.arguments:

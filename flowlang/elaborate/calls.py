@@ -21,6 +21,7 @@ from flowlang.elaborate.values import (
     Declared,
     Instance,
     Local,
+    LogProb,
     Option,
     PathFunction,
     Pending,
@@ -159,10 +160,23 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
             return call_target(body, fn, args)
         case PathFunction():
             return call_path(body, fn, args)
+        case LogProb():
+            return log_density(body, fn, args)
         case Local():
             return call_local(body, fn, args)
         case _:
             raise body.fail("FL0306", f"{describe(fn)} cannot be called", args.span)
+
+
+def log_density(body: Body, fn: LogProb, args: Arguments) -> Tensor:
+    """`normal.log_prob(z)`: for each sample, summed over the value's axes."""
+    assert args.span is not None
+    if len(args.positional) != 1 or args.keywords:
+        raise body.fail("FL0203", "`log_prob` takes one value", args.span)
+    law = fn.distribution
+    given = {n: body.tensor(body.capture(v), law.span) for n, v in law.arguments}
+    body.b.span = args.span
+    return body.wrap(law.law.total_log_prob(body.b, body.tensor(args.positional[0], args.spans[0]), given))
 
 
 # ---- arguments to parameters --------------------------------------------------------------------
@@ -791,13 +805,17 @@ def emit_call(
     outs = [
         TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in call_results(region, inst.inverted)
     ]
-    type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
     attrs = {
         "child": child.name,
         "region": region,
         "method": "inverse" if inst.inverted else "forward",
         "lifted": front,
     }
+    weighed = body.region.kind == "program" and region.kind in ("bijector", "chain")
+    if weighed:  # a program gets a bijector's log-det beside its value
+        outs.append(TensorType(tuple(lifted_axes(front))))
+        attrs["log_det"] = True
+    type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
     ids = tuple(id for id, _ in inputs.values())
     node = body.graph.add("call", ids, type_, attrs, span=span, label=None)
     if any(d for d in region.draws):
@@ -808,6 +826,7 @@ def emit_call(
         else [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(outs)]
     )
     main = len(region.outputs) if not inst.inverted else len(region.inputs)
+    log_det = [Tensor(body.b.sum_all(values.pop()), body)] if weighed else []
     for id in values[main:]:
         body.region.emissions.append(Emission(id, None, (), span))
     named = []
@@ -824,6 +843,7 @@ def emit_call(
             elif pairs:
                 id = body.b.op("rename", id, pairs=tuple(pairs.items()), span=span)
         named.append(Tensor(id, body))
+    named += log_det
     return named[0] if len(named) == 1 else Tuple(tuple(named))
 
 

@@ -19,7 +19,9 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
+from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Region
+from flowlang.ir.interval import closed
 from flowlang.ir.tableau import Tableau
 from flowlang.ir.types import SCALAR, TensorType
 from flowlang.source import Span
@@ -52,7 +54,7 @@ def integrate(body: Body, args: Arguments) -> Any:
     solver = args.keywords.get("solver", args.positional[2] if len(args.positional) == 3 else None)
     method = solver_attributes(body, solver, span)
     x = Tensor(body.tensor(args.positional[1], args.spans[1]), body)
-    inner = field_body(body, args.positional[0], x.type, span)
+    inner = field_body(body, args.positional[0], x.type, (min(start, stop), max(start, stop)), span)
     if inner is None:
         return POISON
     name = body.fresh_child_name("field")
@@ -122,8 +124,11 @@ def poisoned() -> Exception:
     return Poisoned()
 
 
-def field_body(body: Body, fn: Any, state: TensorType, span: Span) -> Body | None:
-    """The field v(x, t) as a region: x and t in, x's derivative out. None after a reported error."""
+def field_body(body: Body, fn: Any, state: TensorType, times: tuple[float, float], span: Span) -> Body | None:
+    """The field v(x, t) for t between two times, as a region: x and t in, x's derivative out.
+
+    None after a reported error.
+    """
     from flowlang.elaborate.body import Body as MakeBody
 
     region = Region("field", "net", Graph(), span=span, library=body.region.library)
@@ -131,7 +136,10 @@ def field_body(body: Body, fn: Any, state: TensorType, span: Span) -> Body | Non
     inner = MakeBody(body.elab, region, body.module, parent=body, anchor=body.anchor)
     real = TensorType(state.axes)
     x = Tensor(inner.b.leaf("input", real, batched=True, span=span, label="x", name="x", role="map"), inner)
-    t = Tensor(inner.b.leaf("input", SCALAR, batched=True, span=span, label="t", name="t", role="context"), inner)
+    time = Domain("Interval", times, closed(*times))
+    t = Tensor(
+        inner.b.leaf("input", SCALAR, batched=True, span=span, label="t", name="t", role="context", domain=time), inner
+    )
     region.inputs, region.context = [x.id], [t.id]
     value = apply(inner, inner.capture(fn), [x, t], {}, span)
     if isinstance(value, Poison) or region.broken:

@@ -71,6 +71,8 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
             raise body.fail("FL0306", f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`", args.span)
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
     body.b.span = args.span
+    # The formula is shown to be smooth for 0 < t < 1 where the path is declared; here t is shown to lie there.
+    env["t"] = body.b.op("within", env["t"], lo=0.0, hi=1.0)
     return body.wrap(emit_formula(body, sp.simplify(expression), env))
 
 
@@ -94,7 +96,7 @@ def emit_formula(body: Body, e: Any, env: Mapping[str, int]) -> int:
             return out
         case sp.Pow(base=base, exp=power):
             inner = emit_formula(body, base, env)
-            return b.op("pow", inner, emit_formula(body, power, env))
+            return proved(body, b.op("pow", inner, emit_formula(body, power, env)))
         case sp.exp():
             return b.op("exp", emit_formula(body, e.args[0], env))
         case sp.Abs() | sp.Min() | sp.Max() | sp.Function():
@@ -105,5 +107,10 @@ def emit_formula(body: Body, e: Any, env: Mapping[str, int]) -> int:
                 for p in parts[1:]:
                     out = b.op(name, out, p)
                 return out
-            return b.op(name, out)
+            return proved(body, b.op(name, out))
     raise AssertionError(f"no graph for {type(e).__name__}")
+
+
+def proved(body: Body, n: int) -> int:
+    """Marks a node as defined wherever it is used, by a proof that is not one of intervals."""
+    return body.graph.annotate(n, proved=True)

@@ -209,6 +209,13 @@ class PathFunction:
 
 
 @dataclass(frozen=True, slots=True)
+class LogProb:
+    """`normal.log_prob`: the log-density of a distribution, summed over a sample."""
+
+    distribution: DistributionValue
+
+
+@dataclass(frozen=True, slots=True)
 class Transition:
     """`t = 0 -> 1`: from one value to another."""
 

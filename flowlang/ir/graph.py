@@ -8,7 +8,7 @@ declaration. Equal instances share one region, and nodes refer to it by `call` a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.ir.types import TensorType, TupleType, Type
@@ -82,6 +82,14 @@ class Graph:
             graph.add_node(node.id, node=node)
             graph.add_edges_from((source, node.id, slot) for slot, source in enumerate(node.inputs))
         return graph
+
+    def annotate(self, id: int, **attrs: Any) -> int:
+        """Adds attributes to a node that say what is known of it."""
+        old = self._nodes[id]
+        node = replace(old, attrs={**old.attrs, **attrs})
+        self._nodes[id] = node
+        self.nx.nodes[id]["node"] = node
+        return id
 
     def __getitem__(self, id: int) -> Node:
         return self._nodes[id]

@@ -4,6 +4,9 @@ from flowlang.backends.torch.runtime.errors import (
     bad_input,
     no_solution,
 )
+from flowlang.backends.torch.runtime.face import (
+    Face,
+)
 from flowlang.backends.torch.runtime.flow import (
     Flow,
     FlowDistribution,
@@ -32,6 +35,9 @@ from flowlang.backends.torch.runtime.functions import (
     take_along,
     tanh_slope,
     unit_vector,
+)
+from flowlang.backends.torch.runtime.model import (
+    Model,
 )
 from flowlang.backends.torch.runtime.noise import (
     standard_noise,
@@ -103,10 +109,12 @@ from flowlang.backends.torch.runtime.splines import (
 __all__ = [
     "Cayley",
     "DenseMatrix",
+    "Face",
     "Flow",
     "FlowDistribution",
     "Interval",
     "LowerMatrix",
+    "Model",
     "PluMatrix",
     "Positive",
     "Rotation",

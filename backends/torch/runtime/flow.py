@@ -1,4 +1,4 @@
-"""The face of a flow: what users call."""
+"""A flow as users call it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from flowlang.backends.torch.runtime.errors import bad_input
-from torch import Tensor, nn
+from flowlang.backends.torch.runtime.face import Face
+from torch import Tensor
 
 
-class Flow(nn.Module):
+class Flow(Face):
     """A density model: data -> base. Every value may have any number of leading batch dimensions.
 
     Generated classes give the shapes of one sample, and `types`, which has them in the spec's words.
@@ -20,13 +21,6 @@ class Flow(nn.Module):
     base_shape: tuple[int, ...] = ()
     emitted_shapes: tuple[tuple[int, ...], ...] = ()
     given_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
-    types: dict[str, str] = {}  # noqa: RUF012
-    like: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Has the dtype and the device of the flow, also when it has no parameters.
-        self.register_buffer("like", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor, /, **given: Tensor) -> tuple[Tensor, ...]:
         """z and log|det dz/dx|; parts that leave on the way stand between them."""
@@ -159,43 +153,6 @@ class Flow(nn.Module):
                 f"give it by name, as in `{name} = ...`",
             )
         return [(name, self._check(name, given[name], shape), shape) for name, shape in self.given_shapes.items()]
-
-    def _common(self, batches: dict[str, Any]) -> tuple[int, ...]:
-        shapes = list(batches.values())
-        if all(s == shapes[0] for s in shapes):
-            return tuple(shapes[0])
-        try:
-            return tuple(torch.broadcast_shapes(*shapes))
-        except RuntimeError:
-            found = ", ".join(f"`{k}` {tuple(s)}" for k, s in batches.items())
-            raise bad_input(f"the batch shapes do not fit each other: {found}", "give shapes that broadcast") from None
-
-    def _check(self, name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
-        """The value as a tensor of the flow's dtype whose last dimensions are `shape`."""
-        if not isinstance(x, Tensor):
-            try:
-                x = torch.as_tensor(x, dtype=self.like.dtype, device=self.like.device)
-            except (TypeError, ValueError, RuntimeError):
-                raise bad_input(f"`{name}` is a {type(x).__name__}", "give a tensor") from None
-        if x.shape[x.dim() - len(shape) :] != shape or x.dim() < len(shape):
-            wanted = self.types.get(name, str(shape))
-            raise bad_input(
-                f"`{name}` has shape {tuple(x.shape)}, and one sample is {wanted}",
-                f"give a shape that ends in {shape}; batch dimensions come first",
-            )
-        if x.dtype != self.like.dtype:
-            if x.is_complex() or x.is_floating_point():
-                raise bad_input(
-                    f"`{name}` is {x.dtype}, and the flow is {self.like.dtype}",
-                    f"convert one of them, as by `.to({self.like.dtype})`",
-                )
-            x = x.to(self.like.dtype)
-        if x.device != self.like.device:
-            raise bad_input(
-                f"`{name}` is on {x.device}, and the flow is on {self.like.device}",
-                f"move one of them, as by `.to({str(self.like.device)!r})`",
-            )
-        return x
 
 
 class FlowDistribution(torch.distributions.Distribution):

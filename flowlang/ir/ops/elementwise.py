@@ -296,6 +296,21 @@ unary(
     weight=0,
     simplify=lambda b, args, at: args[0],
 )
+
+
+def _within(attrs: Attrs) -> Interval:
+    return closed(attrs["lo"], attrs["hi"])
+
+
+# within(x; lo, hi): x, shown to lie there, which lets formulas that hold on that interval use it.
+OPS.append(Op(
+    "within", real_result, depend, elementwise=True, interval=lambda ivs, t, n: ivs[0].meet(_within(n.attrs)) or _within(n.attrs),
+    total=lambda node, types: (Need(0, _within(node.attrs), words=f"a value in {_within(node.attrs)}"),),
+    jvp=lambda b, node, args, out, slot, t: t, lipschitz=lambda node, types, slot, ivs: 1.0,
+    invert=lambda b, node, slot, args, out: out, needs=lambda node, slot, facts: (),
+    log_det=lambda b, node, slot, args, out: LocalLogDet(None), log_det_cost="0",
+    support=lambda node, types, supports: supports[0],
+))  # fmt: skip
 unary("exp", bounds=mono(math.exp, 0.0, inf), d=lambda b, x, y: y, inverse=pointy("log"), log_slope=lambda b, x, y: x)
 # log(exp(-x)·I0(x)) of the modified Bessel function: the normaliser of von Mises.
 unary(

@@ -1,0 +1,58 @@
+"""What generated modules check of the values that they are called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flowlang.backends.torch.runtime.errors import bad_input
+from torch import Tensor, nn
+
+
+class Face(nn.Module):
+    """A generated module that users call. `types` has the types of its inputs in the spec's words."""
+
+    types: dict[str, str] = {}  # noqa: RUF012
+    like: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Has the dtype and the device of the module, also when it has no parameters.
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def _common(self, batches: dict[str, Any]) -> tuple[int, ...]:
+        shapes = list(batches.values())
+        if all(s == shapes[0] for s in shapes):
+            return tuple(shapes[0])
+        try:
+            return tuple(torch.broadcast_shapes(*shapes))
+        except RuntimeError:
+            found = ", ".join(f"`{k}` {tuple(s)}" for k, s in batches.items())
+            raise bad_input(f"the batch shapes do not fit each other: {found}", "give shapes that broadcast") from None
+
+    def _check(self, name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
+        """The value as a tensor of the module's dtype whose last dimensions are `shape`."""
+        if not isinstance(x, Tensor):
+            try:
+                x = torch.as_tensor(x, dtype=self.like.dtype, device=self.like.device)
+            except (TypeError, ValueError, RuntimeError):
+                raise bad_input(f"`{name}` is a {type(x).__name__}", "give a tensor") from None
+        if x.shape[x.dim() - len(shape) :] != shape or x.dim() < len(shape):
+            wanted = self.types.get(name, str(shape))
+            raise bad_input(
+                f"`{name}` has shape {tuple(x.shape)}, and one sample is {wanted}",
+                f"give a shape that ends in {shape}; batch dimensions come first",
+            )
+        if x.dtype != self.like.dtype:
+            if x.is_complex() or x.is_floating_point():
+                raise bad_input(
+                    f"`{name}` is {x.dtype}, and the module is {self.like.dtype}",
+                    f"convert one of them, as by `.to({self.like.dtype})`",
+                )
+            x = x.to(self.like.dtype)
+        if x.device != self.like.device:
+            raise bad_input(
+                f"`{name}` is on {x.device}, and the module is on {self.like.device}",
+                f"move one of them, as by `.to({str(self.like.device)!r})`",
+            )
+        return x

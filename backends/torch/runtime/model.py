@@ -1,0 +1,45 @@
+"""A model as users call it: programs that share networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flowlang.backends.torch.runtime.errors import bad_input
+from flowlang.backends.torch.runtime.face import Face
+from torch import Tensor
+
+
+class Model(Face):
+    """Networks with named programs. Every value may have any number of leading batch dimensions.
+
+    A program's inputs are tensors, in the order of `programs[name]`; `shape` is the batch shape of one that takes
+    none. Draws come from `generator`. A loss is averaged over the batch.
+    """
+
+    programs: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
+
+    def forward(self, *values: Tensor, generator: torch.Generator | None = None) -> Any:
+        """The program `loss`, so that wrappers for several processes see a forward pass."""
+        return self.run("loss", values, (), generator)
+
+    def run(self, name: str, values: tuple[Any, ...], shape: Any, generator: torch.Generator | None) -> Any:
+        """Runs a program on checked values of one batch shape."""
+        if name not in self.programs:
+            raise bad_input(
+                f"this model has no program `{name}`", f"its programs are {', '.join(f'`{p}`' for p in self.programs)}"
+            )
+        inputs = self.programs[name]
+        if len(values) != len(inputs):
+            expected = ", ".join(f"`{k}`: {self.types.get(k, v)}" for k, v in inputs.items()) or "no values"
+            raise bad_input(f"`{name}` got {len(values)} values", f"it takes {expected}")
+        program = getattr(self, f"_{name}")
+        if not inputs:
+            return program((shape,) if isinstance(shape, int) else tuple(shape), generator)
+        checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(inputs.items(), values, strict=True)]
+        batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
+        out = program(*(v.expand(batch + s) for _, v, s in checked), generator)
+        return out.mean() if name.startswith("loss") and isinstance(out, Tensor) else out
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}({', '.join(inputs)})" for name, inputs in self.programs.items())
