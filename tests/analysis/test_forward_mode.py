@@ -29,7 +29,9 @@ def values_of(region: Region, seed: int) -> tuple[torch.Tensor, torch.Tensor, di
 
 
 def plain(region: Region) -> bool:
-    return not any("region" in n.attrs or "body" in n.attrs for n in region.graph)
+    """One map without calls, which the interpreter evaluates."""
+    one = len(region.inputs) == len(region.context) == len(region.outputs) == 1
+    return one and not any("region" in n.attrs or "body" in n.attrs for n in region.graph)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -54,7 +56,7 @@ def check(seed: int) -> None:
     jacobian = torch.autograd.functional.jacobian(f, x)
     assert isinstance(jacobian, torch.Tensor)
     square = jacobian.reshape(x.numel(), x.numel())
-    if not torch.isfinite(square).all():
+    if not (torch.isfinite(square).all() and torch.isfinite(f(x)).all()):
         return
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     if any(region.graph[n].op in NO_RULE for n in region.graph.reachable([out])):
@@ -77,11 +79,16 @@ def check(seed: int) -> None:
 
 
 def test_most_graphs_are_differentiable() -> None:
-    found = 0
+    found = total = 0
     for seed in SEEDS:
+        region = make(seed)
+        if not plain(region):
+            continue
+        total += 1
         try:
-            jvp_program(make(seed), Tangents((0,), 3))
+            jvp_program(region, Tangents((0,), 3))
             found += 1
         except NoDerivative:
             pass
-    assert found >= 0.8 * len(SEEDS)
+    assert total >= 40
+    assert found >= 0.8 * total
