@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flowlang.backends.torch.codegen import ClassScope
 
 ATOM, POWER, UNARY, PRODUCT, SUM, COMPARE = 6, 5, 4, 3, 2, 1
-INLINE_WIDTH = 56
+INLINE_WIDTH = 64
 RESULT_WIDTH = 72
 
 
@@ -109,7 +109,7 @@ class Writer:
         simple = expr.level == ATOM and "(" not in expr.text and "[" not in expr.text
         once = self.uses.get(node.id, 0) <= 1
         width = RESULT_WIDTH if node.id in self.results else INLINE_WIDTH if node.label is None else 0
-        if simple or (once and len(expr.text) <= width):
+        if simple or (once and (len(expr.text) <= width or takes_bias(self, node))):
             self.env[node.id] = expr
             return
         self.env[node.id] = Expr(self.assign(node, expr.text))
@@ -133,7 +133,7 @@ class Writer:
     def variable(self, n: int, wanted: str | None = None) -> str:
         """The value as a plain name (solver bodies capture names, not expressions)."""
         expr = self.env[n]
-        if expr.text.isidentifier():
+        if expr.text.removeprefix("self.").isidentifier():
             return expr.text
         name = self.names.fresh(wanted or self.graph[n].label or self.short(self.graph[n]))
         self.lines.append(f"{name} = {expr.text}")
@@ -231,6 +231,7 @@ def moved(text: str, have: Sequence[str], want: Sequence[str]) -> str:
 NAMES = {
     "add": "total", "sub": "difference", "mul": "scaled", "div": "ratio", "neg": "negative", "contract": "product",
     "sum": "total", "exp": "scale", "get": "part", "random_like": "noise", "matrix_log_det": "log_det",
+    "relu": "h", "silu": "h", "gelu": "h", "elu": "h", "selu": "h", "leaky_relu": "h", "tanh": "h", "softplus": "h",
     "log_abs": "log_size", "order": "moved", "expand": "spread", "masked": "weight", "norm_bounded": "weight",
 }  # fmt: skip
 
@@ -364,6 +365,15 @@ RUNTIME_UNARY = (
 )  # fmt: skip
 
 
+IN_PLACE = ("F.linear(", "torch.addmm(", "conv2d(")  # their backward does not need their result
+
+
+def _relu(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    fresh = w.uses.get(i) == 1 and w.env[i].text.startswith(IN_PLACE) and w.env[i].text.endswith(")")
+    return Expr(f"F.relu({argument(w, i)}{', inplace=True' if fresh else ''})")
+
+
 def _unary(w: Writer, n: Node) -> Expr:
     return Expr(f"{TORCH_UNARY[n.op]}({argument(w, n.inputs[0])})")
 
@@ -379,6 +389,7 @@ def _runtime_unary(w: Writer, n: Node) -> Expr:
 
 for _op in TORCH_UNARY:
     EMITTERS[_op] = _unary
+EMITTERS["relu"] = _relu
 for _op in RUNTIME_UNARY:
     EMITTERS[_op] = _runtime_unary
 
@@ -439,20 +450,16 @@ def _linear_with_bias(w: Writer, n: Node) -> Expr | None:
         product = _product(w, a)
         if product is not None and w.env[a.id].level == PRODUCT and a.tensor.names == n.tensor.names:
             return Expr(f"torch.addmm({w.aligned(b.id, n.tensor).text}, {', '.join(product)})")
-    text = w.env[a.id].text
-    if (
-        (
-            a.op == "contract"
-            and text.startswith("F.linear(")
-            and w.uses.get(a.id) == 1
-            and a.label is None
-            and not b.batched
-        )
-        and isinstance(b.type, TensorType)
-        and b.tensor.names == a.tensor.names[-1:]
-        and not w.is_number(b.id)
-    ):
-        return Expr(f"{text[:-1]}, {w.env[b.id].text})")
+    if a.op != "contract" or w.uses.get(a.id) != 1 or a.label is not None or b.batched or w.is_number(b.id):
+        return None
+    for x, m in (a.inputs, tuple(reversed(a.inputs))):
+        if (
+            linear_form(w, a, x, m)
+            and a.tensor.names == n.tensor.names
+            and b.tensor.names == w.type(m).names[:-1]
+            and w.env[a.id].text.startswith("F.linear(")
+        ):
+            return Expr(linear_text(w, a, x, m, w.env[b.id].at(ATOM)))
     return None
 
 
@@ -586,23 +593,51 @@ def _sort(w: Writer, n: Node) -> Expr:
     return Expr(f"{w.tensor(n.inputs[0])}.sort({w.dim(n.inputs[0], n.attrs['axis'])}).values")
 
 
+def linear_form(w: Writer, n: Node, x: int, m: int) -> bool:
+    """Whether a contraction is x·Mᵀ along the last axis of both, M without batch dims."""
+    tx, tm, axes = w.type(x), w.type(m), tuple(n.attrs["axes"])
+    return (
+        len(axes) == 1
+        and not w.graph[m].batched
+        and w.graph[x].batched
+        and tm.rank >= 2
+        and tm.names[-1:] == axes == tx.names[-1:]
+        and n.tensor.names == (*tx.names[:-1], *tm.names[:-1])
+    )
+
+
+def takes_bias(w: Writer, n: Node) -> bool:
+    """Whether a product's only use is a sum with a bias, which becomes its third argument."""
+    if n.op != "contract" or n.label is not None or n.id in w.results:
+        return False
+    for user, slot in w.graph.users(n.id):
+        if user.op != "add" or user.tensor.names != n.tensor.names:
+            continue
+        other = w.graph[user.inputs[1 - slot]]
+        for x, m in (n.inputs, tuple(reversed(n.inputs))):
+            if linear_form(w, n, x, m) and not other.batched and other.tensor.names == w.type(m).names[:-1]:
+                return True
+    return False
+
+
+def linear_text(w: Writer, n: Node, x: int, m: int, bias: str | None) -> str:
+    """`F.linear`, with the matrix's rows as one axis meanwhile where it has several axes of rows."""
+    rows = w.type(m).shape[:-1]
+    flat = len(rows) > 1
+    matrix = f"{w.env[m].at(ATOM)}.flatten(0, {len(rows) - 1})" if flat else argument(w, m)
+    if bias is not None and flat:
+        bias = f"{bias}.flatten()"
+    text = f"F.linear({argument(w, x)}, {matrix}{f', {bias}' if bias is not None else ''})"
+    return f"{text}.unflatten(-1, {rows})" if flat else text
+
+
 @emitter("contract")
 def _contract(w: Writer, n: Node) -> Expr:
     a, b = n.inputs
     ta, tb = w.type(a), w.type(b)
-    axes = tuple(n.attrs["axes"])
-    if len(axes) == 1:
-        for x, m in ((a, b), (b, a)):
-            tx, tm = w.type(x), w.type(m)
-            if (
-                not w.graph[m].batched
-                and tm.rank == 2
-                and tm.names[1] == axes[0]
-                and tx.names[-1:] == axes
-                and tm.names[0] not in tx.names
-                and n.tensor.names == (*tx.names[:-1], tm.names[0])
-            ):
-                return Expr(f"F.linear({argument(w, x)}, {argument(w, m)})")
+    for x, m in ((a, b), (b, a)):
+        if linear_form(w, n, x, m):
+            return Expr(linear_text(w, n, x, m, None))
     product = _product(w, n)
     if product is not None:
         return Expr(f"{product[0]} @ {product[1]}", PRODUCT)
@@ -757,9 +792,11 @@ def _masked(w: Writer, n: Node) -> Expr:
     have = [a for a in t.names if a in (row, col)]
     if have != [row, col]:
         mask = f"{mask}.mT"
-    index = ", ".join(":" if a in (row, col) else "None" for a in t.names)
-    if t.rank > 2:
-        mask = f"{mask}[{index}]"
+    index = ["None" if a not in (row, col) else ":" for a in t.names]
+    while index[0] == "None":
+        index.pop(0)
+    if "None" in index:
+        mask = f"{mask}[{', '.join(index)}]"
     return Expr(f"{w.tensor(n.inputs[0])} * {mask}", PRODUCT)
 
 
