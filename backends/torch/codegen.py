@@ -497,10 +497,11 @@ class ClassScope:
             self.lines.append('self.register_buffer("initialised", torch.tensor(False))')
         shared = "".join(f", {name}: nn.Module" for _, name in self.shared)
         lines = [f"    {x}" for statement in self.lines for x in folded(statement, LINE_WIDTH - 8)]
+        if self.buffers:
+            lines.append(f"    with {self.use('constants')}():")
         for name, value in self.buffers.items():
-            lines += [
-                f"    {x}" for x in folded(f'self.register_buffer("{name}", {value}, persistent=False)', LINE_WIDTH - 8)
-            ]
+            made = f'self.register_buffer("{name}", {value}, persistent=False)'
+            lines += [f"        {x}" for x in folded(made, LINE_WIDTH - 12)]
         for name, value in self.constants.items():
             lines += [f"    {x}" for x in folded(f"self.{name} = {value}", LINE_WIDTH - 8)]
         if not lines:

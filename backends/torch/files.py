@@ -19,6 +19,8 @@ STANDARD = {
     "math": "import math",
     "Callable": "from collections.abc import Callable",
     "Sequence": "from collections.abc import Sequence",
+    "AbstractContextManager": "from contextlib import AbstractContextManager",
+    "nullcontext": "from contextlib import nullcontext",
     "pairwise": "from itertools import pairwise",
     "Any": "from typing import Any",
     "NamedTuple": "from typing import NamedTuple",

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def load_module(text: str) -> types.ModuleType:
-    """The module of a generated text; equal texts give one module. Classes stay importable for pickle."""
+    """The module of a generated text; equal texts give one module."""
     name = f"flowlang_generated_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -27,25 +27,29 @@ def load_module(text: str) -> types.ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
+    for cls in vars(module).values():
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == name:
+            carry(cls, text)
     return module
 
 
-def rebuild(text: str, cls: str) -> Any:
-    """For pickle: makes an empty instance; its state follows."""
+def carry(cls: type[nn.Module], text: str) -> None:
+    """Pickles of a class's instances carry the text that defines it, for processes that have not seen it."""
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        return rebuild, (text, cls.__name__), self.__dict__
+
+    cls.__reduce_ex__ = reduce_ex  # type: ignore[method-assign, assignment]
+
+
+def rebuild(text: str, cls: str) -> nn.Module:
+    """For pickle: an empty instance; its state follows."""
     found = getattr(load_module(text), cls)
-    made = found.__new__(found)
+    made: nn.Module = found.__new__(found)
     nn.Module.__init__(made)
     return made
 
 
 def instantiate(text: str, cls: str) -> Any:
-    """A fresh instance of the root class that can be pickled anywhere FlowLang is installed."""
-    module = load_module(text)
-    base = getattr(module, cls)
-    if "__reduce_ex__" not in base.__dict__:
-
-        def reduce_ex(self: Any, protocol: Any) -> Any:
-            return rebuild, (text, cls), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-
-        base.__reduce_ex__ = reduce_ex
-    return base()
+    """A fresh instance of a generated class."""
+    return getattr(load_module(text), cls)()

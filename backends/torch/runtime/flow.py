@@ -83,6 +83,15 @@ class Flow(Face):
         """The flow, with its context fixed, as a torch distribution."""
         return FlowDistribution(self, given)
 
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Flow:
+        """Memory for parameters that were made on "meta"; constants keep their values."""
+        found = [(m, k, m._buffers[k]) for m in self.modules() for k in m._non_persistent_buffers_set]
+        kept = [(m, k, b) for m, k, b in found if b is not None and not b.is_meta]
+        super().to_empty(device=device, recurse=recurse)
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer.to(device)
+        return self
+
     def extra_repr(self) -> str:
         given = ", ".join(f"{k}: {self.types.get(k, v)}" for k, v in self.given_shapes.items())
         maps = f"{self.types.get('data', self.data_shape)} -> {self.types.get('base', self.base_shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def initial(shape: Sequence[int], kind: str | float, *args: float) -> Tensor:
         bound = math.sqrt(6 / (fan + shape[0]))
         return t.uniform_(-bound, bound)
     raise ValueError(kind)
+
+
+def constants() -> AbstractContextManager[Any]:
+    """Where constant buffers are made: in memory, also while the parameters are made on "meta"."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def initial_values(data: Sequence[Any], shape: Sequence[int]) -> Tensor:
