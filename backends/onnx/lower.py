@@ -15,7 +15,7 @@ from flowlang.backends.onnx.graph import BOOL, REAL, Builder, Shape, Value, broa
 
 from flowlang.derive.programs import Program
 from flowlang.ir.graph import Graph, Node, Region, result_types
-from flowlang.ir.types import TensorType
+from flowlang.ir.types import Axis, TensorType
 
 
 class Weights(Protocol):
@@ -67,7 +67,8 @@ class Shared:
 
     program: Callable[[Region, str], Program]
     noise: Callable[[str, str, Shape, float | None, Value | None], Value]
-    splines: dict[tuple[Any, ...], tuple[Value, Value]] = field(default_factory=dict)
+    splines: dict[tuple[Any, ...], tuple[Value, Value]] = field(default_factory=dict)  # by ids of values in `kept`
+    kept: list[Any] = field(default_factory=list)
 
 
 class Lowering:
@@ -141,6 +142,11 @@ class Lowering:
         if v.rank == t.rank:  # without leads, axes that are missing in front need not be written
             missing = [k for k in missing if any(t.has(a) for a in target.names[: k + target.rank])]
         return self.g.unsqueeze(v, missing)
+
+    def full_axes(self, v: Value, axes: Sequence[Axis]) -> Value:
+        """An aligned value with every axis of a type at its full size; leads as they are."""
+        rank = len(axes)
+        return self.g.expand(v, (*v.shape[: max(v.rank - rank, 0)], *(a.size for a in axes)))
 
     def number(self, v: Value) -> Value:
         """Booleans count as 0 and 1 in arithmetic."""

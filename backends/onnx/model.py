@@ -41,32 +41,120 @@ def prune(body: Body) -> None:
     keep(body, {id(o) for o in body.outputs})
 
 
-def fuse(body: Body) -> None:
-    """`MatMul` and a bias on matrices become `Gemm`; a chain of additions becomes one `Sum`."""
+def use_counts(body: Body) -> Counter[int]:
     uses = Counter(id(v) for node in every_node(body) for v in node.inputs)
     uses.update(id(o) for b in bodies(body) for o in b.outputs)
+    return uses
+
+
+def fuse(body: Body) -> None:
+    """Fewer nodes with the same meaning."""
+    uses = use_counts(body)
     for part in bodies(body):
-        gone: set[int] = set()
-        for node in part.nodes:
-            if node.op != "Add" or any(v is None for v in node.inputs):
+        fuse_linear(part, uses)
+        fuse_sums(part, uses)
+        fuse_slices(part)
+
+
+def fuse_linear(part: Body, uses: Counter[int]) -> None:
+    """`MatMul` and a bias become `Gemm` where x is a matrix."""
+    gone: set[int] = set()
+    here = {id(n) for n in part.nodes}
+    for node in part.nodes:
+        if node.op != "Add":
+            continue
+        product = next((v for v in node.inputs if v is not None and v.node is not None and v.node.op == "MatMul"), None)
+        bias = next((v for v in node.inputs if v is not product), None)
+        if product is None or product.node is None or bias is None or uses[id(product)] != 1:
+            continue
+        matrix = product.node.inputs[1]
+        if matrix is None or matrix.array is None or product.rank != 2 or bias.array is None or bias.rank > 1:
+            continue
+        if id(product.node) not in here or (bias.rank == 1 and bias.shape[0] not in (1, product.shape[1])):
+            continue
+        gone.add(id(product.node))
+        node.op, node.inputs = "Gemm", [*product.node.inputs, bias]
+        if node.hint in ("Add", "add"):
+            node.hint = "linear"
+    part.nodes = [n for n in part.nodes if id(n) not in gone]
+
+
+def fuse_sums(part: Body, uses: Counter[int]) -> None:
+    """A chain of additions of one number for each sample becomes one `Sum`; sums of alike values one sum of a `Sum`."""
+    made: list[Node] = []
+    gone: set[int] = set()
+    here = {id(n) for n in part.nodes}
+    for node in part.nodes:
+        if node.op != "Add" or node.outputs[0].rank != 1:
+            made.append(node)
+            continue
+        terms: list[Value] = []
+        for v in node.inputs:
+            assert v is not None
+            inner = v.node
+            if inner is not None and inner.op in ("Add", "Sum") and id(inner) in here and uses[id(v)] == 1 and v.rank == 1:
+                gone.add(id(inner))
+                terms += [t for t in inner.inputs if t is not None]
+            else:
+                terms.append(v)
+        if len(terms) > 2:
+            node.op, node.inputs = "Sum", list(terms)
+        made.append(node)
+    part.nodes = [n for n in made if id(n) not in gone]
+    for node in [n for n in part.nodes if n.op == "Sum"]:
+        groups: dict[tuple[object, ...], list[Value]] = {}
+        for v in node.inputs:
+            assert v is not None
+            inner = v.node
+            if inner is None or inner.op != "ReduceSum" or id(inner) not in here or uses[id(v)] != 1:
                 continue
-            product = next(
-                (v for v in node.inputs if v is not None and v.node is not None and v.node.op == "MatMul"), None
-            )
-            bias = next((v for v in node.inputs if v is not product), None)
-            if product is None or bias is None or uses[id(product)] != 1 or product.node not in part.nodes:
+            source, axes = inner.inputs
+            assert source is not None
+            assert axes is not None
+            if axes.array is not None and not inner.attrs.get("keepdims"):
+                groups.setdefault((source.shape, tuple(axes.array.tolist())), []).append(v)
+        for values in groups.values():
+            if len(values) < 3:
                 continue
-            assert product.node is not None
-            matrix = product.node.inputs[1]
-            if matrix is None or matrix.array is None or product.rank != 2 or bias.array is None or bias.rank > 1:
-                continue
-            if bias.rank == 1 and bias.shape[0] not in (1, product.shape[1]):
-                continue
-            gone.add(id(product.node))
-            node.op, node.inputs = "Gemm", [*product.node.inputs, bias]
-            if node.hint == "Add":
-                node.hint = "linear"
-        part.nodes = [n for n in part.nodes if id(n) not in gone]
+            last = values[-1]
+            inners = [v.node for v in values if v.node is not None]
+            first = inners[-1]
+            together = Node("Sum", [n.inputs[0] for n in inners], [], {}, node.scope, "log_slopes")
+            together.outputs = [Value(inners[0].inputs[0].shape, level=last.level, node=together)]  # type: ignore[union-attr]
+            first.inputs = [together.outputs[0], first.inputs[1]]
+            first.scope = node.scope
+            node.inputs = [v for v in node.inputs if v is last or v not in values]
+            drop = {id(n) for n in inners}
+            at = part.nodes.index(node)
+            part.nodes = [*[n for n in part.nodes[:at] if id(n) not in drop], together, first, *part.nodes[at:]]
+        if len(node.inputs) == 2:
+            node.op = "Add"
+
+
+def fuse_slices(part: Body) -> None:
+    """Slices that partition an axis become one `Split`."""
+    found: dict[tuple[int, int], list[Node]] = {}
+    for node in part.nodes:
+        if node.op == "Slice" and len(node.inputs) == 4:
+            axes = node.inputs[3]
+            if axes is not None and axes.array is not None and axes.array.size == 1:
+                found.setdefault((id(node.inputs[0]), int(axes.array[0])), []).append(node)
+    for (_, axis), nodes in found.items():
+        source = nodes[0].inputs[0]
+        assert source is not None
+        ranges = sorted((int(n.inputs[1].array[0]), int(n.inputs[2].array[0]), k) for k, n in enumerate(nodes))  # type: ignore[union-attr, index]
+        ends = [0, *(stop for _, stop, _ in ranges)]
+        if len(nodes) < 2 or [s for s, _, _ in ranges] != ends[:-1] or ends[-1] != source.shape[axis]:
+            continue
+        sizes = np.asarray([stop - start for start, stop, _ in ranges], dtype=np.int64)
+        split = Node("Split", [source, Value((len(sizes),), INT, sizes)], [], {"axis": axis}, nodes[0].scope, "parts")
+        split.outputs = [nodes[k].outputs[0] for _, _, k in ranges]
+        for v, (_, _, k) in zip(split.outputs, ranges, strict=True):
+            v.name = v.name or f"?{nodes[k].scope}/{nodes[k].hint}"
+            v.node = split
+        drop = {id(n) for n in nodes}
+        at = part.nodes.index(nodes[0])
+        part.nodes = [*part.nodes[:at], split, *(n for n in part.nodes[at:] if id(n) not in drop)]
 
 
 def bodies(body: Body) -> Iterator[Body]:
@@ -122,7 +210,9 @@ class Writer:
     def node(self, n: Node) -> onnx.NodeProto:
         base = self.fresh(f"{n.scope}/{n.hint}" if n.scope else n.hint)
         for k, v in enumerate(n.outputs):
-            if not v.name:
+            if v.name.startswith("?"):  # a name that is wanted, if it is free
+                v.name = self.fresh(v.name[1:].lstrip("/"))
+            elif not v.name:
                 v.name = base if k == 0 else self.fresh(f"{base}.{k}")
         inputs = [self.operand(v, base, k) for k, v in enumerate(n.inputs)]
         while inputs and not inputs[-1]:

@@ -1,246 +1,416 @@
-"""Monotone splines as few nodes: knots by one product, bins by comparison, one gather, no branches.
+"""Monotone splines as few nodes: one table for each spline, one gather at the bin, no branch.
 
-The maps are those of the PyTorch runtime (`rqs` and its kin); the formulas are arranged for a short graph.
+The maps are those of `ir.ops.splines`; the formulas are arranged for a short graph. Values are laid out
+`[*leads, K, M]`: bins, then x's axes as one. A table is `[*leads, rows, K + 1, M]`: knots of x and y, slopes.
+Raw parameters that are columns of one linear layer are put in the table's order, padding included, by
+reordering the layer's weights: softmax gives 0 at a logit of -1e30, and softplus gives 1 at log(e - 1).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Value, broadcast
+from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Shape, Value, broadcast
 from flowlang.backends.onnx.lower import EMITTERS, Lowering
 
 from flowlang.ir.graph import Node
-from flowlang.ir.types import TensorType
+from flowlang.ir.ops.splines import bin_axis, numbers_of
+from flowlang.ir.types import Axis, TensorType
 
-LOGIT_BOUND = 8.0
-LEAST = 1e-3
-
-
-def soft_bound(g: Builder, x: Value, bound: float = LOGIT_BOUND) -> Value:
-    return g.mul(g.unary("Tanh", g.mul(x, 1 / bound)), bound)
+HIDDEN = -1e30  # a logit whose share is 0
+UNIT = math.log(math.e - 1)  # softplus is 1 there
+Entry = int | float  # of a row: the parameter of that index, or (a float) a constant
 
 
-def knots(g: Builder, logits: Value, bound: float) -> Value:
-    """The K + 1 knots on [-bound, bound] of K bins, each with at least the share LEAST: a product and an offset."""
-    k = logits.shape[-1]
-    assert isinstance(k, int)
-    share = g.softmax(soft_bound(g, logits), -1)
-    upto = np.triu(np.ones((k, k + 1)), 1)
-    upto[:, -1] = 0  # the ends are exact
-    offset = bound * (2 * LEAST * np.arange(k + 1) - 1)
-    offset[-1] = bound
-    product = _rows(g, share, 2 * bound * (1 - LEAST * k) * upto)
-    return g.add(product, g.const(offset))
+@dataclass(frozen=True)
+class Row:
+    """One row of raw values: entries of a parameter `[*leads, n, M]`, and constants, along the axis of bins."""
+
+    raw: Value
+    entries: tuple[Entry, ...]
+    shift: float = 0.0  # added to every parameter (constants are as they are)
 
 
-def _rows(g: Builder, x: Value, matrix: object) -> Value:
-    """The last axis times a constant matrix."""
-    m = g.const(matrix)
-    if x.rank == 1:
-        return g.squeeze(g.matmul(g.unsqueeze(x, [-2]), m), [-2])
-    return g.matmul(x, m)
-
-
-def bin_of(g: Builder, x: Value, table: Value) -> Value:
-    """The bin of x (`[..., 1]`) among knots `[..., K + 1]`, as int64 `[..., 1]`."""
-    n = table.shape[-1]
+def size(v: Value, axis: int) -> int:
+    n = v.shape[axis]
     assert isinstance(n, int)
-    if n == 2:
+    return n
+
+
+def assemble(g: Builder, rows: Sequence[Row]) -> Value:
+    """The rows as one value `[*leads, rows, entries, M]`."""
+    fast = from_layer(g, rows)
+    if fast is not None:
+        return fast
+    made = []
+    for row in rows:
+        m = size(row.raw, -1)
+        parts: list[Value] = []
+        k = 0
+        while k < len(row.entries):
+            e = row.entries[k]
+            stop = k + 1
+            if isinstance(e, float):
+                while stop < len(row.entries) and row.entries[stop] == e and isinstance(row.entries[stop], float):
+                    stop += 1
+                parts.append(g.const(np.full((stop - k, m), e)))
+            else:
+                while stop < len(row.entries) and row.entries[stop] == e + stop - k:
+                    stop += 1
+                parts.append(g.add(g.slice(row.raw, -2, e, e + stop - k), row.shift))
+            k = stop
+        made.append(g.unsqueeze(g.concat(parts, -2), [-3]))
+    return g.concat(made, -3)
+
+
+def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
+    """The same when all parameters are columns of one linear layer: its weights are put in the table's order."""
+    base: Value | None = None
+    columns: list[int] = []
+    constants: list[float] = []
+    for row in rows:
+        found = layer_columns(row.raw)
+        if found is None or (base is not None and found[0] is not base):
+            return None
+        base, start = found
+        m = size(row.raw, -1)
+        for e in row.entries:
+            columns += [-1] * m if isinstance(e, float) else list(range(start + e * m, start + (e + 1) * m))
+            constants += [e if isinstance(e, float) else row.shift] * m
+    assert base is not None
+    assert base.node is not None
+    x, weight, bias = linear_parts(base)
+    index = np.asarray(columns)
+    known = index >= 0
+    matrix = np.where(known, weight[:, index], 0.0)
+    offset = np.where(known, bias[index], 0.0) + np.asarray(constants)
+    made = g.add(g.matmul(x, g.const(matrix)), g.const(offset))
+    return g.reshape(made, (*base.shape[:-1], len(rows), len(rows[0].entries), size(rows[0].raw, -1)))
+
+
+def layer_columns(v: Value) -> tuple[Value, int] | None:
+    """The linear layer whose adjacent columns a parameter is, and the first column."""
+    node = v.node
+    if v.array is not None or node is None or node.op != "Reshape":
+        return None
+    flat = node.inputs[0]
+    if flat is None or flat.shape != (*v.shape[:-2], size(v, -2) * size(v, -1)):
+        return None
+    start = 0
+    if flat.node is not None and flat.node.op == "Slice" and len(flat.node.inputs) == 4:
+        source, starts, _, axes = flat.node.inputs
+        if source is None or starts is None or axes is None or axes.array is None or starts.array is None:
+            return None
+        if axes.array.tolist() != [-1]:
+            return None
+        flat, start = source, int(starts.array[0])
+    return (flat, start) if is_linear(flat) else None
+
+
+def is_linear(v: Value) -> bool:
+    node = v.node
+    if node is None or node.op != "Add":
+        return False
+    product, bias = node.inputs
+    if product is None or bias is None or product.node is None or product.node.op != "MatMul":
+        return False
+    matrix = product.node.inputs[1]
+    return bias.array is not None and bias.rank == 1 and matrix is not None and matrix.array is not None and matrix.rank == 2
+
+
+def linear_parts(v: Value) -> tuple[Value, np.ndarray, np.ndarray]:
+    assert v.node is not None
+    product, bias = v.node.inputs
+    assert product is not None
+    assert product.node is not None
+    assert bias is not None
+    x, matrix = product.node.inputs
+    assert x is not None
+    assert matrix is not None
+    return x, np.asarray(matrix.array), np.broadcast_to(np.asarray(bias.array), (v.shape[-1],))
+
+
+# ---- knots ------------------------------------------------------------------------------------------------
+
+
+def shares(g: Builder, logits: Value) -> Value:
+    return g.softmax(logits, -2)
+
+
+def knot_matrix(bins: int, entries: int, bound: float, least: float) -> np.ndarray:
+    """Shares (padded) to the bins + 1 knots on [-bound, bound]; shares sum to 1, so that the offset is in the matrix."""
+    m = np.zeros((bins + 1, entries))
+    upto = np.tril(np.ones((bins + 1, bins)), -1)
+    ends = least * np.arange(bins + 1)[:, None] + (1 - least * bins) * upto
+    m[:, :bins] = 2 * bound * ends - bound
+    return m
+
+
+def bin_of(g: Builder, x: Value, knots: Value) -> Value:
+    """The bin of x `[.., 1, M]` from the inner knots `[.., K - 1, M]`, as int64 `[.., 1, M]`."""
+    if size(knots, -2) == 0:
         return g.cast(g.mul(x, 0.0), INT)
-    over = g.binary("GreaterOrEqual", x, g.slice(table, table.rank - 1, 1, n - 1), BOOL)
-    return g.cast(g.reduce("ReduceSum", g.cast(over, REAL), [-1], keep=True), INT)
+    over = g.cast(g.binary("GreaterOrEqual", x, knots, BOOL), INT)
+    return g.reduce("ReduceSum", over, [-2], keep=True)
 
 
-def gathered(g: Builder, tables: Sequence[Value], at: Value, places: Sequence[tuple[int, int]]) -> list[Value]:
-    """Entries of tables (`[..., n]` each) at the bin plus an offset: (table, offset) pairs, each `[..., 1]`."""
-    sizes = [t.shape[-1] for t in tables]
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    lead = broadcast(at.shape[:-1], *(t.shape[:-1] for t in tables))
-    whole = g.concat(list(tables), -1)
-    whole = g.expand(whole, (*lead, whole.shape[-1]))
-    index = g.binary("Add", at, g.const([int(starts[t]) + o for t, o in places], INT), INT)
-    index = g.expand(index, (*lead, len(places)))
-    return g.split(g.gather_elements(whole, index, -1), whole.rank - 1, [1] * len(places))
+def at(g: Builder, table: Value, k: Value, offsets: np.ndarray) -> Value:
+    """Entries of a table `[.., (rows,) n, M]` at the bins plus offsets (shaped to broadcast)."""
+    index = g.binary("Add", k, g.const(offsets, INT), INT)
+    lead = broadcast(table.shape[:-2], index.shape[:-2])
+    table = g.expand(table, (*lead, *table.shape[-2:]))
+    index = g.expand(index, (*lead, index.shape[-2], table.shape[-1]))
+    return g.gather_elements(table, index, -2)
+
+
+def rows_of(g: Builder, v: Value) -> list[Value]:
+    """The rows of `[.., rows, n, M]`, each `[.., 1, n, M]`."""
+    return g.split(v, v.rank - 3, [1] * size(v, -3))
+
+
+def total(g: Builder, v: Value) -> Value:
+    """The sum of the pair along the axis of bins, which stays."""
+    return g.reduce("ReduceSum", v, [-2], keep=True)
+
+
+@dataclass(frozen=True)
+class Box:
+    """x in the layout of tables, and its part in the box."""
+
+    shape: Shape
+    column: Value
+    inside: Value
+    tails: bool
+
+    @staticmethod
+    def of(g: Builder, x: Value, bound: float, extra: int, tails: bool = True) -> Box:
+        """x is `[.., M]`; `extra` axes of size 1 stand before M."""
+        column = g.unsqueeze(x, [-2 - k for k in range(extra)])
+        # Just inside, so that rounded end knots cannot mislead the search; the spline has slope 1 there.
+        edge = bound * (1 - 16 * g.eps)
+        return Box(x.shape, column, g.clip(column, -edge, edge), tails)
+
+    def result(self, g: Builder, value: Value, slope: Value) -> Pair:
+        """Beyond the box the clamped part moves along."""
+        if self.tails:
+            value = g.add(value, g.sub(self.column, self.inside))
+        axes = [-2 - k for k in range(self.column.rank - len(self.shape))]
+        return g.squeeze(value, axes), g.squeeze(g.unary("Log", slope), axes)
+
+    def branched(self, g: Builder, value: Value, slope: Value) -> Pair:
+        """Where the slope at the ends is not 1: the identity by a condition."""
+        same = g.binary("Equal", self.column, self.inside, BOOL)
+        axes = [-2 - k for k in range(self.column.rank - len(self.shape))]
+        log_slope = g.where(same, g.unary("Log", slope), 0.0)
+        return g.squeeze(g.where(same, value, self.column), axes), g.squeeze(log_slope, axes)
 
 
 Pair = tuple[Value, Value]
+Numbers = dict[str, float]
 
 
-def in_bound(g: Builder, x: Value, bound: float) -> tuple[Value, Value]:
-    """x as `[..., 1]` and clamped to the spline's interval."""
-    column = g.unsqueeze(x, [-1])
-    return column, g.clip(column, -bound, bound)
+# ---- rational-quadratic (Durkan et al. 2019, eq. 4-8; on a circle: Rezende et al. 2020) ---------------------
 
 
-def finish(g: Builder, column: Value, inside: Value, value: Value, slope: Value) -> Pair:
-    """Identity tails, without a branch: beyond the bound the clamped part moves along. Log-slopes end at 0 there."""
-    y = g.add(value, g.sub(column, inside))
-    return g.squeeze(y, [-1]), g.squeeze(g.unary("Log", slope), [-1])
+def rqs_table(
+    g: Builder, n: Numbers, widths: Value, heights: Value, slopes: Value, circular: bool, twice: bool
+) -> Value:
+    """Rows: knots of x, knots of y, (knots of x again,) slopes at the knots."""
+    k = size(widths, -2)
+    entries = k + 2
+    pad: tuple[Entry, ...] = (HIDDEN, HIDDEN)
+    shift = math.log(math.expm1(1 - n["min_slope"]))
+    inner: tuple[Entry, ...] = tuple(range(k)) if circular else (shift, *range(k - 1), shift)
+    order: tuple[Entry, ...] = (*inner, *([0.0] if circular else []), UNIT)
+    bins = tuple(range(k))
+    layout = [Row(widths, (*bins, *pad)), Row(heights, (*bins, *pad))] + ([Row(widths, (*bins, *pad))] if twice else [])
+    raw = assemble(g, [*layout, Row(slopes, order, shift)])
+    # Both functions on every row, and a choice, is less than to part the rows and join them again.
+    is_slope = g.const(np.arange(len(layout) + 1).reshape(-1, 1, 1) == len(layout), BOOL)
+    soft = g.where(is_slope, g.unary("Softplus", raw), g.softmax(raw, -2))
+    x_knots = knot_matrix(k, entries, n["bound"], n["min_width"])
+    y_knots = knot_matrix(k, entries, n["bound"], n["min_height"])
+    at_knots = np.eye(k + 1, entries)
+    at_knots[:, -1] = n["min_slope"]
+    if circular:
+        at_knots[k, :] = at_knots[0, :]
+    matrix = np.stack([x_knots, y_knots, *([x_knots] if twice else []), at_knots])
+    return g.matmul(g.const(matrix), soft)
 
 
-def finish_where(g: Builder, column: Value, inside: Value, value: Value, slope: Value) -> Pair:
-    """Identity tails where the slope at the bound is not 1."""
-    same = g.binary("Equal", column, inside, BOOL)
-    y = g.add(value, g.sub(column, inside))
-    return g.squeeze(y, [-1]), g.squeeze(g.where(same, g.unary("Log", slope), 0.0), [-1])
+def inner_knots(g: Builder, table: Value, row: int) -> Value:
+    """The inner knots of one row, `[.., 1, K - 1, M]`."""
+    rows, entries = size(table, -3), size(table, -2)
+    if table.array is not None:
+        return g.const(table.array[..., row : row + 1, 1 : entries - 1, :])
+    assert row < rows
+    index = [g.ints([row, 1]), g.ints([row + 1, entries - 1]), g.ints([-3, -2])]
+    shape = (*table.shape[:-3], 1, entries - 2, table.shape[-1])
+    return g.op("Slice", table, *index, shape=shape)
 
 
-# ---- rational-quadratic (Durkan et al. 2019, eq. 4-8) ---------------------------------------------------
+def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
+    """With a, b the distances to the bin's ends, p = h·a + w·d0·b and q = h·b + w·d1·a, all at least 0:
+    y = (y1·a·p + y0·b·q) / (a·p + b·q), slope (h / (a·p + b·q))²·w·(a·q + b·p).
+
+    Pairs stand along the axis of bins. With signs as they fall: near (a, -b), far (-b, a), rise (p, -q)."""
+    box = Box.of(g, x, n["bound"], 2, tails=not circular)
+    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular, twice=True)
+    k = bin_of(g, box.inside, inner_knots(g, table, 0))
+    forward, backward = [[0], [1]], [[1], [0]]
+    found = at(g, table, k, np.array([forward, backward, backward, forward]))
+    x_ends, y_ends, x_swapped, d = rows_of(g, found)
+    near, far = g.sub(box.inside, x_ends), g.sub(box.inside, x_swapped)
+    minus = g.const([[1.0, -1.0]])
+    minus_w, h = g.matmul(minus, x_ends), g.matmul(minus, y_ends)
+    rise = g.add(g.mul(h, near), g.mul(g.mul(d, minus_w), far))
+    parts = g.mul(near, rise)
+    whole = total(g, parts)
+    value = g.div(total(g, g.mul(y_ends, parts)), whole)
+    ratio = g.div(h, whole)
+    slope = g.mul(g.mul(g.mul(ratio, ratio), minus_w), total(g, g.mul(far, rise)))
+    return box.result(g, value, slope)
 
 
-def rqs_tables(g: Builder, widths: Value, heights: Value, slopes: Value, bound: float) -> tuple[Value, Value, Value]:
-    x_knots, y_knots = knots(g, widths, bound), knots(g, heights, bound)
-    k = slopes.shape[-1]
-    assert isinstance(k, int)
-    inner = g.unary("Softplus", g.add(soft_bound(g, slopes), math.log(math.expm1(1 - LEAST))))
-    # Ones at both ends come from a product and an offset, too.
-    place = np.zeros((k, k + 2))
-    place[:, 1:-1] = np.eye(k)
-    offset = np.full(k + 2, LEAST)
-    offset[[0, -1]] = 1
-    return x_knots, y_knots, g.add(_rows(g, inner, place), g.const(offset))
-
-
-def rqs_at(g: Builder, known: Value, inverse: bool, tables: Sequence[Value]) -> list[Value]:
-    k = bin_of(g, known, tables[1] if inverse else tables[0])
-    return gathered(g, tables, k, [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
-
-
-def rqs(g: Builder, x: Value, bound: float, widths: Value, heights: Value, slopes: Value) -> Pair:
-    """With a, b the distances to the bin's ends, p = h·a + w·d0·b and q = h·b + w·d1·a:
-    y = y0 + h·a·p / (a·p + b·q), and the slope is (h / (a·p + b·q))²·w·(a·q + b·p). No term is negative."""
-    column, inside = in_bound(g, x, bound)
-    x0, x1, y0, y1, d0, d1 = rqs_at(g, inside, False, rqs_tables(g, widths, heights, slopes, bound))
-    a, b = g.sub(inside, x0), g.sub(x1, inside)
-    w, h = g.sub(x1, x0), g.sub(y1, y0)
-    p = g.add(g.mul(h, a), g.mul(g.mul(w, d0), b))
-    q = g.add(g.mul(h, b), g.mul(g.mul(w, d1), a))
-    ap = g.mul(a, p)
-    den = g.add(ap, g.mul(b, q))
-    ratio = g.div(h, den)
-    value = g.add(y0, g.mul(ratio, ap))
-    slope = g.mul(g.mul(g.mul(ratio, ratio), w), g.add(g.mul(a, q), g.mul(b, p)))
-    return finish(g, column, inside, value, slope)
-
-
-def rqs_inverse(g: Builder, y: Value, bound: float, widths: Value, heights: Value, slopes: Value) -> Pair:
+def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
     """The quadratic of eq. 6-8 in the form without cancellation, then the forward slope there."""
-    column, inside = in_bound(g, y, bound)
-    x0, x1, y0, y1, d0, d1 = rqs_at(g, inside, True, rqs_tables(g, widths, heights, slopes, bound))
-    w, h = g.sub(x1, x0), g.sub(y1, y0)
+    box = Box.of(g, y, n["bound"], 2, tails=not circular)
+    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular, twice=False)
+    k = bin_of(g, box.inside, inner_knots(g, table, 1))
+    found = at(g, table, k, np.array([[[0], [1]]] * 3))
+    lower, upper = g.split(found, found.rank - 2, [1, 1])
+    x0, y0, d0 = rows_of(g, lower)
+    w, h, bend_d = rows_of(g, g.sub(upper, lower))
     s = g.div(h, w)
-    rise = g.sub(inside, y0)
-    bend = g.mul(rise, g.sub(g.add(d0, d1), g.add(s, s)))
-    qa, qb = g.add(g.mul(h, g.sub(s, d0)), bend), g.sub(g.mul(h, d0), bend)
-    qc = g.mul(s, rise)
-    root = g.unary("Sqrt", g.clip(g.add(g.mul(qb, qb), g.mul(g.mul(qa, qc), 4.0)), g.tiny, None))
-    theta = g.clip(g.div(g.add(qc, qc), g.add(qb, root)), 0.0, 1.0)
-    rest = g.sub(1.0, theta)
-    p = g.add(g.mul(s, theta), g.mul(d0, rest))
-    q = g.add(g.mul(s, rest), g.mul(d1, theta))
-    den = g.add(g.mul(theta, p), g.mul(rest, q))
-    ratio = g.div(s, den)
-    slope = g.mul(g.mul(ratio, ratio), g.add(g.mul(theta, q), g.mul(rest, p)))
-    return finish(g, column, inside, g.add(x0, g.mul(theta, w)), slope)
+    share = g.div(g.sub(box.inside, y0), h)
+    bend = g.mul(share, g.add(bend_d, g.mul(g.sub(d0, s), 2.0)))
+    a, b, c = g.add(g.sub(s, d0), bend), g.sub(d0, bend), g.mul(s, share)
+    square = g.clip(g.add(g.mul(b, b), g.mul(g.mul(a, c), 4.0)), g.tiny, None)
+    t = g.div(g.mul(c, 2.0), g.add(b, g.unary("Sqrt", square)))
+    rest = g.sub(1.0, t)
+    d1 = g.add(d0, bend_d)
+    p = g.add(g.mul(s, t), g.mul(d0, rest))
+    q = g.add(g.mul(s, rest), g.mul(d1, t))
+    ratio = g.div(s, g.add(g.mul(t, p), g.mul(rest, q)))
+    slope = g.mul(g.mul(ratio, ratio), g.add(g.mul(t, q), g.mul(rest, p)))
+    return box.result(g, g.add(x0, g.mul(t, w)), slope)
+
+
+def rqs_circular(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
+    return rqs(g, x, n, *raw, circular=True)
+
+
+def rqs_circular_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
+    return rqs_inverse(g, y, n, *raw, circular=True)
 
 
 # ---- linear, quadratic, cubic -----------------------------------------------------------------------------
 
 
-def linear(g: Builder, x: Value, bound: float, heights: Value) -> Pair:
+def knots(g: Builder, logits: Value, bound: float, least: float) -> Value:
+    """The K + 1 knots on [-bound, bound], `[.., K + 1, M]`."""
+    k = size(logits, -2)
+    return g.matmul(g.const(knot_matrix(k, k, bound, least)), shares(g, logits))
+
+
+def inner(g: Builder, table: Value) -> Value:
+    return g.slice(table, -2, 1, size(table, -2) - 1)
+
+
+def ends(g: Builder, table: Value, k: Value) -> tuple[Value, Value]:
+    """Entries k and k + 1."""
+    both = at(g, table, k, np.array([[0], [1]]))
+    lo, hi = g.split(both, both.rank - 2, [1, 1])
+    return lo, hi
+
+
+def linear(g: Builder, x: Value, n: Numbers, heights: Value) -> Pair:
     """Bins of equal width (Müller et al. 2019, section 4.1)."""
-    k = heights.shape[-1]
-    assert isinstance(k, int)
-    width = 2 * bound / k
-    column, inside = in_bound(g, x, bound)
-    y_knots = knots(g, heights, bound)
-    at = g.clip(g.unary("Floor", g.mul(g.add(inside, bound), 1 / width)), 0.0, k - 1.0)
-    y0, y1 = gathered(g, [y_knots], g.cast(at, INT), [(0, 0), (0, 1)])
+    bins, bound = size(heights, -2), n["bound"]
+    width = 2 * bound / bins
+    box = Box.of(g, x, bound, 1)
+    k = g.clip(g.unary("Floor", g.mul(g.add(box.inside, bound), 1 / width)), 0.0, bins - 1.0)
+    y0, y1 = ends(g, knots(g, heights, bound, n["min_height"]), g.cast(k, INT))
     slope = g.mul(g.sub(y1, y0), 1 / width)
-    start = g.sub(g.mul(at, width), bound)
-    value = g.add(y0, g.mul(slope, g.sub(inside, start)))
-    return finish_where(g, column, inside, value, slope)
+    start = g.sub(g.mul(k, width), bound)
+    return box.branched(g, g.add(y0, g.mul(slope, g.sub(box.inside, start))), slope)
 
 
-def linear_inverse(g: Builder, y: Value, bound: float, heights: Value) -> Pair:
-    k = heights.shape[-1]
-    assert isinstance(k, int)
-    width = 2 * bound / k
-    column, inside = in_bound(g, y, bound)
-    y_knots = knots(g, heights, bound)
-    at = bin_of(g, inside, y_knots)
-    y0, y1 = gathered(g, [y_knots], at, [(0, 0), (0, 1)])
+def linear_inverse(g: Builder, y: Value, n: Numbers, heights: Value) -> Pair:
+    bins, bound = size(heights, -2), n["bound"]
+    width = 2 * bound / bins
+    box = Box.of(g, y, bound, 1)
+    table = knots(g, heights, bound, n["min_height"])
+    k = bin_of(g, box.inside, inner(g, table))
+    y0, y1 = ends(g, table, k)
     slope = g.mul(g.sub(y1, y0), 1 / width)
-    start = g.sub(g.mul(g.cast(at, REAL), width), bound)
-    return finish_where(g, column, inside, g.add(start, g.div(g.sub(inside, y0), slope)), slope)
+    start = g.sub(g.mul(g.cast(k, REAL), width), bound)
+    return box.branched(g, g.add(start, g.div(g.sub(box.inside, y0), slope)), slope)
 
 
-def quadratic_tables(g: Builder, widths: Value, heights: Value, bound: float) -> tuple[Value, Value, Value]:
-    """x-knots, densities at the knots, y-knots (Müller et al. 2019, section 4.2)."""
-    x_knots = knots(g, widths, bound)
-    n = x_knots.shape[-1]
-    assert isinstance(n, int)
-    w = g.sub(g.slice(x_knots, x_knots.rank - 1, 1, n), g.slice(x_knots, x_knots.rank - 1, 0, n - 1))
-    v = g.add(g.unary("Exp", soft_bound(g, heights)), LEAST)
-    pairs = g.add(g.slice(v, v.rank - 1, 1, n), g.slice(v, v.rank - 1, 0, n - 1))
-    area = g.mul(g.reduce("ReduceSum", g.mul(pairs, w), [-1], keep=True), 0.5)
-    scale = g.div(2 * bound, area)
-    steps = g.mul(g.mul(g.mul(pairs, scale), w), 0.5)
-    upto = np.triu(np.ones((n - 1, n)), 1)
-    upto[:, -1] = 0
-    offset = np.full(n, -bound)
-    offset[-1] = bound
-    return x_knots, g.mul(v, scale), g.add(_rows(g, steps, upto), g.const(offset))
+def quadratic_tables(g: Builder, n: Numbers, widths: Value, heights: Value) -> tuple[Value, Value, Value]:
+    """Knots of x, slopes at the knots (of mean 1 over the box), knots of y (Müller et al. 2019, section 4.2)."""
+    bound, k = n["bound"], size(widths, -2)
+    x_knots = knots(g, widths, bound, n["min_width"])
+    step = g.matmul(g.const(np.eye(k, k + 1, 1) - np.eye(k, k + 1)), x_knots)
+    pair = g.const(np.eye(k, k + 1, 1) + np.eye(k, k + 1))
+    raw = g.add(g.unary("Softplus", heights), 1e-3)
+    area = total(g, g.mul(g.matmul(pair, raw), step))
+    v = g.add(g.mul(g.div(raw, area), (1 - n["min_slope"]) * 4 * bound), n["min_slope"])
+    rises = g.mul(g.mul(g.matmul(pair, v), step), 0.5)
+    y_knots = g.sub(g.matmul(g.const(np.tril(np.ones((k + 1, k)), -1)), rises), bound)
+    return x_knots, v, y_knots
 
 
-def quadratic(g: Builder, x: Value, bound: float, widths: Value, heights: Value) -> Pair:
-    column, inside = in_bound(g, x, bound)
-    x_knots, v, y_knots = quadratic_tables(g, widths, heights, bound)
-    at = bin_of(g, inside, x_knots)
-    x0, x1, v0, v1, y0 = gathered(g, [x_knots, v, y_knots], at, [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)])
+def quadratic(g: Builder, x: Value, n: Numbers, widths: Value, heights: Value) -> Pair:
+    box = Box.of(g, x, n["bound"], 1)
+    x_knots, v, y_knots = quadratic_tables(g, n, widths, heights)
+    k = bin_of(g, box.inside, inner(g, x_knots))
+    (x0, x1), (v0, v1) = ends(g, x_knots, k), ends(g, v, k)
+    y0, _ = ends(g, y_knots, k)
     w = g.sub(x1, x0)
-    alpha = g.clip(g.div(g.sub(inside, x0), w), 0.0, 1.0)
-    tilt = g.mul(g.sub(v1, v0), alpha)
-    value = g.add(y0, g.mul(g.mul(w, alpha), g.add(v0, g.mul(tilt, 0.5))))
-    return finish_where(g, column, inside, value, g.add(v0, tilt))
+    t = g.div(g.sub(box.inside, x0), w)
+    tilt = g.mul(g.sub(v1, v0), t)
+    value = g.add(y0, g.mul(g.mul(w, t), g.add(v0, g.mul(tilt, 0.5))))
+    return box.branched(g, value, g.add(v0, tilt))
 
 
-def quadratic_inverse(g: Builder, y: Value, bound: float, widths: Value, heights: Value) -> Pair:
-    column, inside = in_bound(g, y, bound)
-    x_knots, v, y_knots = quadratic_tables(g, widths, heights, bound)
-    at = bin_of(g, inside, y_knots)
-    x0, x1, v0, v1, y0 = gathered(g, [x_knots, v, y_knots], at, [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)])
-    w = g.sub(x1, x0)
-    rise = g.clip(g.div(g.sub(inside, y0), w), 0.0, None)
-    dv = g.sub(v1, v0)
+def quadratic_inverse(g: Builder, y: Value, n: Numbers, widths: Value, heights: Value) -> Pair:
+    box = Box.of(g, y, n["bound"], 1)
+    x_knots, v, y_knots = quadratic_tables(g, n, widths, heights)
+    k = bin_of(g, box.inside, inner(g, y_knots))
+    (x0, x1), (v0, v1) = ends(g, x_knots, k), ends(g, v, k)
+    y0, _ = ends(g, y_knots, k)
+    w, dv = g.sub(x1, x0), g.sub(v1, v0)
+    rise = g.div(g.sub(box.inside, y0), w)
     root = g.unary("Sqrt", g.clip(g.add(g.mul(v0, v0), g.mul(g.mul(dv, rise), 2.0)), g.tiny, None))
-    alpha = g.clip(g.div(g.mul(rise, 2.0), g.add(v0, root)), 0.0, 1.0)
-    return finish_where(g, column, inside, g.add(x0, g.mul(alpha, w)), g.add(v0, g.mul(dv, alpha)))
+    t = g.div(g.mul(rise, 2.0), g.add(v0, root))
+    return box.branched(g, g.add(x0, g.mul(t, w)), g.add(v0, g.mul(dv, t)))
 
 
-def cubic_tables(g: Builder, widths: Value, heights: Value, ends: Value, bound: float) -> tuple[Value, Value, Value]:
-    """Knots and Steffen's monotone slopes (Durkan et al. 2019, Cubic-Spline Flows)."""
-    xk, yk = knots(g, widths, bound), knots(g, heights, bound)
-    n = xk.shape[-1]
-    assert isinstance(n, int)
-
-    def part(v: Value, start: int, stop: int) -> Value:
-        return g.slice(v, v.rank - 1, start, stop)
-
-    w, h = g.sub(part(xk, 1, n), part(xk, 0, n - 1)), g.sub(part(yk, 1, n), part(yk, 0, n - 1))
+def cubic_tables(g: Builder, n: Numbers, widths: Value, heights: Value, raw_ends: Value) -> tuple[Value, Value, Value]:
+    """Knots of x and y, and slopes at the knots by Steffen's rule (1990)."""
+    bound, k = n["bound"], size(widths, -2)
+    x_knots = knots(g, widths, bound, n["min_width"])
+    y_knots = knots(g, heights, bound, n["min_height"])
+    step = g.const(np.eye(k, k + 1, 1) - np.eye(k, k + 1))
+    w, h = g.matmul(step, x_knots), g.matmul(step, y_knots)
     s = g.div(h, w)
-    edge = g.mul(g.unary("Sigmoid", g.sub(soft_bound(g, ends), math.log(2))), 3.0)
-    first = g.mul(part(edge, 0, 1), part(s, 0, 1))
-    last = g.mul(part(edge, 1, 2), part(s, n - 2, n - 1))
-    if n == 2:
-        return xk, yk, g.concat([first, last], -1)
-    s0, s1, w0, w1 = part(s, 0, n - 2), part(s, 1, n - 1), part(w, 0, n - 2), part(w, 1, n - 1)
+    least = n["min_slope"]
+    third = math.log((1 / 3 - least) / (2 / 3 - least))
+    edge = g.mul(g.add(g.mul(g.unary("Sigmoid", g.add(raw_ends, third)), 1 - 2 * least), least), 3.0)
+    first = g.mul(g.slice(edge, -2, 0, 1), g.slice(s, -2, 0, 1))
+    last = g.mul(g.slice(edge, -2, 1, 2), g.slice(s, -2, k - 1, k))
+    if k == 1:
+        return x_knots, y_knots, g.concat([first, last], -2)
+    s0, s1 = g.slice(s, -2, 0, k - 1), g.slice(s, -2, 1, k)
+    w0, w1 = g.slice(w, -2, 0, k - 1), g.slice(w, -2, 1, k)
     mean = g.div(g.add(g.mul(s0, w1), g.mul(s1, w0)), g.add(w0, w1))
-    inner = g.binary("Min", g.mul(g.binary("Min", s0, s1), 2.0), mean)
-    return xk, yk, g.concat([first, inner, last], -1)
+    between = g.binary("Min", g.mul(g.binary("Min", s0, s1), 2.0), mean)
+    return x_knots, y_knots, g.concat([first, between, last], -2)
 
 
 def cubic_unit(g: Builder, t: Value, d0: Value, d1: Value) -> Pair:
@@ -251,74 +421,87 @@ def cubic_unit(g: Builder, t: Value, d0: Value, d1: Value) -> Pair:
     return value, g.add(d0, g.mul(t, g.add(g.add(b, b), g.mul(g.mul(a, 3.0), t))))
 
 
-def cubic_terms(
-    g: Builder, known: Value, inverse: bool, widths: Value, heights: Value, ends: Value, bound: float
-) -> list[Value]:
-    tables = cubic_tables(g, widths, heights, ends, bound)
-    at = bin_of(g, known, tables[1] if inverse else tables[0])
-    x0, x1, y0, y1, d0, d1 = gathered(g, tables, at, [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)])
+def cubic_terms(g: Builder, known: Value, n: Numbers, raw: Sequence[Value], inverse: bool) -> list[Value]:
+    x_knots, y_knots, slopes = cubic_tables(g, n, raw[0], raw[1], raw[2])
+    k = bin_of(g, known, inner(g, y_knots if inverse else x_knots))
+    (x0, x1), (y0, y1), (d0, d1) = ends(g, x_knots, k), ends(g, y_knots, k), ends(g, slopes, k)
     w, h = g.sub(x1, x0), g.sub(y1, y0)
     ratio = g.div(w, h)
     return [w, x0, h, y0, g.mul(d0, ratio), g.mul(d1, ratio)]
 
 
-def cubic_slope(g: Builder, slope: Value, w: Value, h: Value) -> Value:
-    return g.mul(g.clip(slope, g.eps, None), g.div(h, w))
+def cubic(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
+    """Monotone piecewise-cubic map (Durkan et al. 2019, Cubic-Spline Flows)."""
+    box = Box.of(g, x, n["bound"], 1)
+    w, x0, h, y0, d0, d1 = cubic_terms(g, box.inside, n, raw, False)
+    value, slope = cubic_unit(g, g.div(g.sub(box.inside, x0), w), d0, d1)
+    return box.branched(g, g.add(y0, g.mul(h, value)), g.mul(slope, g.div(h, w)))
 
 
-def cubic(g: Builder, x: Value, bound: float, widths: Value, heights: Value, ends: Value) -> Pair:
-    column, inside = in_bound(g, x, bound)
-    w, x0, h, y0, d0, d1 = cubic_terms(g, inside, False, widths, heights, ends, bound)
-    value, slope = cubic_unit(g, g.clip(g.div(g.sub(inside, x0), w), 0.0, 1.0), d0, d1)
-    return finish_where(g, column, inside, g.add(y0, g.mul(h, value)), cubic_slope(g, slope, w, h))
-
-
-def cubic_inverse(g: Builder, y: Value, bound: float, widths: Value, heights: Value, ends: Value) -> Pair:
-    """Bisection in a `Loop`, then one Newton step."""
-    column, inside = in_bound(g, y, bound)
-    w, x0, h, y0, d0, d1 = cubic_terms(g, inside, True, widths, heights, ends, bound)
-    goal = g.clip(g.div(g.sub(inside, y0), h), 0.0, 1.0)
-    shape = broadcast(goal.shape, d0.shape)
-    goal = g.expand(goal, shape)
+def cubic_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
+    """Newton's steps kept in a bracket that at least halves, in a `Loop`; one more step after it."""
+    box = Box.of(g, y, n["bound"], 1)
+    w, x0, h, y0, d0, d1 = cubic_terms(g, box.inside, n, raw, True)
+    goal = g.div(g.sub(box.inside, y0), h)
+    goal = g.expand(goal, broadcast(goal.shape, d0.shape))
     zero = g.mul(goal, 0.0)
 
-    def halve(i: Value, ends: list[Value]) -> tuple[None, list[Value]]:
-        lo, hi = ends
-        middle = g.mul(g.add(lo, hi), 0.5)
-        below = g.binary("Less", cubic_unit(g, middle, d0, d1)[0], goal, BOOL)
-        return None, [g.where(below, middle, lo), g.where(below, hi, middle)]
+    def narrow(i: Value, state: list[Value]) -> tuple[None, list[Value]]:
+        lo, hi, t = state
+        value, slope = cubic_unit(g, t, d0, d1)
+        below = g.binary("Less", value, goal, BOOL)
+        lo, hi = g.where(below, t, lo), g.where(below, hi, t)
+        step = g.sub(t, g.div(g.sub(value, goal), slope))
+        within = g.binary("And", g.binary("Greater", step, lo, BOOL), g.binary("Less", step, hi, BOOL), BOOL)
+        return None, [lo, hi, g.where(within, step, g.mul(g.add(lo, hi), 0.5))]
 
-    lo, hi = g.loop(54 if g.dtype == "float64" else 26, [zero, g.add(zero, 1.0)], halve, "bisect")
-    t = g.mul(g.add(lo, hi), 0.5)
+    start = [zero, g.add(zero, 1.0), g.clip(goal, 0.0, 1.0)]
+    t = g.loop(20 if g.dtype == "float64" else 12, start, narrow, "newton")[2]
     value, slope = cubic_unit(g, t, d0, d1)
-    t = g.clip(g.sub(t, g.div(g.sub(value, goal), g.clip(slope, g.eps, None))), 0.0, 1.0)
+    t = g.sub(t, g.div(g.sub(value, goal), slope))
     slope = cubic_unit(g, t, d0, d1)[1]
-    return finish_where(g, column, inside, g.add(x0, g.mul(t, w)), cubic_slope(g, slope, w, h))
+    return box.branched(g, g.add(x0, g.mul(t, w)), g.mul(slope, g.div(h, w)))
 
 
 SPLINES: dict[str, Callable[..., Pair]] = {
-    "rqs": rqs, "rqs_inverse": rqs_inverse, "linear_spline": linear, "linear_spline_inverse": linear_inverse,
-    "quadratic_spline": quadratic, "quadratic_spline_inverse": quadratic_inverse, "cubic_spline": cubic,
-    "cubic_spline_inverse": cubic_inverse,
+    "rqs": rqs, "rqs_inverse": rqs_inverse, "rqs_circular": rqs_circular, "rqs_circular_inverse": rqs_circular_inverse,
+    "linear_spline": linear, "linear_spline_inverse": linear_inverse, "quadratic_spline": quadratic,
+    "quadratic_spline_inverse": quadratic_inverse, "cubic_spline": cubic, "cubic_spline_inverse": cubic_inverse,
 }  # fmt: skip
+
+
+def _flat(w: Lowering, v: Value, axes: int) -> Value:
+    """The last `axes` axes as one (none: an axis of size 1)."""
+    if axes == 0:
+        return w.g.unsqueeze(v, [-1])
+    own = v.shape[v.rank - axes :]
+    return w.g.reshape(v, (*v.shape[: v.rank - axes], math.prod(d for d in own if isinstance(d, int))))
 
 
 def _pair(w: Lowering, n: Node, op: str) -> Pair:
     """Value and log-slope; each spline is written once, and the slope of an inverse is found again by its result."""
     x, *params = n.inputs
     base = op.removesuffix("_inverse")
-    bound = float(n.attrs.get("bound", 3.0))
-    key = (op, bound, id(w.value(x)), *(id(w.value(p)) for p in params))
+    numbers = numbers_of(n)
+    key = (op, *numbers.values(), id(w.value(x)), *(id(w.value(p)) for p in params))
     known = w.shared.splines
     if key not in known:
-        arguments = []
+        rank = n.tensor.rank
+        raw = []
         for p in params:
-            t = w.type(p)
-            arguments.append(w.align(w.value(p), t, TensorType((*n.tensor.axes, t.axes[-1]))))
+            bins = bin_axis(w.type(x), w.type(p), n.attrs)
+            assert isinstance(bins, Axis)
+            v = w.full_axes(w.align(w.value(p), w.type(p), TensorType((bins, *n.tensor.axes))), (bins, *n.tensor.axes))
+            raw.append(_flat(w, v, rank))
+        column = _flat(w, w.full_axes(w.aligned(x, n.tensor), n.tensor.axes), rank)
         with w.scope(n.label or op):
-            known[key] = SPLINES[op](w.g, w.aligned(x, n.tensor), bound, *arguments)
+            found = SPLINES[op](w.g, column, numbers, *raw)
+        shape = n.tensor.shape
+        made = [w.g.reshape(v, (*v.shape[:-1], *shape)) if rank else w.g.squeeze(v, [-1]) for v in found]
+        known[key] = (made[0], made[1])
+        w.shared.kept += [w.value(i) for i in n.inputs]
         if op.endswith("_inverse"):
-            known[(base, bound, id(known[key][0]), *key[3:])] = known[key]
+            known[(base, *numbers.values(), id(made[0]), *key[-len(params) :])] = known[key]
     return known[key]
 
 
