@@ -23,7 +23,7 @@ def _const(w: Lowering, n: Node) -> Value:
     return w.g.const(value, BOOL if n.tensor.kind == "bool" else REAL)
 
 
-@emitter("param", "state")
+@emitter("param", "state", "running", "start")
 def _param(w: Lowering, n: Node) -> Value:
     name = "/".join([*w.g.scopes, str(n.attrs["name"])])
     array = np.broadcast_to(np.asarray(w.weights.value(n.attrs["name"]), dtype=np.float64), n.tensor.shape)
@@ -183,6 +183,35 @@ def dims(w: Lowering, n: Node) -> list[int]:
 @emitter(*REDUCE)
 def _reduce(w: Lowering, n: Node) -> Value:
     return w.g.reduce(REDUCE[n.op], w.number(w.value(n.inputs[0])), dims(w, n))
+
+
+@emitter("length")
+def _length(w: Lowering, n: Node) -> Value:
+    x = w.value(n.inputs[0])
+    return w.g.unary("Sqrt", w.g.reduce("ReduceSumSquare", x, dims(w, n)))
+
+
+@emitter("normalize")
+def _normalize(w: Lowering, n: Node) -> Value:
+    """x over its length; where that is 0, the vector of equal entries."""
+    x = w.value(n.inputs[0])
+    length = w.g.unary("Sqrt", w.g.reduce("ReduceSumSquare", x, dims(w, n), keep=True))
+    zero = w.g.binary("Equal", length, 0.0, BOOL)
+    even = math.prod(n.tensor.size(a) for a in n.attrs["axes"]) ** -0.5
+    return w.g.where(zero, even, w.g.div(x, w.g.where(zero, 1.0, length)))
+
+
+@emitter("batch_mean", "batch_var")
+def _batch_moment(w: Lowering, n: Node) -> Value:
+    """Over the batch and axes; used outside `running` a model's result depends on who else is in the batch."""
+    x = w.full(w.value(n.inputs[0]), w.type(n.inputs[0]).rank)
+    axes = [*(k - x.rank for k in range(len(w.leads))), *dims(w, n)]
+    if n.op == "batch_mean":
+        return w.g.reduce("ReduceMean", x, axes)
+    if n.attrs.get("ddof"):
+        raise Unlowered(n, "a variance over a batch of open size has no count to correct by", "leave out `unbiased`")
+    off = w.g.sub(x, w.g.reduce("ReduceMean", x, axes, keep=True))
+    return w.g.reduce("ReduceMean", w.g.mul(off, off), axes)
 
 
 @emitter("var")

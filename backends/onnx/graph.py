@@ -130,6 +130,7 @@ FOLD: dict[str, Callable[..., Array]] = {
     "LogSoftmax": lambda x, axis: x - _log_sum_exp(x, (axis,), True),
     "ReduceSum": _reduce(np.sum), "ReduceMean": _reduce(np.mean), "ReduceMax": _reduce(np.max),
     "ReduceMin": _reduce(np.min), "ReduceProd": _reduce(np.prod),
+    "ReduceSumSquare": _reduce(lambda x, axis, keepdims: np.sum(x * x, axis=axis, keepdims=keepdims)),
     "ReduceLogSumExp": lambda x, axes, keepdims=1: _log_sum_exp(x, tuple(int(a) for a in axes), bool(keepdims)),
     "CumSum": _cumsum, "Slice": _slice,
     "Transpose": lambda x, perm: np.transpose(x, perm),

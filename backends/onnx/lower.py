@@ -83,7 +83,7 @@ class Lowering:
         """Values of a graph's outputs; its inputs are in `env`."""
         self.graph = graph
         self.env = dict(env)
-        for n in sorted(graph.reachable(list(outputs))):
+        for n in sorted(needed(graph, outputs)):
             if n not in self.env:
                 self.env[n] = self.emit(graph[n])
         return [self.value(o) for o in outputs]
@@ -93,7 +93,7 @@ class Lowering:
         return self.run(program.graph, program.outputs, env)
 
     def emit(self, node: Node) -> Result:
-        from flowlang.backends.onnx import emit, solvers, splines  # noqa: F401 - they fill the table
+        from flowlang.backends.onnx import emit, odes, solvers, splines  # noqa: F401 - they fill the table
 
         rule = EMITTERS.get(node.op)
         if rule is None:
@@ -207,6 +207,23 @@ class Lowering:
                 v = self.g.expand(v, (*front, *(s for _, s in lifted), *own))
             out.append(v)
         return out
+
+
+# In a deployed model a running statistic is its state, and a parameter that the first batch set is what it is.
+SETTLED = ("running", "start")
+
+
+def needed(graph: Graph, outputs: Sequence[int]) -> set[int]:
+    """The nodes that results need at inference."""
+    seen: set[int] = set()
+    stack = list(outputs)
+    while stack:
+        i = stack.pop()
+        if i not in seen:
+            seen.add(i)
+            if graph[i].op not in SETTLED:
+                stack.extend(graph[i].inputs)
+    return seen
 
 
 NAMES = {

@@ -3,7 +3,7 @@
 The maps are those of `ir.ops.splines`; the formulas are arranged for a short graph. Values are laid out
 `[*leads, K, M]`: bins, then x's axes as one. A table is `[*leads, rows, K + 1, M]`: knots of x and y, slopes.
 Raw parameters that are columns of one linear layer are put in the table's order, padding included, by
-reordering the layer's weights: softmax gives 0 at a logit of -1e30, and softplus gives 1 at log(e - 1).
+reordering the layer's weights: softmax gives 0 at a logit of -1e30.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from flowlang.ir.ops.splines import bin_axis, numbers_of
 from flowlang.ir.types import Axis, TensorType
 
 HIDDEN = -1e30  # a logit whose share is 0
-UNIT = math.log(math.e - 1)  # softplus is 1 there
 Entry = int | float  # of a row: the parameter of that index, or (a float) a constant
 
 
@@ -136,17 +135,14 @@ def linear_parts(v: Value) -> tuple[Value, np.ndarray, np.ndarray]:
 # ---- knots ------------------------------------------------------------------------------------------------
 
 
-def shares(g: Builder, logits: Value) -> Value:
-    return g.softmax(logits, -2)
-
-
-def knot_matrix(bins: int, entries: int, bound: float, least: float) -> np.ndarray:
-    """Shares (padded) to the bins + 1 knots on [-bound, bound]; shares sum to 1, so that the offset is in the matrix."""
+def knot_matrix(bins: int, entries: int, bound: float, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Shares (padded) to the bins + 1 knots on [-bound, bound], as a product and an offset; the ends are exact."""
     m = np.zeros((bins + 1, entries))
-    upto = np.tril(np.ones((bins + 1, bins)), -1)
-    ends = least * np.arange(bins + 1)[:, None] + (1 - least * bins) * upto
-    m[:, :bins] = 2 * bound * ends - bound
-    return m
+    m[:, :bins] = 2 * bound * (1 - least * bins) * np.tril(np.ones((bins + 1, bins)), -1)
+    m[-1] = 0
+    offset = bound * (2 * least * np.arange(bins + 1) - 1)
+    offset[-1] = bound
+    return m, offset[:, None]
 
 
 def bin_of(g: Builder, x: Value, knots: Value) -> Value:
@@ -189,9 +185,7 @@ class Box:
     def of(g: Builder, x: Value, bound: float, extra: int, tails: bool = True) -> Box:
         """x is `[.., M]`; `extra` axes of size 1 stand before M."""
         column = g.unsqueeze(x, [-2 - k for k in range(extra)])
-        # Just inside, so that rounded end knots cannot mislead the search; the spline has slope 1 there.
-        edge = bound * (1 - 16 * g.eps)
-        return Box(x.shape, column, g.clip(column, -edge, edge), tails)
+        return Box(x.shape, column, g.clip(column, -bound, bound), tails)
 
     def result(self, g: Builder, value: Value, slope: Value) -> Pair:
         """Beyond the box the clamped part moves along."""
@@ -220,11 +214,11 @@ def rqs_table(
 ) -> Value:
     """Rows: knots of x, knots of y, (knots of x again,) slopes at the knots."""
     k = size(widths, -2)
-    entries = k + 2
-    pad: tuple[Entry, ...] = (HIDDEN, HIDDEN)
+    entries = k + 1
+    pad: tuple[Entry, ...] = (HIDDEN,)
     shift = math.log(math.expm1(1 - n["min_slope"]))
     inner: tuple[Entry, ...] = tuple(range(k)) if circular else (shift, *range(k - 1), shift)
-    order: tuple[Entry, ...] = (*inner, *([0.0] if circular else []), UNIT)
+    order: tuple[Entry, ...] = (*inner, shift) if circular else inner
     bins = tuple(range(k))
     layout = [Row(widths, (*bins, *pad)), Row(heights, (*bins, *pad))] + ([Row(widths, (*bins, *pad))] if twice else [])
     raw = assemble(g, [*layout, Row(slopes, order, shift)])
@@ -234,11 +228,11 @@ def rqs_table(
     x_knots = knot_matrix(k, entries, n["bound"], n["min_width"])
     y_knots = knot_matrix(k, entries, n["bound"], n["min_height"])
     at_knots = np.eye(k + 1, entries)
-    at_knots[:, -1] = n["min_slope"]
     if circular:
         at_knots[k, :] = at_knots[0, :]
-    matrix = np.stack([x_knots, y_knots, *([x_knots] if twice else []), at_knots])
-    return g.matmul(g.const(matrix), soft)
+    parts = [x_knots, y_knots, *([x_knots] if twice else []), (at_knots, np.full((k + 1, 1), n["min_slope"]))]
+    matrix, offset = (np.stack(p) for p in zip(*parts, strict=True))
+    return g.add(g.matmul(g.const(matrix), soft), g.const(offset))
 
 
 def inner_knots(g: Builder, table: Value, row: int) -> Value:
@@ -313,7 +307,8 @@ def rqs_circular_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
 def knots(g: Builder, logits: Value, bound: float, least: float) -> Value:
     """The K + 1 knots on [-bound, bound], `[.., K + 1, M]`."""
     k = size(logits, -2)
-    return g.matmul(g.const(knot_matrix(k, k, bound, least)), shares(g, logits))
+    matrix, offset = knot_matrix(k, k, bound, least)
+    return g.add(g.matmul(g.const(matrix), g.softmax(logits, -2)), g.const(offset))
 
 
 def inner(g: Builder, table: Value) -> Value:

@@ -1,0 +1,175 @@
+"""Runs exported models in onnxruntime beside the PyTorch module, on the same inputs and the same noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from flowlang.api import Compilation, analyse, compile_from
+from flowlang.backends.onnx.build import PROGRAMS, Options, export
+
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+def has_kernels(model: onnx.ModelProto) -> ort.InferenceSession | None:
+    """The session, or None where onnxruntime has no kernel for a type (float64 convolutions)."""
+    try:
+        return session(model)
+    except Exception as e:
+        if "NOT_IMPLEMENTED" not in str(e):
+            raise
+        return None
+
+
+def flow_of(comp: Compilation, name: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A flow away from its start, so that no parameter is 0 by chance."""
+    flow = compile_from(comp, name, seed=seed, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(dtype))
+    return flow.eval()
+
+
+def data_of(comp: Compilation, name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Points of the data's domain; the first rows hold zeros, tiny and large numbers and the ends of splines."""
+    region = comp.regions[name]
+    node = region.graph[region.inputs[0]]
+    x = 2 * generator.standard_normal(shape)
+    for row, value in zip(range(shape[0]), (0.0, 1e-6, -1e-6, 30.0, -30.0, 3.0, -3.0, 4.0, -4.0, math.pi / 2), strict=False):
+        x[row] = value
+    domain = node.attrs.get("domain")
+    if domain is None or not (math.isfinite(domain.interval.lo) or math.isfinite(domain.interval.hi)):
+        return x
+    lo, hi = domain.interval.lo, domain.interval.hi
+    if math.isfinite(lo) and math.isfinite(hi):
+        return lo + (hi - lo) / (1 + np.exp(-np.clip(x, -6, 6)))
+    return lo + np.logaddexp(0, x) + 1e-3 if math.isfinite(lo) else hi - np.logaddexp(0, x) - 1e-3
+
+
+def noise_like(kind: str, shape: list[int], generator: np.random.Generator, df: float | None) -> np.ndarray:
+    match kind:
+        case "normal":
+            return generator.standard_normal(shape)
+        case "geometric":
+            return generator.geometric(0.5, shape) - 1
+        case "student_t":
+            return generator.standard_t(df or 5.0, shape)
+        case "von_mises":
+            return generator.vonmises(0.0, df or 1.0, shape)
+    return getattr(generator, kind)(size=shape)
+
+
+@contextmanager
+def replayed(flow: Any, feeds: list[torch.Tensor], extras: list[int]) -> Iterator[None]:
+    """Noise of the module's programs is taken from a list, in order; log-dets are estimated from the dense Jacobian."""
+    module = sys.modules[type(flow).__module__]
+    queue, lengths = iter(feeds), iter(extras)
+    kept = {k: getattr(module, k) for k in ("standard_noise", "estimate_log_det") if hasattr(module, k)}
+
+    def noise(kind: str, shape: Any, like: Any, generator: Any, form: Any = None) -> torch.Tensor:
+        value = next(queue)
+        assert tuple(value.shape) == tuple(shape)
+        if kind != "onehot":
+            return value
+        best = (form + value).argmax(-1, keepdim=True)
+        return torch.zeros_like(value).scatter(-1, best, 1.0)
+
+    def estimate(g: Any, x: torch.Tensor, event: int, *_: Any, **__: Any) -> torch.Tensor:
+        v, extra = next(queue), next(lengths)
+        out = []
+        n = math.prod(x.shape[x.dim() - event :])
+        for row, probe in zip(x, v, strict=True):
+            jacobian = torch.autograd.functional.jacobian(lambda u: g(u.unsqueeze(0))[0], row).reshape(n, n)
+            w, total = probe.reshape(-1), x.new_zeros(())
+            for k in range(1, 11 + extra):
+                w = jacobian @ w
+                total = total + (-1) ** (k + 1) / k * 2.0 ** max(k - 10, 0) * (w @ probe.reshape(-1))
+            out.append(total)
+        return torch.stack(out)
+
+    for k in kept:
+        setattr(module, k, {"standard_noise": noise, "estimate_log_det": estimate}[k])
+    try:
+        yield
+    finally:
+        for k, v in kept.items():
+            setattr(module, k, v)
+
+
+def feeds_of(
+    comp: Compilation, name: str, flow: Any, run: ort.InferenceSession, program: str, batch: int
+) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(batch)
+    meta = run.get_modelmeta().custom_metadata_map
+    kinds = json.loads(meta.get("noise", "{}"))
+    real = np.float64 if meta["dtype"] == "float64" else np.float32
+    feeds: dict[str, np.ndarray] = {}
+    for k, i in enumerate(run.get_inputs()):
+        shape = [batch if d == "batch" else d for d in i.shape]
+        if i.name in kinds:
+            found = noise_like(kinds[i.name]["kind"], shape, generator, kinds[i.name].get("df"))
+        elif k == 0 and program in ("log_prob", "forward"):
+            found = data_of(comp, name, tuple(shape), generator)
+        else:
+            found = generator.standard_normal(shape)
+        feeds[i.name] = np.asarray(found, dtype=np.int64 if "int64" in i.type else real)
+    return feeds
+
+
+def reference(flow: Any, program: str, feeds: dict[str, np.ndarray], meta: dict[str, str], batch: int) -> list[np.ndarray]:
+    kinds = json.loads(meta.get("noise", "{}"))
+    tensors = {k: torch.as_tensor(v) for k, v in feeds.items()}
+    noise = [tensors[k] for k, v in kinds.items() if v["kind"] != "geometric"]
+    extras = [int(feeds[k]) for k, v in kinds.items() if v["kind"] == "geometric"]
+    given = [tensors[k] for k in flow.given_shapes]
+    own = [v for k, v in tensors.items() if k not in kinds and k not in flow.given_shapes]
+    with torch.no_grad(), replayed(flow, noise, extras):
+        run = getattr(flow, f"_{program}")
+        found = run((batch,), *given) if program.startswith("sample") else run(*own, *given)
+    return [t.numpy() for t in (found if isinstance(found, tuple) else (found,))]
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference, relative to the size of each value (at least 1)."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    both = np.isfinite(a) & np.isfinite(b)
+    assert (both | (np.isnan(a) & np.isnan(b)) | (a == b)).all(), "finite on one side only"
+    scale = np.maximum(1.0, np.abs(b))
+    return float(np.max((np.abs(a - b) / scale)[both], initial=0.0))
+
+
+def parity(comp: Compilation, name: str, program: str, dtype: torch.dtype, batches: tuple[int, ...]) -> float | None:
+    """The largest difference of a program between onnxruntime and the module; None without kernels."""
+    flow = flow_of(comp, name, dtype)
+    model = export(comp.regions[name], comp.analyses, flow, program, Options())
+    run = has_kernels(model)
+    if run is None:
+        return None
+    worst = 0.0
+    for batch in batches:
+        feeds = feeds_of(comp, name, flow, run, program, batch)
+        found = run.run(None, feeds)
+        wanted = reference(flow, program, feeds, run.get_modelmeta().custom_metadata_map, batch)
+        assert len(found) == len(wanted)
+        worst = max([worst, *(difference(a, b) for a, b in zip(found, wanted, strict=True))])
+    return worst
+
+
+__all__ = ["PROGRAMS", "analyse", "difference", "export", "feeds_of", "flow_of", "has_kernels", "parity", "reference", "session"]
