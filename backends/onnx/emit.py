@@ -44,7 +44,7 @@ def _index(w: Lowering, n: Node) -> Value:
 
 UNARY = {
     "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs", "sign": "Sign", "reciprocal": "Reciprocal", "sin": "Sin",
-    "cos": "Cos", "tanh": "Tanh", "sigmoid": "Sigmoid", "softplus": "Softplus", "relu": "Relu",
+    "cos": "Cos", "tanh": "Tanh", "softplus": "Softplus", "relu": "Relu",
     "floor": "Floor", "round": "Round",
 }  # fmt: skip
 

@@ -92,7 +92,13 @@ def fuse_sums(part: Body, uses: Counter[int]) -> None:
         for v in node.inputs:
             assert v is not None
             inner = v.node
-            if inner is not None and inner.op in ("Add", "Sum") and id(inner) in here and uses[id(v)] == 1 and v.rank == 1:
+            if (
+                inner is not None
+                and inner.op in ("Add", "Sum")
+                and id(inner) in here
+                and uses[id(v)] == 1
+                and v.rank == 1
+            ):
                 gone.add(id(inner))
                 terms += [t for t in inner.inputs if t is not None]
             else:

@@ -91,9 +91,7 @@ def expanded(g: Builder, value: Value, like: Value) -> Value:
     return g.unsqueeze(value, [-1 - k for k in range(like.rank - value.rank)])
 
 
-def equal_steps(
-    g: Builder, rates: Rates, state: State, start: float, stop: float, steps: int, method: Method
-) -> State:
+def equal_steps(g: Builder, rates: Rates, state: State, start: float, stop: float, steps: int, method: Method) -> State:
     h = (stop - start) / steps
 
     def step(i: Value, now: State) -> tuple[None, State]:
@@ -110,7 +108,15 @@ class Adaptive:
     """Local error below atol + rtol·|x| for each sample; a PI controller (Hairer, Norsett & Wanner, II.4 and IV.2)."""
 
     def __init__(
-        self, g: Builder, rates: Rates, start: float, stop: float, rtol: float, atol: float, method: Method, lead_rank: int
+        self,
+        g: Builder,
+        rates: Rates,
+        start: float,
+        stop: float,
+        rtol: float,
+        atol: float,
+        method: Method,
+        lead_rank: int,
     ):
         self.lead_rank = lead_rank
         self.g, self.rates, self.method, self.rtol, self.atol = g, rates, method, rtol, atol
@@ -158,7 +164,9 @@ class Adaptive:
 
         zero = g.filled(0.0, leads)
         carried = [*state, *slope, zero, h, g.add(zero, 1.0)]
-        return g.loop(MOST_STEPS, [g.expand(v, (*leads, *v.shape[len(leads) :])) for v in carried], step, "integrate")[:parts]
+        return g.loop(MOST_STEPS, [g.expand(v, (*leads, *v.shape[len(leads) :])) for v in carried], step, "integrate")[
+            :parts
+        ]
 
     def weighted(self, slopes: Sequence[State], h: Value) -> State:
         """The error estimate h·Σ e·k of each part."""

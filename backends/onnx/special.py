@@ -47,8 +47,13 @@ def tanh_slope(g: Builder, x: Value) -> Value:
     return g.unary("Exp", log_tanh_slope(g, x))
 
 
+def sigmoid(g: Builder, x: Value) -> Value:
+    """1/(1 + exp(-x)): onnxruntime's `Sigmoid` is 0 from about -18 on, and maps take its logarithm."""
+    return g.unary("Reciprocal", g.add(g.unary("Exp", g.neg(x)), 1.0))
+
+
 def sigmoid_slope(g: Builder, x: Value) -> Value:
-    return g.mul(g.unary("Sigmoid", x), g.unary("Sigmoid", g.neg(x)))
+    return g.unary("Exp", log_sigmoid_slope(g, x))
 
 
 def log_sigmoid_slope(g: Builder, x: Value) -> Value:
@@ -283,7 +288,7 @@ def log_bessel_i0e(g: Builder, x: Value) -> Value:
 
 UNARY: dict[str, Unary] = {
     "log1p": log1p, "expm1": expm1, "log_sigmoid": log_sigmoid, "log_cosh": log_cosh, "log_tanh_slope": log_tanh_slope,
-    "tanh_slope": tanh_slope, "sigmoid_slope": sigmoid_slope, "log_sigmoid_slope": log_sigmoid_slope, "log_abs": log_abs,
+    "sigmoid": sigmoid, "tanh_slope": tanh_slope, "sigmoid_slope": sigmoid_slope, "log_sigmoid_slope": log_sigmoid_slope, "log_abs": log_abs,
     "logit": logit, "softplus_inverse": softplus_inverse, "silu": silu, "gelu": gelu, "selu": selu, "erf": erf,
     "erfinv": erfinv, "lgamma": lgamma, "log_bessel_i0e": log_bessel_i0e, "sinh": native("Sinh", _sinh), "cosh": native("Cosh", _cosh),
     "tan": native("Tan", _tan), "asinh": native("Asinh", _asinh), "atanh": native("Atanh", _atanh),

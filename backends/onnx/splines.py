@@ -117,7 +117,13 @@ def is_linear(v: Value) -> bool:
     if product is None or bias is None or product.node is None or product.node.op != "MatMul":
         return False
     matrix = product.node.inputs[1]
-    return bias.array is not None and bias.rank == 1 and matrix is not None and matrix.array is not None and matrix.rank == 2
+    return (
+        bias.array is not None
+        and bias.rank == 1
+        and matrix is not None
+        and matrix.array is not None
+        and matrix.rank == 2
+    )
 
 
 def linear_parts(v: Value) -> tuple[Value, np.ndarray, np.ndarray]:
