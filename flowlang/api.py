@@ -110,6 +110,7 @@ def generate(spec: str | Path, *, flow: str | None = None, standalone: bool = Tr
     comp = analyse(spec, sets, sized=True)
     if not comp.ok:
         raise FlowError(comp.report.errors)
+    verify_rules(comp, pick_flow(comp, flow))
     return generate_from(comp, flow, standalone=standalone)
 
 
@@ -152,12 +153,27 @@ def compile_from(comp: Compilation, flow: str | None = None, *, seed: int | None
     """`compile` for a spec that is analysed already."""
     name = pick_flow(comp, flow)
     module: Flow = fresh(*generate_from(comp, name, standalone=False), seed, dtype)
+    verify_rules(comp, name, module)
     module.origin = {
         "spec": comp.source.text, "spec_name": comp.source.name, "flow": name, "sets": dict(comp.elab.sets),
         "imports": dict(getattr(comp.elab.loader, "loaded", {})), "flowlang": __version__,
     }  # fmt: skip
     origins[type(module)] = (comp, name)
     return module
+
+
+def verify_rules(comp: Compilation, name: str, module: Any = None) -> None:
+    """Compares the hand-given rules in a flow with its map, in float64; raises FlowError (FL0412) where one is wrong."""
+    region = comp.regions[name]
+    if not any(r.rules for r in region.walk()):
+        return
+    from flowlang.backends.torch.explicit import wrong_rules
+
+    if module is None:
+        module = fresh(*generate_from(comp, name, standalone=False), 0, None)
+    found = wrong_rules(region, module, comp.analyses)
+    if found:
+        raise FlowError(found)
 
 
 def compile_function(comp: Compilation, name: str, like: str) -> Any:

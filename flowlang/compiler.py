@@ -216,7 +216,21 @@ def examine(comp: Compilation, root: Region) -> None:
         if isinstance(found, Failure):
             bad.add(id(region))
             tell_failure(comp, region, found, anchors)
+        tell_rules(comp, region)
     root.broken = root.broken or id(root) in bad or any(id(r) in bad for r in regions)
+
+
+def tell_rules(comp: Compilation, region: Region) -> None:
+    """Hand-given rules are noted: nothing here computes numbers, so they are not verified yet."""
+    if region.library:
+        return
+    for name, rule in region.rules.items():
+        comp.report.add(
+            Diagnostic(
+                "FL0413", f"`def {name}` of `{region.name}` is unverified: `check` computes no numbers", rule.span,
+                severity="note", suggestion="`flowlang verify`, `flowlang build` and `compile` compare it with the map",
+            )
+        )  # fmt: skip
 
 
 def library_anchors(root: Region) -> dict[int, Span]:
@@ -540,9 +554,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     way = comp.analyses.way(region)
     entry["log_det"] = log_det
     entry["inverse"] = way
-    # A draw inside makes log_prob a lower bound: its mean over draws is log p less a Kullback-Leibler divergence.
-    draws = any(r.draws for r in region.walk())
-    entry["exactness"] = "lower bound" if draws else "unbiased" if comp.analyses.estimated(region) else "exact"
+    entry["exactness"] = comp.analyses.exactness(region)
     entry["random"] = is_random(region)
     if region.steps:
         entry["steps"] = step_count(region)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from flowlang.api import generate_from, pick_flow
+from flowlang.api import generate_from, pick_flow, verify_rules
 from flowlang.cli.common import flow_option, json_option, load_ok, seed_option, set_option, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
 
@@ -59,6 +59,7 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
 def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) -> None:
     """Write the flow as one Python file that needs torch alone."""
     comp = load_ok(spec, sets, False, sized=True)
+    verify_rules(comp, pick_flow(comp, flow))
     text, cls = generate_from(comp, flow, standalone=True)
     if out is None:
         click.echo(text, nl=False)

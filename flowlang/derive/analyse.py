@@ -150,6 +150,9 @@ class Analyses:
     ) -> tuple[Interval, ...]:
         if isinstance(self.plan(region), Failure):
             return (REAL,) * (len(region.inputs) + len(region.outputs) + len(region.emissions) + 1)
+        if "inverse" in region.rules and method in ("inverse", "generate"):
+            # A hand-given inverse is verified by numbers; what it gives lies in the declared domains.
+            return (*(self.ranges(region).interval(i) for i in region.inputs), REAL)
         program = self.program(region, method)
         rounds = REPEAT_BOUND_ROUNDS if node.op == "repeat" else 1
         now = list(operands)
@@ -197,9 +200,11 @@ class Analyses:
 
     def plan(self, region: Region) -> Plan | Failure:
         if self.key(region) not in self._plans:
-            found = Inverter(region, self).run()
+            found = Plan(region) if len(region.rules) == 2 else Inverter(region, self).run()
+            if isinstance(found, Failure) and region.rules:
+                found = explain.one_rule_alone(region, found)
             self._plans[self.key(region)] = found
-            if isinstance(found, Plan):
+            if isinstance(found, Plan) and "inverse" not in region.rules:
                 problem = self.check_image(region, found)
                 if problem is not None:
                     self._plans[self.key(region)] = problem
@@ -270,6 +275,8 @@ class Analyses:
 
     def way(self, region: Region) -> str:
         """The costliest way that the inverse uses."""
+        if "inverse" in region.rules:
+            return "explicit"
         best = "analytic"
         for step in self.steps_of(region):
             best = costlier(best, self.step_way(region, step))
@@ -313,23 +320,31 @@ class Analyses:
                 return self.region_class(self.view(region).graph[n].attrs["region"])
         return "0"
 
-    def estimated(self, region: Region) -> bool:
-        """Whether the log-det is an unbiased estimate."""
-        return any(self.step_estimated(region, s) for s in self.steps_of(region))
+    def exactness(self, region: Region) -> str:
+        """What the log-density is, as the worst of the parts (EXACTNESS).
 
-    def step_estimated(self, region: Region, step: Step) -> bool:
+        A draw inside makes it a lower bound: its mean over draws is log p less a Kullback-Leibler divergence.
+        """
+        rule = region.rules.get("log_det")
+        own = rule.exactness if rule is not None else "lower bound" if region.draws else "exact"
+        steps = () if rule is not None else self.steps_of(region)
+        return max((own, *(self.step_exactness(region, s) for s in steps)), key=EXACTNESS.index)
+
+    def step_exactness(self, region: Region, step: Step) -> str:
         match step:
             case FixedPoint():
-                return True
+                return "unbiased"
             case Integrate(n):
-                return bool(self.view(region).graph[n].attrs["trace"] == "hutchinson")
+                return "unbiased" if self.view(region).graph[n].attrs["trace"] == "hutchinson" else "exact"
             case Scan():
-                return any(self.step_estimated(region, s) for s in step.steps)
+                return max((self.step_exactness(region, s) for s in step.steps), key=EXACTNESS.index, default="exact")
             case CallInverse(n):
-                return self.estimated(self.view(region).graph[n].attrs["region"])
-        return False
+                return self.exactness(self.view(region).graph[n].attrs["region"])
+        return "exact"
 
     def region_class(self, region: Region) -> str:
+        if "log_det" in region.rules:
+            return "D"  # its cost is its author's affair; it is not analysed
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
 
 
@@ -351,7 +366,8 @@ def derivative(region: Region, name: str) -> Program | None:
     return None if how is None else jvp_program(region, how)
 
 
-WAYS = ("analytic", "bracketing", "scan", "fixed point", "integration")
+EXACTNESS = ("exact", "unbiased", "lower bound", "ratio")  # from the best to the worst
+WAYS = ("analytic", "explicit", "bracketing", "scan", "fixed point", "integration")
 
 
 def rank(way: str) -> int:

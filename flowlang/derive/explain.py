@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence
@@ -23,6 +24,18 @@ def shown(op: str) -> str:
     """An op's name as the spec writes it."""
     signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "neg": "-", "contract": "sum", "square": "^ 2"}
     return signs.get(op, op.removeprefix("reduce_"))
+
+
+def one_rule_alone(region: Region, f: Failure) -> Failure:
+    """Only one of the two hand-given rules, and the other cannot be derived."""
+    given = "inverse" if "inverse" in region.rules else "log_det"
+    other = "log_det" if given == "inverse" else "inverse"
+    what = "log|det J|" if given == "inverse" else "its inverse"
+    return replace(
+        f,
+        message=f"{f.message}; `def {given}` is given, and {what} cannot be derived",
+        suggestion=f"give `def {other}` as well: both are then verified by numbers",
+    )
 
 
 def called(inv: Inverter, n: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.graph import Graph, Node, Region, Rule, result_types
 from flowlang.ir.interval import Interval
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
@@ -128,10 +128,23 @@ Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | Fixed
 
 @dataclass
 class Plan:
-    """How a region is inverted: steps on the graph of `region`, which may be an equal form of the one asked about."""
+    """How a region is inverted: steps on the graph of `region`, which may be an equal form of the one asked about.
+
+    With both rules given by hand there are no steps.
+    """
 
     region: Region
     steps: list[Step] = field(default_factory=list)
+
+    @property
+    def inverse(self) -> Rule | None:
+        """A hand-given inverse, which takes the place of the steps."""
+        return self.region.rules.get("inverse")
+
+    @property
+    def log_det(self) -> Rule | None:
+        """A hand-given log-det, which takes the place of the steps' own."""
+        return self.region.rules.get("log_det")
 
     def inverted_calls(self) -> Iterator[int]:
         """The calls and integrations that are coordinates' own steps, those inside scans included."""

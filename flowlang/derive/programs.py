@@ -50,7 +50,7 @@ def forward_program(region: Region, plan: Plan, name: str) -> Program:
         for s in region.starts:
             r.value(s.param)
         return r.finish([*outputs, *emissions], log_det=False)
-    r.weigh(plan.steps)
+    weigh(r, plan)
     if score:
         r.score_random()
     if name == "log_prob":
@@ -83,13 +83,13 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
         for e in region.emissions:
             if e.distribution is not None:
                 r.lazy[e.value] = list(e.arguments)
-    r.run_steps(plan.steps)
+    go_back(r, plan)
     outputs = [r.value(i) for i in region.inputs]
     if name == "preimage":  # for the analysis: draws too, and no log-det
         return r.finish([*outputs, *(r.value(d.value) for d in region.draws)], log_det=False)
     if name == "sample":
         return r.finish(outputs, log_det=False)
-    r.weigh(plan.steps)
+    weigh(r, plan)
     if generate:
         r.score_random()
         if name == "sample_and_log_prob":
@@ -99,6 +99,30 @@ def inverse_program(region: Region, plan: Plan, name: str) -> Program:
         return r.finish(outputs, log_det=True)
     r.weights = [r.b.neg(w) for w in r.weights]
     return r.finish(outputs, log_det=True)
+
+
+def go_back(r: Replay, plan: Plan) -> None:
+    """Makes the mapped inputs known from the outputs: by the plan's steps, or by the hand-given rule."""
+    rule, region = plan.inverse, plan.region
+    if rule is None:
+        r.run_steps(plan.steps)
+        return
+    for leaf, o in zip(rule.inputs, region.outputs, strict=True):
+        # What the log-det reads is computed anew from the inputs found, so that it belongs to them.
+        r.env[leaf] = r.env.pop(o)
+    for i, found in zip(region.inputs, rule.outputs, strict=True):
+        r.bind(region.graph[i], r.value(found))
+    if plan.log_det is None:
+        for o in region.outputs:
+            r.value(o)
+
+
+def weigh(r: Replay, plan: Plan) -> None:
+    """Adds the log-det: the sum of the steps' own, or the hand-given one."""
+    if plan.log_det is None:
+        r.weigh(plan.steps)
+    else:
+        r.weights = [r.value(plan.log_det.outputs[0])]
 
 
 __all__ = ["Program", "build", "draws_noise", "is_map", "is_random", "prune"]

@@ -11,6 +11,7 @@ from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, parameters_of
 from flowlang.elaborate.models import build_model
+from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
@@ -437,6 +438,8 @@ class Elaborator:
         value = run_statements(body, declaration.body or ())
         body.b.span = declaration.span
         self.finish(body, declaration, value, span)
+        if declaration.kind == "bijector" and not body.region.broken and body.region.outputs:
+            explicit_rules(body)
         self.warn_unused(body)
 
     def bind_statics(self, body: Body, inst: Instance, params: list[tree.Parameter], span: Span, caller: Body) -> None:
@@ -557,6 +560,7 @@ class Elaborator:
             body.axes.setdefault(a.name, a.size)
         body.chain_value = Tensor(id_, body)
         run_statements(body, declaration.body or ())
+        chain_without_rules(body)
         self.end_chain(body)
 
     def end_chain(self, body: Body) -> None:

@@ -1,0 +1,186 @@
+"""Hand-given rules against the map itself, in float64 on probe points (DESIGN §5, "Explicit rules")."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import torch
+from flowlang.backends.torch.codegen import Generator, module_text
+from flowlang.backends.torch.load import load_module
+from torch import Tensor, nn
+
+from flowlang.derive.analyse import Analyses
+from flowlang.diagnostics import Diagnostic
+from flowlang.ir.graph import Region, Rule
+from flowlang.ir.interval import Interval
+
+POINTS = 16
+TOLERANCE = 1e-7  # relative to 1 + |x| and the condition number
+CONDITION = 1e8  # beyond it a point says nothing
+JACOBIAN_LIMIT = 1024  # coordinates
+
+
+def wrong_rules(root: Region, flow: nn.Module, analyses: Analyses) -> list[Diagnostic]:
+    """What is wrong with the hand-given rules in a flow: FL0412 for each rule that the body contradicts.
+
+    `flow` is a generated module of `root`; it is copied, not touched. Its own parameters are used, and a
+    second time parameters moved away from their start, where many maps are the identity.
+    """
+    flow = copy.deepcopy(flow).double().eval()
+    classes = Generator(root, analyses, "").classes
+    out: list[Diagnostic] = []
+    for region in root.walk():
+        if not region.rules:
+            continue
+        held = next((m for m in flow.modules() if type(m).__name__ == classes[id(region)]), None)
+        if held is None:
+            continue  # the flow never runs it
+        try:
+            for moved in (False, True):
+                Probe(region, held, analyses, moved).run()
+        except Wrong as e:
+            out.append(e.diagnostic)
+    return out
+
+
+class Wrong(Exception):
+    def __init__(self, region: Region, name: str, rule: Rule, message: str, suggestion: str):
+        super().__init__(message)
+        self.diagnostic = Diagnostic(
+            "FL0412", f"`def {name}` of `{region.name}` is wrong: {message}", rule.span or region.span, suggestion=suggestion
+        )
+
+
+class Probe:
+    """One region's class with the parameters of one of its instances."""
+
+    def __init__(self, region: Region, held: nn.Module, analyses: Analyses, moved: bool):
+        self.region, self.analyses = region, analyses
+        made = Generator(region, analyses, "").generate()
+        cls = getattr(load_module(module_text(made, standalone=False, title=region.name, origin="")), made.root)
+        shared = [getattr(held, c.name) for c in region.children.values() if c.shared]
+        self.module: nn.Module = cls(*shared).double().eval()
+        self.module.load_state_dict(held.state_dict())
+        self.random = torch.Generator().manual_seed(20)
+        if moved:
+            with torch.no_grad():
+                for p in self.module.parameters():
+                    p += 0.3 * torch.randn(p.shape, dtype=p.dtype, generator=self.random)
+
+    def sample(self, node: int) -> Tensor:
+        """Points in the range that the analysis finds for a value, some of them near its edges."""
+        shape = self.region.graph[node].tensor.shape
+        z = 1.5 * torch.randn(POINTS, *shape, dtype=torch.float64, generator=self.random)
+        z[0] = 0.0
+        return into(self.analyses.ranges(self.region).interval(node), z)
+
+    def run(self) -> None:
+        region = self.region
+        x = [self.sample(i) for i in region.inputs]
+        context = [self.sample(c) for c in region.context]
+        with torch.no_grad():
+            *y, log_det = self.module(*x, *context)
+        jacobians = list(self.jacobians(x, context))
+        condition = torch.tensor([conditioned(j) for j in jacobians]) if jacobians else torch.ones(POINTS)
+        if "inverse" in region.rules:
+            self.check_inverse(x, y, context, condition)
+            self.check_image(context)
+        if "log_det" in region.rules and jacobians:
+            self.check_log_det(x, log_det, torch.stack([torch.linalg.slogdet(j)[1] for j in jacobians]), condition)
+
+    def jacobians(self, x: list[Tensor], context: list[Tensor]) -> Iterator[Tensor]:
+        sizes = [v[0].numel() for v in x]
+        if sum(sizes) > JACOBIAN_LIMIT:
+            return
+        for k in range(POINTS):
+            own = [c[k : k + 1] for c in context]
+
+            def f(flat: Tensor, k: int = k, own: list[Tensor] = own) -> Tensor:
+                parts = [p.reshape(1, *v.shape[1:]) for p, v in zip(flat.split(sizes), x, strict=True)]
+                return torch.cat([o.reshape(-1) for o in self.module(*parts, *own)[:-1]])
+
+            j = torch.autograd.functional.jacobian(f, torch.cat([v[k].reshape(-1) for v in x]))
+            assert isinstance(j, Tensor)
+            yield j
+
+    def check_inverse(self, x: list[Tensor], y: list[Tensor], context: list[Tensor], condition: Tensor) -> None:
+        with torch.no_grad():
+            back = self.module.inverse(*y, *context)[:-1]  # type: ignore[operator]
+        k = worst(x, back, condition)
+        if k is not None:
+            raise Wrong(
+                self.region, "inverse", self.region.rules["inverse"],
+                f"x = {shown(x, k)} is mapped to {shown(y, k)}, and the inverse of that is {shown(back, k)}",
+                "correct it, or delete it and let the compiler derive the inverse",
+            )  # fmt: skip
+
+    def check_image(self, context: list[Tensor]) -> None:
+        """Values of the range that the body is said to have must come from somewhere."""
+        y = [self.sample(o) for o in self.region.outputs]
+        with torch.no_grad():
+            x = self.module.inverse(*y, *context)[:-1]  # type: ignore[operator]
+            again = self.module(*x, *context)[:-1]
+        jacobians = list(self.jacobians(list(x), context)) if all(bool(torch.isfinite(v).all()) for v in x) else []
+        condition = torch.tensor([1 / conditioned(j, smallest=True) for j in jacobians]) if jacobians else torch.ones(POINTS)
+        k = worst(y, again, condition.clamp_min(1))
+        if k is not None:
+            raise Wrong(
+                self.region, "inverse", self.region.rules["inverse"],
+                f"the inverse of y = {shown(y, k)} is {shown(x, k)}, which is mapped to {shown(again, k)}",
+                "the inverse must hold for every value that the body may give; a domain may be missing",
+            )  # fmt: skip
+
+    def check_log_det(self, x: list[Tensor], found: Tensor, dense: Tensor, condition: Tensor) -> None:
+        rule = self.region.rules["log_det"]
+        usable = torch.isfinite(dense) & (condition < CONDITION)
+        error = found - dense
+        if rule.exactness == "ratio":  # right up to a constant
+            error = error - error[usable].median() if bool(usable.any()) else error
+        allowed = TOLERANCE * (1 + dense.abs())
+        bad = ~(error <= allowed) if rule.exactness == "lower bound" else ~(error.abs() <= allowed)
+        bad &= usable
+        if bool(bad.any()):
+            k = int(bad.nonzero()[0])
+            is_at_most = " at most" if rule.exactness == "lower bound" else ""
+            raise Wrong(
+                self.region, "log_det", rule,
+                f"at x = {shown(x, k)} it gives {float(found[k]):.6g}, and log|det J| is{is_at_most} {float(dense[k]):.6g}",
+                "correct it, or delete it and let the compiler derive the log-det",
+            )  # fmt: skip
+
+
+def into(iv: Interval, z: Tensor) -> Tensor:
+    if iv.finite:
+        return iv.lo + (iv.hi - iv.lo) * torch.sigmoid(z)
+    if iv.lo > -math.inf:
+        return iv.lo + torch.exp(z)
+    if iv.hi < math.inf:
+        return iv.hi - torch.exp(z)
+    return z
+
+
+def conditioned(j: Tensor, *, smallest: bool = False) -> float:
+    if not bool(torch.isfinite(j).all()):
+        return 1e-300 if smallest else math.inf
+    s = torch.linalg.svdvals(j)
+    return float(s[-1].clamp_min(1e-300)) if smallest else float(s[0] / s[-1].clamp_min(1e-300))
+
+
+def worst(wanted: list[Tensor], found: tuple[Tensor, ...], condition: Tensor) -> int | None:
+    """The first point at which the values differ by more than rounding explains."""
+    bad = torch.zeros(POINTS, dtype=torch.bool)
+    for w, f in zip(wanted, found, strict=True):
+        error = (f - w).abs().reshape(POINTS, -1).amax(1)
+        scale = 1 + w.abs().reshape(POINTS, -1).amax(1)
+        bad |= ~(error <= TOLERANCE * scale * condition.clamp_min(1))  # NaN is bad
+    bad &= condition < CONDITION
+    return int(bad.nonzero()[0]) if bool(bad.any()) else None
+
+
+def shown(values: list[Tensor] | tuple[Tensor, ...], k: int) -> str:
+    """The first numbers of a point."""
+    flat = torch.cat([v[k].reshape(-1) for v in values]).tolist()
+    text = ", ".join(f"{v:.4g}" for v in flat[:4])
+    return f"[{text}{', ..' if len(flat) > 4 else ''}]" if len(flat) > 1 else text

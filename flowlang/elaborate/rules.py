@@ -1,0 +1,156 @@
+"""Hand-given rules of a bijector: `def inverse(y) {..}` and `def log_det(x) {..}` (LANGUAGE §2, DESIGN §5).
+
+Their bodies become part of the region's graph: the inverse reads leaves that stand for the outputs, the
+log-det reads the mapped inputs. Both close over the owner's parameters and context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.calls import Arguments, call_local
+from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.types import evaluate_type
+from flowlang.elaborate.values import Local, Poison, Tensor, Tuple, TypeSpec
+from flowlang.ir.graph import Rule
+from flowlang.ir.types import TensorType, same_axes
+from flowlang.syntax import tree
+
+if TYPE_CHECKING:
+    from flowlang.elaborate.body import Body
+
+EXACTNESS = {"estimate": "unbiased", "bound": "lower bound", "ratio": "ratio"}
+
+
+def explicit_rules(body: Body) -> None:
+    """Adds the rules that the body of a bijector defines to its region; reports what does not fit."""
+    for name in ("inverse", "log_det"):
+        local = body.names.get(name)
+        if isinstance(local, Local) and local.body is body:
+            from flowlang.elaborate.body import Fail, Poisoned
+
+            try:
+                if any(r.draws or r.emissions for r in body.region.walk()):
+                    raise body.fail(
+                        "FL0902", f"`def {name}` beside draws or emissions has no meaning yet", local.declaration.span,
+                        suggestion="draw and emit in a bijector of its own",
+                    )  # fmt: skip
+                body.region.rules[name] = inverse(body, local) if name == "inverse" else log_det(body, local)
+            except Fail as e:
+                body.report(e.diagnostic)
+            except Poisoned:
+                body.region.broken = True
+
+
+def chain_without_rules(body: Body) -> None:
+    """A chain's inverse follows from its steps: a rule would belong to one of them."""
+    for name in ("inverse", "log_det"):
+        local = body.names.get(name)
+        if isinstance(local, Local) and local.body is body:
+            raise body.fail(
+                "FL0106",
+                f"`def {name}` belongs in a bijector with a tensor parameter; a chain is inverted step by step",
+                local.declaration.span,
+                suggestion="move it into the bijector that needs it",
+            )
+
+
+def inverse(body: Body, local: Local) -> Rule:
+    declaration, region = local.declaration, body.region
+    if declaration.results:
+        raise body.fail("FL0306", "an inverse is exact: `-> ..` belongs to `def log_det`", declaration.results[0].span)
+    known = set(region.inputs)
+    leaves = [
+        body.b.leaf("input", t, batched=True, span=declaration.span, label=p.name, name=p.name, role="result")
+        for t, p in zip(region.output_types(), parameters(body, declaration, len(region.outputs)), strict=True)
+    ]
+    values = evaluate(body, local, leaves)
+    wanted = region.input_types()
+    if len(values) != len(wanted):
+        raise body.fail(
+            "FL0308", f"`inverse` gives {len(values)} values, and `{region.name}` maps {len(wanted)}", declaration.span
+        )
+    outputs = []
+    for v, t in zip(values, wanted, strict=True):
+        have = body.b.type(v)
+        if not set(have.axes) <= set(t.axes):
+            raise body.fail(
+                "FL0308", f"`inverse` gives `{have}`, and `{region.name}` maps `{t}`", declaration.span,
+                suggestion="an inverse gives back the types that the bijector takes",
+            )  # fmt: skip
+        v = body.b.expand(v, t)
+        outputs.append(v if same_axes(have, t) else body.b.op("order", v, names=t.names))
+    read = body.graph.reachable(outputs) & known
+    if read:
+        name = body.graph[min(read)].label
+        raise body.fail(
+            "FL0201", f"`inverse` reads `{name}`, which it is to give", declaration.span,
+            suggestion="write it in terms of its own arguments, the parameters and the context",
+        )  # fmt: skip
+    return Rule(tuple(leaves), tuple(outputs), span=header(declaration))
+
+
+def log_det(body: Body, local: Local) -> Rule:
+    declaration, region = local.declaration, body.region
+    exactness = "exact"
+    for result in declaration.results:
+        word = result.type.id if isinstance(result.type, tree.Name) else None
+        if len(declaration.results) > 1 or word not in EXACTNESS:
+            raise body.fail(
+                "FL0306", "what `log_det` gives is exact, or an `estimate`, a `bound` or a `ratio`", result.span,
+                suggestion=did_you_mean(word or "", EXACTNESS) or "as in `def log_det(x) -> bound { .. }`",
+            )  # fmt: skip
+        exactness = EXACTNESS[word or ""]
+    parameters(body, declaration, len(region.inputs))
+    values = evaluate(body, local, region.inputs)
+    have = body.b.type(values[0]) if len(values) == 1 else None
+    if have is None or have.axes:
+        what = f"`{have}`" if have is not None else f"{len(values)} values"
+        raise body.fail(
+            "FL0308", f"`log_det` gives {what}, and one number for each sample is needed", declaration.span,
+            suggestion=f"sum it, as in `sum[{have.names[0]}](..)`" if have is not None else None,
+        )  # fmt: skip
+    return Rule(tuple(region.inputs), (values[0],), exactness, header(declaration))
+
+
+def parameters(body: Body, declaration: tree.Declaration, count: int) -> list[tree.Parameter]:
+    """The parameters that stand for values; those with a context's name are the context."""
+    context = {body.graph[c].label for c in body.region.context}
+    found = [p for ps in declaration.parameters for p in ps if p.name not in context]
+    if len(found) != count:
+        raise body.fail(
+            "FL0202", f"`{declaration.name}` of `{body.region.name}` takes {count} values, and names {len(found)}",
+            declaration.span, suggestion="parameters and context of the bijector are in sight without being named",
+        )  # fmt: skip
+    return found
+
+
+def evaluate(body: Body, local: Local, arguments: list[int]) -> list[int]:
+    declaration = local.declaration
+    named = iter(arguments)
+    context = {body.graph[c].label: c for c in body.region.context}
+    values: dict[str, Any] = {}
+    for p in (p for ps in declaration.parameters for p in ps):
+        value = Tensor(context[p.name], body) if p.name in context else Tensor(next(named), body)
+        spec = evaluate_type(body, p.type) if p.type is not None else None
+        values[p.name] = axis_rules.conform(body, value, spec, p.span) if isinstance(spec, TypeSpec) else value
+    body.b.span = declaration.span
+    found = call_local(body, local, Arguments(keywords=values, span=declaration.span))
+    if isinstance(found, Poison):
+        from flowlang.elaborate.body import Poisoned
+
+        raise Poisoned
+    if body.region.draws or body.region.emissions:
+        raise body.fail("FL0902", "a draw inside a hand-given rule has no meaning yet", declaration.span)
+    items = list(found.items) if isinstance(found, Tuple) else [found]
+    out = [body.tensor(v, declaration.span) for v in items]
+    for v in out:
+        t: TensorType = body.b.type(v)
+        if t.kind != "real":
+            raise body.fail("FL0306", f"`{declaration.name}` gives `{t}`, and real numbers are needed", declaration.span)
+    return out
+
+
+def header(declaration: tree.Declaration) -> Any:
+    return declaration.name_span or declaration.span
