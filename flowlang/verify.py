@@ -38,6 +38,9 @@ def probes(domain: Domain | None, n: int, shape: tuple[int, ...], generator: tor
     import torch
 
     iv = domain.interval if domain is not None else Interval(-math.inf, math.inf, True, True)
+    if domain is not None and domain.kind == "int":
+        low, high = (int(v) if math.isfinite(v) else d for v, d in ((iv.lo, -8), (iv.hi, 8)))
+        return torch.randint(low, high + 1, (n, *shape), generator=generator).to(torch.float64)
     z = torch.randn(n, *shape, dtype=torch.float64, generator=generator)
     z[: n // 4] *= 3
     if n > 4:

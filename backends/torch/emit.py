@@ -356,7 +356,7 @@ TORCH_UNARY = {
     "cos": "torch.cos", "tan": "torch.tan", "sinh": "torch.sinh", "cosh": "torch.cosh", "tanh": "torch.tanh", "asinh": "torch.asinh",
     "atanh": "torch.atanh", "atan": "torch.atan", "asin": "torch.asin", "acos": "torch.acos", "sigmoid": "torch.sigmoid",
     "logit": "torch.logit", "softplus": "F.softplus", "log_sigmoid": "F.logsigmoid", "relu": "F.relu", "selu": "F.selu",
-    "silu": "F.silu", "gelu": "F.gelu", "erf": "torch.erf", "erfinv": "torch.erfinv", "floor": "torch.floor",
+    "silu": "F.silu", "gelu": "F.gelu", "erf": "torch.erf", "erfinv": "torch.erfinv", "floor": "torch.floor", "whole_part": "torch.floor",
     "round": "torch.round", "not": "torch.logical_not", "lgamma": "torch.lgamma",
 }  # fmt: skip
 RUNTIME_UNARY = (
@@ -501,6 +501,11 @@ def _extremum(w: Writer, n: Node) -> Expr:
 def _mod(w: Writer, n: Node) -> Expr:
     a, b = (w.aligned(i, n.tensor) for i in n.inputs)
     return Expr(f"torch.remainder({a.text}, {b.text})")
+
+
+@emitter("fraction_part")
+def _fraction(w: Writer, n: Node) -> Expr:
+    return Expr(f"torch.remainder({argument(w, n.inputs[0])}, 1)")
 
 
 @emitter("rotate")

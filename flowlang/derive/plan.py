@@ -107,6 +107,15 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class Digits:
+    """node = a whole number + a number in (0, 1): both from the sum (dequantisation)."""
+
+    node: int
+    whole: int  # slots
+    fraction: int
+
+
+@dataclass(frozen=True, slots=True)
 class Polar:
     """exit = offset + a(r)·arm, arm = entry - z0, r = |arm|: solved along rays (radial flows).
 
@@ -123,7 +132,7 @@ class Polar:
     slope: tuple[tuple[tuple[tuple[int, int], ...], float], ...]
 
 
-Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar
+Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar | Digits
 
 
 @dataclass

@@ -10,6 +10,7 @@ from flowlang.derive.jvp import tangent
 from flowlang.derive.lowrank import solve_low_rank, weigh_low_rank
 from flowlang.derive.plan import (
     CallInverse,
+    Digits,
     FixedPoint,
     Gather,
     Integrate,
@@ -274,6 +275,9 @@ class Replay:
                         piece = b.op("expand", piece, axes=((axis, 1), *((a.name, a.size) for a in t.axes)))
                     pieces.append(b.op("order", piece, names=source[v].tensor.names))
                 self.bind(source[v], b.op("join", *pieces, axis=axis, span=source[v].span))
+            case Digits(n, whole, fraction):
+                self.bind(source[source[n].inputs[whole]], b.op("whole_part", self.value(n), span=source[n].span))
+                self.bind(source[source[n].inputs[fraction]], b.op("fraction_part", self.value(n), span=source[n].span))
             case CallInverse(n):
                 self.call_inverse(source[n])
             case Integrate(n):

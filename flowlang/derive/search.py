@@ -18,6 +18,7 @@ from flowlang.analysis.dependence import Dependence, Supports, call_relation, lo
 from flowlang.derive import contraction, explain, lowrank, polar, scalar, scan
 from flowlang.derive.plan import (
     CallInverse,
+    Digits,
     Failure,
     Gather,
     Integrate,
@@ -31,7 +32,7 @@ from flowlang.derive.plan import (
 from flowlang.derive.problem import Problem, ScanContext
 from flowlang.derive.program import is_random
 from flowlang.ir.graph import Node, Region
-from flowlang.ir.interval import Interval
+from flowlang.ir.interval import UNIT, Interval
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.relation import Relation
@@ -106,8 +107,8 @@ class Inverter:
 
     def refused_at_once(self, targets: list[int], results: list[int], have: int, wanted: int) -> Failure | None:
         for v in (*targets, *results):
-            # Whole numbers may pass through untouched, to a distribution on whole numbers.
-            if not self.real(v) and not (v in targets and v in results):
+            # Whole numbers come in to be dequantised, or pass untouched to a distribution on them.
+            if not self.real(v) and v not in targets:
                 return explain.not_real(self, v)
         reaching = self.graph.reachable(results)
         for n in sorted(reaching & self.graph.descendants(targets)):
@@ -233,6 +234,8 @@ class Inverter:
         if node.op == "integrate":
             return self.integrate_back(p, node)
         slots = self.unknown_slots(p, node)
+        if node.op == "add" and slots == [0, 1]:
+            return self.digits(p, node)
         if not slots:
             p.lost = m  # its value follows from what is known: it carries no coordinate of its own
             return False
@@ -242,10 +245,24 @@ class Inverter:
         if op.invert is None or op.needs is None or not self.slicewise(p, node, slot):
             return False
         why = self.unmet(node, slot)
+        if why is None and not self.real(node.inputs[slot]) and (self.real(m) or OPS[node.op].elementwise):
+            why = "whole numbers do not fill what arithmetic with them needs"
         if why is not None:
             p.conditions.append((node, slot, why))
             return False
         self.replace(p, [m], [node.inputs[slot]], Solve(m, slot))
+        return True
+
+    def digits(self, p: Problem, node: Node) -> bool:
+        """A whole number plus one in (0, 1): the sum has both (A3: integers carry no coordinate)."""
+        kinds = [self.graph[i].tensor.kind for i in node.inputs]
+        if p.scans or sorted(kinds) != ["int", "real"]:
+            return False
+        whole = kinds.index("int")
+        fraction = 1 - whole
+        if any(self.missing_axes(node, k) for k in (0, 1)) or not self.interval(node.inputs[fraction]).within(UNIT):
+            return False
+        self.replace(p, [node.id], list(node.inputs), Digits(node.id, whole, fraction))
         return True
 
     def unknown_slots(self, p: Problem, node: Node) -> list[int]:
@@ -378,7 +395,7 @@ class Inverter:
         if not stuck:
             return False
         dominators = self.dominators(p, stuck)
-        for u in sorted({u for chain in dominators.values() for u in chain}, reverse=True):
+        for u in sorted({u for chain in dominators.values() for u in chain if self.real(u)}, reverse=True):
             exits = [m for m in stuck if u in dominators[m]]
             count = self.graph[u].tensor.count
             choices: list[tuple[int, ...]] = [(e,) for e in exits if self.graph[e].tensor.count == count]

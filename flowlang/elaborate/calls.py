@@ -800,6 +800,12 @@ def emit_call(
     if region.broken:
         body.region.broken = True
         return POISON
+    if inst.inverted and [t.axes for t in region.output_types()] != [t.axes for t in region.input_types()]:
+        # The region was made for what comes out of it, taken as what goes in.
+        raise body.fail(
+            "FL0902", f"`inverse({inst.target.name})` has no meaning yet: `{inst.target.name}` changes the shape of its value",
+            span, suggestion="write the opposite step by itself, as `unsqueeze` for `squeeze`",
+        )  # fmt: skip
     child = body.adopt(inst, region, span)
     front = tuple(lifted.items())
     outs = [

@@ -228,9 +228,11 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     spec = evaluate_type(body, target.type) if target.type is not None else None
     arguments = distribution_arguments(body, dist)
     type_ = draw_type(body, spec, arguments, statement.span, dist.law.event_axes)
+    support = dist.law.support({k: body.b.const_value(i) for k, i in arguments})
     value = body.b.leaf(
-        "input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw"
-    )
+        "input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw",
+        domain=Domain("R", (), support),
+    )  # fmt: skip
     body.region.draws.append(Draw(value, dist.law, arguments, statement.span))
     result = Tensor(value, body)
     bind_name(body, target, result, "=")
@@ -557,7 +559,20 @@ def emit(body: Body, statement: tree.Emit) -> None:
         raise_poison()
     assert dist is not None
     id = body.tensor(value, statement.value.span)
+    check_whole(body, dist, body.b.type(id))
     body.region.emissions.append(Emission(id, dist.law, distribution_arguments(body, dist, body.b.type(id)), statement.span))
+
+
+def check_whole(body: Body, dist: DistributionValue, value: TensorType) -> None:
+    """A3: whole numbers have probabilities, real ones densities."""
+    if dist.law.discrete == (value.kind != "real"):
+        return
+    if dist.law.discrete:
+        raise body.fail("FL0408", f"`{dist.name}` is a distribution of whole numbers, and the value is `{value}`", dist.span)
+    raise body.fail(
+        "FL0408", f"`{dist.name}` is a distribution of real numbers, and the value `{value}` is whole", dist.span,
+        suggestion="dequantise it first, as by `uniform_dequantise`",
+    )  # fmt: skip
 
 
 def raise_poison() -> NoReturn:
@@ -577,6 +592,7 @@ def base(body: Body, statement: tree.Base) -> None:
     if dist is None or isinstance(body.chain_value, Poison):
         raise_poison()
     arguments = distribution_arguments(body, dist, body.chain_value.type)
+    check_whole(body, dist, body.chain_value.type)
     body.region.base = BaseDistribution(dist.law, arguments, statement.span)
 
 

@@ -70,8 +70,9 @@ class Likelihood:
         self.flow, self.module = flow, NegativeLogLikelihood(flow)
         self.size, self.seed, self.rows = batch, seed, rows
         part = table.take(rows)
+        whole = flow.types.get("data", "").startswith("Int")  # whole numbers stay as they are: the flow dequantises
         columns = table.columns if table.x.ndim == 2 else ()
-        self.standard = Standardiser.fit(part.x, columns) if standardise else Standardiser.identity(table.x.shape[1:])
+        self.standard = Standardiser.fit(part.x, columns) if standardise and not whole else Standardiser.identity(table.x.shape[1:])
         self.given_standard = {k: Standardiser.fit_context(v) for k, v in part.given.items()}
         dtype = flow.like.dtype
         self.x, self.given = self.tensors(part, dtype)

@@ -627,6 +627,24 @@ unary(
     weight=1,
     why="`floor` is piecewise constant",
 )
+# The two parts of a sum of a whole number and one in (0, 1): bounds hold but for ends, which have measure 0.
+unary(
+    "whole_part",
+    bounds=lambda a: Interval(
+        math.floor(a.lo) if a.lo != -inf else -inf, math.ceil(a.hi) - 1 if a.hi != inf else inf, a.lo == -inf, a.hi == inf
+    ),
+    continuous=False,
+    weight=1,
+    why="`whole_part` forgets the fraction",
+    infer=lambda types, attrs: types[0].as_kind("int"),
+)
+unary(
+    "fraction_part",
+    bounds=lambda a: UNIT,
+    continuous=False,
+    weight=1,
+    why="`fraction_part` forgets the whole part",
+)
 unary(
     "round",
     bounds=lambda a: iv.add(a, closed(-0.5, 0.5)),
