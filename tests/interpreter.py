@@ -55,6 +55,8 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "erf": torch.erf,
     "erfinv": torch.erfinv,
     "floor": torch.floor,
+    "whole_part": torch.floor,
+    "fraction_part": lambda x: x - torch.floor(x),
     "round": torch.round,
     "tanh_slope": lambda x: 1 / torch.cosh(x) ** 2,
     "sigmoid_slope": lambda x: torch.sigmoid(x) * torch.sigmoid(-x),
@@ -190,6 +192,10 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             front = [n for n in t[0].names if n not in a["axes"]]
             flat = x[0].permute([dim(n) for n in (*front, *a["axes"])]).flatten(len(front))
             return getattr(torch, node.op)(flat, -1)
+        case "length":
+            return x[0].square().sum([dim(n) for n in a["axes"]]).sqrt()
+        case "normalize":
+            return x[0] / x[0].square().sum([dim(n) for n in a["axes"]], keepdim=True).sqrt()
         case "var":
             return x[0].var([dim(n) for n in a["axes"]], correction=a.get("ddof", 0))
         case "logsumexp":

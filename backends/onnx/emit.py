@@ -45,13 +45,19 @@ def _index(w: Lowering, n: Node) -> Value:
 UNARY = {
     "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "abs": "Abs", "sign": "Sign", "reciprocal": "Reciprocal", "sin": "Sin",
     "cos": "Cos", "tanh": "Tanh", "softplus": "Softplus", "relu": "Relu",
-    "floor": "Floor", "round": "Round",
+    "floor": "Floor", "whole_part": "Floor", "round": "Round",
 }  # fmt: skip
 
 
 @emitter(*UNARY)
 def _unary(w: Lowering, n: Node) -> Value:
     return w.g.unary(UNARY[n.op], w.number(w.value(n.inputs[0])))
+
+
+@emitter("fraction_part")
+def _fraction_part(w: Lowering, n: Node) -> Value:
+    x = w.number(w.value(n.inputs[0]))
+    return w.g.sub(x, w.g.unary("Floor", x))
 
 
 @emitter(*special.UNARY)

@@ -192,7 +192,7 @@ UNARY = (
     "neg", "exp", "log", "log_abs", "log1p", "expm1", "sqrt", "square", "abs", "sign", "reciprocal", "sin", "cos", "tan",
     "atan", "sinh", "cosh", "log_cosh", "asinh", "tanh", "tanh_slope", "log_tanh_slope", "atanh", "sigmoid", "sigmoid_slope",
     "log_sigmoid_slope", "log_sigmoid", "logit", "softplus", "softplus_inverse", "erf", "erfinv", "relu", "silu", "gelu",
-    "floor", "round", "stop", "asin", "acos", "lgamma", "selu", "log_bessel_i0e",
+    "floor", "whole_part", "fraction_part", "round", "stop", "asin", "acos", "lgamma", "selu", "log_bessel_i0e",
 )  # fmt: skip
 
 
@@ -237,6 +237,9 @@ def reduction_cases() -> Iterator[Case]:
         for axes in (("D",), ("T", "D")):
             o = Operand(PLANE, distinct="max" in op or "min" in op)
             yield Case(op, (o,), {"axes": axes}, "".join(axes))
+    for axes in (("D",), ("T", "D")):
+        yield Case("length", (Operand(PLANE),), {"axes": axes}, "".join(axes))
+        yield Case("normalize", (Operand(PLANE),), {"axes": axes}, "".join(axes))
     yield Case("prod", (Operand(PLANE, POSITIVE, edges=False),), {"axes": ("T",)}, "positive")
     for ddof in (0, 1):
         yield Case("var", (Operand(PLANE),), {"axes": ("D",), "ddof": ddof}, f"ddof{ddof}")

@@ -627,12 +627,15 @@ unary(
     weight=1,
     why="`floor` is piecewise constant",
 )
-# The two parts of a sum of a whole number and one in (0, 1): bounds hold but for ends, which have measure 0.
+def _whole_bounds(a: Interval) -> Interval:
+    hi = a.hi if a.hi == inf else float(math.ceil(a.hi) - 1 if a.hi_open else math.floor(a.hi))
+    return Interval(a.lo if a.lo == -inf else float(math.floor(a.lo)), hi, a.lo == -inf, hi == inf)
+
+
+# The two parts of a sum of a whole number and one in (0, 1); that the fraction is never 0 holds almost everywhere.
 unary(
     "whole_part",
-    bounds=lambda a: Interval(
-        math.floor(a.lo) if a.lo != -inf else -inf, math.ceil(a.hi) - 1 if a.hi != inf else inf, a.lo == -inf, a.hi == inf
-    ),
+    bounds=_whole_bounds,
     continuous=False,
     weight=1,
     why="`whole_part` forgets the fraction",
