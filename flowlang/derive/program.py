@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flowlang.ir.check import Checks, check_program
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import TensorType
 
@@ -64,4 +65,6 @@ def prune(program: Program) -> Program:
     program.graph = new
     program.inputs = [env[i] for i in program.inputs]
     program.outputs = [env[o] for o in program.outputs]
+    if Checks.on:
+        check_program(f"{program.name} of {program.region.name}", new, program.inputs, program.outputs)
     return program

@@ -34,6 +34,7 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
+from flowlang.ir.check import after
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Loader, Source, Span
@@ -391,7 +392,7 @@ class Elaborator:
             self.leave()
         if inst.lipschitz is not None and not region.broken:
             region = self.bound(caller, region, inst.lipschitz, span)
-        self.regions[key] = region
+        self.regions[key] = after(region)
         if region.broken:
             caller.region.broken = True
         return region

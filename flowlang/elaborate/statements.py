@@ -28,6 +28,7 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
+from flowlang.ir.check import after
 from flowlang.ir.distributions import COMBINED, DISTRIBUTIONS
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Child, Draw, Emission, Graph, Region, Start, Step
@@ -773,7 +774,7 @@ def adopt_body(body: Body, inner: Body, name: str, count: int, span: Span) -> No
         if child is not None:
             bindings[shared.name] = body.adopt(outer, child.region, span).name
             body.elab.note_shared(body, outer, count)
-    body.region.children[name] = Child(name, region, False, bindings, count)
+    body.region.children[name] = Child(name, after(region), False, bindings, count)
 
 
 def repeat_body(body: Body, statement: tree.Repeat, count: int) -> Any:
