@@ -130,7 +130,10 @@ class Generator:
         prefix = "_" if root else ""
         bodies = [self.write_method(scope, self.program(region, p, v), prefix + method_name(p, v)) for p, v in asked]
         for program in region.programs.values():
-            bodies += [self.program_face(program), self.write_method(scope, self.program(program, "forward"), f"_{program.name}")]
+            bodies += [
+                self.program_face(program),
+                self.write_method(scope, self.program(program, "forward"), f"_{program.name}"),
+            ]
         base = "Flow" if root else "Model" if region.programs else "nn.Module"
         lines = [f"class {name}({base}):"]
         if base != "nn.Module":

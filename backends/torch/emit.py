@@ -48,6 +48,7 @@ class Writer:
         self.reference = ""  # a tensor of the flow's dtype and device
         self.uses: dict[int, int] = {}
         self.results: set[int] = set()
+        self.numbers: dict[int, float | int | bool | None] = {}
         self.pairs: dict[tuple[Any, ...], tuple[str, str]] = {}
         self.alias: dict[int, Node] = {}  # body inputs that stand for parameters outside
 
@@ -94,6 +95,11 @@ class Writer:
 
     def emit(self, node: Node) -> None:
         if node.op == "get" and node.id in self.env:
+            return
+        value = self.number(node.id) if isinstance(node.type, TensorType) else None
+        if value is not None:
+            text = literal(value)
+            self.env[node.id] = Expr(text, UNARY if text.startswith("-") else ATOM)
             return
         rule = EMITTERS.get(node.op)
         if rule is None:
@@ -172,12 +178,21 @@ class Writer:
         return f"{self.reference}.new_full({shape}, {self.env[n].text})"
 
     def is_number(self, n: int) -> bool:
-        """Whether the value is a Python number: arithmetic on constants alone."""
-        node = self.graph[n]
-        if node.op == "const":
-            return not node.tensor.axes
-        arithmetic = ("neg", "add", "sub", "mul", "div", "identity", "rename", "order")
-        return node.op in arithmetic and not node.tensor.axes and all(self.is_number(i) for i in node.inputs)
+        """Whether the value is a Python number: made of constants alone."""
+        return self.number(n) is not None
+
+    def number(self, n: int) -> float | int | bool | None:
+        """The value of a node that is made of constant numbers."""
+        if n not in self.numbers:
+            self.numbers[n] = None
+            node = self.graph[n]
+            if node.op == "const":
+                self.numbers[n] = self.const(n)
+            elif node.op in ARITHMETIC and not node.tensor.axes:
+                found = [self.number(i) for i in node.inputs]
+                if all(v is not None for v in found):
+                    self.numbers[n] = evaluate(node.op, [float(v) for v in found if v is not None])
+        return self.numbers[n]
 
     def aligned(self, n: int, target: TensorType) -> Expr:
         """The operand with its axes where the result has them."""
@@ -241,6 +256,23 @@ def short(op: str, node: Node | None = None) -> str:
     if node is not None and op == "call":
         return f"{node.attrs['child']}_out"
     return NAMES.get(op, op.split("_")[0] if len(op) > 12 else op)
+
+
+ARITHMETIC: dict[str, Callable[..., float]] = {
+    "neg": lambda a: -a, "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b, "identity": lambda a: a, "rename": lambda a: a, "order": lambda a: a, "exp": math.exp,
+    "log": math.log, "log1p": math.log1p, "expm1": math.expm1, "sqrt": math.sqrt, "square": lambda a: a * a,
+    "abs": abs, "lgamma": math.lgamma, "sin": math.sin, "cos": math.cos, "tanh": math.tanh,
+}  # fmt: skip
+
+
+def evaluate(op: str, values: Sequence[float]) -> float | None:
+    """Arithmetic on constants; None outside an op's domain."""
+    try:
+        found = ARITHMETIC[op](*values)
+    except (ArithmeticError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def literal(value: float | int | bool) -> str:

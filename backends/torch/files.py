@@ -23,6 +23,7 @@ STANDARD = {
     "nullcontext": "from contextlib import nullcontext",
     "pairwise": "from itertools import pairwise",
     "Any": "from typing import Any",
+    "ClassVar": "from typing import ClassVar",
     "NamedTuple": "from typing import NamedTuple",
 }
 THIRD_PARTY = {

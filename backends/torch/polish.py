@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -41,8 +42,7 @@ def lives(body: list[ast.stmt]) -> dict[str, Life]:
 
 def reuse_names(arguments: list[str], lines: list[str], reserved: set[str]) -> list[str]:
     """The statements of a method with `h`, `h_2`, `h_3` folded into `h` where their lives do not overlap."""
-    if not lines:
-        return lines
+    lines = without_dead(lines, set())
     known = lives(ast.parse("\n".join(lines)).body)
     until = {a: known[a].dies if a in known else -1 for a in arguments}
     # A helper that is called is held as well: its name must keep its meaning.
@@ -71,23 +71,121 @@ def substitute(line: str, renamed: dict[str, str]) -> str:
     return re.sub(r"(?<![\w.\"'])[A-Za-z_]\w*(?![\w\"'])", lambda m: renamed.get(m[0], m[0]), code) + mark + comment
 
 
+def without_dead(lines: list[str], keep: set[str]) -> list[str]:
+    """The statements without bindings that nothing reads."""
+    while True:
+        body = ast.parse("\n".join(lines)).body
+        read = {
+            n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+        } | keep
+        dead = {
+            s.lineno - 1
+            for s in body
+            if isinstance(s, ast.Assign) and s.lineno == s.end_lineno
+            and isinstance(s.targets[0], ast.Name) and s.targets[0].id not in read
+        }  # fmt: skip
+        if not dead:
+            return lines
+        lines = [x for k, x in enumerate(lines) if k not in dead]
+
+
 def folded(line: str, width: int) -> list[str]:
-    """A statement that is too long, with the arguments of its outermost call on lines of their own."""
+    """A statement within a line width: what is too long stands on lines of its own, by its structure."""
     if len(line) <= width:
         return [line]
     code, mark, comment = line.partition("  # ")
     indent = " " * (len(code) - len(code.lstrip()))
     code = code.strip()
     lead = [f"{indent}# {comment}"] if mark else []
+    if len(code) + len(indent) <= width:
+        return [*lead, indent + code]
     try:
         statement = ast.parse(code).body[0]
     except SyntaxError:
         return [*lead, indent + code]
     value = getattr(statement, "value", None)
-    if len(code) + len(indent) <= width or not isinstance(value, ast.Call) or not value.args:
+    if value is None:
         return [*lead, indent + code]
-    data = code.encode()  # offsets of the syntax tree count bytes
-    parts = [*value.args, *(k for k in value.keywords)]
-    inner = [data[n.col_offset : n.end_col_offset].decode() for n in parts]
-    head, tail = data[: parts[0].col_offset].decode(), data[parts[-1].end_col_offset :].decode()
-    return [*lead, indent + head, *(f"{indent}    {x}," for x in inner), indent + tail]
+    text = Text(code)
+    head, tail = text.before(value), text.after(value)
+    found = text.fold(value, width - len(indent), len(head))
+    found[0] = head + found[0]
+    found[-1] += tail
+    return [*lead, *(indent + x for x in found)]
+
+
+class Text:
+    """Source of one line with its syntax tree's offsets, which count bytes."""
+
+    def __init__(self, code: str):
+        self.code = code.encode()
+
+    def of(self, node: ast.expr | ast.keyword) -> str:
+        return self.code[node.col_offset : node.end_col_offset].decode()
+
+    def before(self, node: ast.expr) -> str:
+        return self.code[: node.col_offset].decode()
+
+    def after(self, node: ast.expr) -> str:
+        return self.code[node.end_col_offset :].decode()
+
+    def fold(self, node: ast.expr, width: int, used: int) -> list[str]:
+        """Lines of an expression; `used` columns of the first are taken."""
+        whole = self.of(node)
+        if len(whole) + used <= width:
+            return [whole]
+        if isinstance(node, ast.Call):
+            call = node
+            while isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call):
+                if len(self.of(call.func.value)) < len(whole) - len(self.of(call.func.value)):
+                    break
+                call = call.func.value
+            parts: list[ast.expr | ast.keyword] = [*call.args, *call.keywords]
+            if parts:
+                head = self.code[node.col_offset : parts[0].col_offset].decode()
+                tail = self.code[parts[-1].end_col_offset : node.end_col_offset].decode()
+                if not tail.startswith(")"):
+                    return [whole]
+                return [head, *self.items(parts, width), tail]
+        if isinstance(node, ast.Tuple) and node.elts:
+            return ["(", *self.items(node.elts, width), ")"]
+        if isinstance(node, ast.BinOp):
+            return ["(", *(f"    {x}" for x in self.terms(node, width - 4)), ")"]
+        return [whole]
+
+    def items(self, parts: Sequence[ast.expr | ast.keyword], width: int) -> list[str]:
+        out: list[str] = []
+        for p in parts:
+            lines = [self.of(p)] if isinstance(p, ast.keyword) else self.fold(p, width - 5, 0)
+            lines[-1] += ","
+            out += [f"    {x}" for x in lines]
+        return out
+
+    def terms(self, node: ast.BinOp, width: int) -> list[str]:
+        """Operands of equally strong operators, one a line with its operator in front."""
+        level = (ast.Add, ast.Sub) if isinstance(node.op, ast.Add | ast.Sub) else (type(node.op),)
+        chain: list[ast.expr] = []
+        inner: ast.expr = node
+        while isinstance(inner, ast.BinOp) and isinstance(inner.op, level):
+            chain.append(inner.right)
+            inner = inner.left
+        chain.append(inner)
+        chain.reverse()
+        out: list[str] = []
+        at = node.col_offset
+        for k, operand in enumerate(chain):
+            end = chain[k + 1].col_offset if k + 1 < len(chain) else node.end_col_offset
+            piece = self.code[at:end].decode().rstrip()
+            if k + 1 < len(chain):  # the operator opens the next line
+                stem, _, sign = piece.rpartition(" ")
+                # An opening parenthesis of the next operand stays with it.
+                while sign and sign[0] == "(":
+                    stem, _, sign = stem.rpartition(" ")
+                cut = len(stem.encode())
+                out.append(stem)
+                at += cut
+                at += len(self.code[at:]) - len(self.code[at:].lstrip())
+            else:
+                out.append(piece)
+            del operand
+        return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flowlang.backends.torch.runtime.errors import bad_input
@@ -20,7 +20,7 @@ class Flow(Face):
     data_shape: tuple[int, ...] = ()
     base_shape: tuple[int, ...] = ()
     emitted_shapes: tuple[tuple[int, ...], ...] = ()
-    given_shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+    given_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def forward(self, x: Tensor, /, **given: Tensor) -> tuple[Tensor, ...]:
         """z and log|det dz/dx|; parts that leave on the way stand between them."""
@@ -168,7 +168,7 @@ class FlowDistribution(torch.distributions.Distribution):
     """A flow with fixed context as `torch.distributions.Distribution`."""
 
     has_rsample = True
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, flow: Flow, given: dict[str, Tensor]):
         self.flow, self.given = flow, given

@@ -22,7 +22,9 @@ class RungeKutta(NamedTuple):
     order: int = 1
 
 
-def combined(base: Sequence[Tensor], weights: Sequence[float], slopes: Sequence[Sequence[Tensor]], h: Any) -> tuple[Tensor, ...]:
+def combined(
+    base: Sequence[Tensor], weights: Sequence[float], slopes: Sequence[Sequence[Tensor]], h: Any
+) -> tuple[Tensor, ...]:
     """base + h·Σ w·k for each part of the state; h is a number, or one for each part, shaped to it."""
     out = []
     for part, value in enumerate(base):
@@ -37,7 +39,13 @@ def combined(base: Sequence[Tensor], weights: Sequence[float], slopes: Sequence[
 
 
 def ode_steps(
-    rates: Rates, state: tuple[Tensor, ...], batch: Sequence[int], start: float, stop: float, steps: int, method: RungeKutta
+    rates: Rates,
+    state: tuple[Tensor, ...],
+    batch: Sequence[int],
+    start: float,
+    stop: float,
+    steps: int,
+    method: RungeKutta,
 ) -> tuple[Tensor, ...]:
     """The state at `stop`, after that many equal steps. `rates(state, t)` gives its derivative, t for each sample."""
     h = (stop - start) / steps

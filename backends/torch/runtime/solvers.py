@@ -97,7 +97,9 @@ def implicit_scan(step: Callable[[Tensor], Tensor], u: Tensor, rounds: int) -> T
     if not value.requires_grad:
         return u.detach()
 
-    def back(grad: Tensor) -> Tensor:
+    def back(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
         v = grad
         for _ in range(rounds):
             (jv,) = torch.autograd.grad(value, u, v, retain_graph=True, allow_unused=True)
@@ -138,11 +140,15 @@ def fixed_point_solve(g: Callable[[Tensor], Tensor], y: Tensor, constant: float)
         x = y.detach()
         for _ in range(rounds):
             new = y - g(x)
-            moved = (new - x).abs().max() if x.numel() else x.new_zeros(())
+            moving = (new - x).abs() > eps * (1 + new.abs())  # False for not-a-number: others go on
             x = new
-            if not torch.compiler.is_compiling() and not bool(moved > eps * (1 + x.abs().max())):
+            if not torch.compiler.is_compiling() and not bool(moving.any()):
                 break
     if not torch.is_grad_enabled():
+        return x
+    if torch.compiler.is_compiling():  # hooks cannot be traced: differentiate the iteration itself
+        for _ in range(rounds):
+            x = y - g(x)
         return x
     x = x.detach().requires_grad_()
     g_x = g(x)
@@ -150,8 +156,10 @@ def fixed_point_solve(g: Callable[[Tensor], Tensor], y: Tensor, constant: float)
     if not out.requires_grad:
         return out.detach()
 
-    def back(grad: Tensor) -> Tensor:
+    def back(grad: Tensor | None) -> Tensor | None:
         """Solves v = grad - Jᵀv."""
+        if grad is None:
+            return None
         v = grad
         for _ in range(rounds):
             (jv,) = torch.autograd.grad(g_x, x, v, retain_graph=True)

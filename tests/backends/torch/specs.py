@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from flowlang.backends.torch.load import instantiate
 
-import flowlang as fl
+from flowlang.api import generate
 
 SPECS = {
     "coupling": "flow f { data x: R[D = 4]; repeat 2 { affine_coupling(net = mlp(8)); reverse }; base normal }",
@@ -44,9 +46,16 @@ flow f {
 }
 
 
+@cache
+def generated(spec: str, standalone: bool = False) -> tuple[str, str]:
+    """The source of a spec's flow and the name of its class; made once."""
+    return generate(spec, standalone=standalone)
+
+
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 0.2) -> Any:
     """A flow moved away from its start, where many maps are the identity."""
-    flow = fl.compile(SPECS.get(name, name), seed=seed, dtype=dtype)
+    torch.manual_seed(seed)
+    flow = instantiate(*generated(SPECS.get(name, name))).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in flow.parameters():

@@ -117,3 +117,14 @@ def test_a_generator_fixes_samples(name: str) -> None:
     c = context(flow, 3)
     one, two = (flow.sample((3,), generator=torch.Generator().manual_seed(5), **c) for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_nan_does_not_stop_an_iteration_for_others() -> None:
+    flow = build("contraction")
+    z = data(flow, 4)
+    clean = flow.inverse(z)[0]
+    z[1] = math.nan
+    found = flow.inverse(z)[0]
+    assert torch.isnan(found[1]).all()
+    keep = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(found[keep], clean[keep], rtol=0, atol=1e-12)
