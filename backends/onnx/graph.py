@@ -499,6 +499,14 @@ class Builder:
 
     # ---- loops ------------------------------------------------------------------------------------
 
+    def mark(self) -> int:
+        """How many bodies are open."""
+        return len(self.stack)
+
+    def undo(self, mark: int) -> None:
+        """Closes bodies that were begun and given up; what they put outside is pruned when nothing reads it."""
+        del self.stack[mark:]
+
     def loop(
         self,
         rounds: int | Value,

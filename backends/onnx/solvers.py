@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Shape, Value
+from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Value
+from flowlang.backends.onnx.incremental import Incremental, NotStatic
 from flowlang.backends.onnx.lower import Lowering, emitter
 from flowlang.backends.onnx.tangents import Tangents
 
 from flowlang.derive.programs import Program
+from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Node
 
 
@@ -31,13 +33,22 @@ def body_of(w: Lowering, n: Node, outer: list[int]) -> Callable[[Value], list[Va
 
 @emitter("scan_solve")
 def _scan(w: Lowering, n: Node) -> Value:
-    """One `Loop` of as many rounds as slices: round t takes slice t from the body at what is solved so far."""
+    """One `Loop`: incremental where the body has a schedule, else round t takes slice t from the whole body."""
     target, *outer = n.inputs
     body: Program = n.attrs["body"]
-    step = body_of(w, n, [target, *outer] if len(body.inputs) == len(n.inputs) + 1 else outer)
+    outer = [target, *outer] if len(body.inputs) == len(n.inputs) + 1 else outer
     g, t = w.g, n.tensor
     size, position = t.size(n.attrs["axis"]), t.position(n.attrs["axis"])
-    shape: Shape = (*w.leads, *t.shape)
+    hint = f"scan_{n.attrs['axis']}"
+    plan = schedule(body, n.attrs["axis"], bool(n.attrs["reverse"]))
+    if plan is not None:
+        captured = {i: w.env[o] for i, o in zip(body.inputs[1:], outer, strict=True)}
+        mark = g.mark()
+        try:
+            return Incremental(w, body, plan, captured).run(hint)
+        except NotStatic:
+            g.undo(mark)
+    step = body_of(w, n, outer)
     index = g.const(np.arange(size).reshape([size if k == position else 1 for k in range(t.rank)]), INT)
 
     def round_(i: Value, values: list[Value]) -> tuple[None, list[Value]]:
@@ -45,8 +56,8 @@ def _scan(w: Lowering, n: Node) -> Value:
         here = g.binary("Equal", index, at, BOOL)
         return None, [g.where(here, step(values[0])[0], values[0])]
 
-    start = g.filled(float(n.attrs["placeholder"]), shape)
-    return g.loop(size, [start], round_, f"scan_{n.attrs['axis']}")[0]
+    start = g.filled(float(n.attrs["placeholder"]), (*w.leads, *t.shape))
+    return g.loop(size, [start], round_, hint)[0]
 
 
 def place(g: Builder, t: Value, lo: float, hi: float) -> tuple[Value, Value | None]:

@@ -1,0 +1,207 @@
+"""The loop of an incremental inverse: each round computes the entries that have become computable, once.
+
+The schedule (`flowlang.derive.schedule`) says which rows of each value a stage computes. Here every stage has
+as many rows as the largest one, so that one loop body with fixed shapes serves all stages; what pads a stage is
+computed like the rest and read by nobody. Stored values are `[.., stages, rows, ..]`. Weights are arranged by
+stage before the loop, and columns of places that are not filled yet are 0 there by the schedule's own proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flowlang.backends.onnx.graph import BOOL, INT, Shape, Value
+from flowlang.backends.onnx.lower import Lowering, Result, needed
+
+from flowlang.derive.programs import Program
+from flowlang.derive.schedule import Read, Rows, Schedule
+from flowlang.ir.graph import Node
+from flowlang.ir.types import TensorType
+
+
+class NotStatic(Exception):
+    """An operand that cannot be arranged before the loop; the plain loop serves."""
+
+
+class Places:
+    """The padded places of a value's rows: `[stages, rows]`."""
+
+    def __init__(self, rows: Rows):
+        sizes = [b - a for a, b in zip(rows.ends, rows.ends[1:], strict=False)]
+        self.stages, self.rows = len(sizes), max(1, *sizes)
+        any_index = rows.order[0] if rows.order else 0
+        self.index = np.full((self.stages, self.rows), any_index)  # the row's index, some other one where it pads
+        self.real = np.zeros((self.stages, self.rows), bool)
+        for s, (first, size) in enumerate(zip(rows.ends, sizes, strict=False)):
+            found = rows.order[first : first + size]
+            self.index[s, :] = found[0] if found else any_index
+            self.index[s, :size] = found
+            self.real[s, :size] = True
+
+    def place_of(self) -> dict[int, int]:
+        """index -> flat place."""
+        return {int(i): p for p, (i, r) in enumerate(zip(self.index.flat, self.real.flat, strict=True)) if r}
+
+
+class Incremental:
+    """Writes the loop for one `scan_solve`."""
+
+    def __init__(self, w: Lowering, body: Program, plan: Schedule, captured: Mapping[int, Result]):
+        self.w, self.g, self.plan, self.source = w, w.g, plan, body.graph
+        self.outside = Lowering(w.g, w.shared, w.weights, w.leads)
+        self.outside.graph, self.outside.env = body.graph, dict(captured)
+        self.inside = Lowering(w.g, w.shared, w.weights, w.leads)
+        self.nodes: dict[int, int] = {}
+        self.places = {n: Places(r) for n, r in plan.rows.items()}
+        self.stored = [plan.entry, *sorted(plan.stored - {plan.entry})]
+        self.buffers: dict[int, Value] = {}
+        self.stage: Value | None = None
+
+    def run(self, hint: str) -> Value:
+        """The solved value, axes as in the body's entry."""
+        g = self.g
+
+        def round_(i: Value, values: list[Value]) -> tuple[None, list[Value]]:
+            self.stage = i
+            self.buffers = dict(zip(self.stored, values, strict=True))
+            for n in sorted(self.source.reachable([self.plan.result])):
+                if n in self.plan.rows and n != self.plan.entry:
+                    self.nodes[n] = self.make(self.source[n])
+                    if n in self.buffers:  # later values of this stage read it
+                        self.buffers[n] = self.store(n, self.inside.value(self.nodes[n]))
+            solved = self.store(self.plan.entry, self.inside.value(self.nodes[self.plan.result]))
+            return None, [solved, *(self.buffers[n] for n in self.stored[1:])]
+
+        start = [g.filled(0.0, self.shape(n)) for n in self.stored]
+        solved = g.loop(self.plan.stages, start, round_, hint)[0]
+        return self.finish(solved)
+
+    def finish(self, buffer: Value) -> Value:
+        entry, t = self.plan.entry, self.source[self.plan.entry].tensor
+        place = self.places[entry].place_of()
+        flat = self.flat(entry, buffer)
+        axis = t.position(self.plan.rows[entry].axis) - t.rank
+        order = [place[i] for i in range(t.axes[axis].size)]
+        return flat if order == list(range(len(place))) == list(range(flat.shape[axis])) else self.g.take(flat, axis, order)  # type: ignore[arg-type]
+
+    # ---- storage ------------------------------------------------------------------------------------------
+
+    def position(self, n: int) -> int:
+        """The row axis of a value, from the end."""
+        t = self.source[n].tensor
+        return t.position(self.plan.rows[n].axis) - t.rank
+
+    def type(self, n: int) -> TensorType:
+        """A stage's rows of a value."""
+        return self.source[n].tensor.resized(self.plan.rows[n].axis, self.places[n].rows)
+
+    def shape(self, n: int) -> Shape:
+        """The stored value: stages and rows where the row axis is."""
+        t, p, k = self.source[n].tensor, self.places[n], self.position(n)
+        sizes = [a.size for a in t.axes]
+        at = k + t.rank
+        return (*self.w.leads, *sizes[:at], p.stages, p.rows, *sizes[at + 1 :])
+
+    def flat(self, n: int, buffer: Value) -> Value:
+        t, p = self.source[n].tensor, self.places[n]
+        sizes = [p.stages * p.rows if a.name == self.plan.rows[n].axis else a.size for a in t.axes]
+        return self.g.reshape(buffer, (*self.w.leads, *sizes))
+
+    def store(self, n: int, new: Value) -> Value:
+        """The buffer with this stage's rows written."""
+        assert self.stage is not None
+        p, k = self.places[n], self.position(n)
+        stages = self.g.const(np.arange(p.stages).reshape((p.stages, *[1] * -k)), INT)
+        here = self.g.binary("Equal", stages, self.stage, BOOL)
+        return self.g.where(here, self.g.unsqueeze(new, [k - 1]), self.buffers[n])
+
+    # ---- the loop's graph -----------------------------------------------------------------------------------
+
+    def make(self, node: Node) -> int:
+        axis = self.plan.rows[node.id].axis
+        inputs = tuple(self.operand(node, slot) for slot in range(len(node.inputs)))
+        if node.attrs.get("axis") == axis and node.op in ("reverse", "permute", "slice", "shift"):
+            return inputs[0]  # the rows were read in the order of the result
+        made = self.inside.graph.add(
+            node.op, inputs, self.type(node.id), node.attrs, span=node.span, label=node.label, batched=True
+        )
+        self.inside.env[made.id] = self.inside.emit(made)
+        return made.id
+
+    def operand(self, node: Node, slot: int) -> int:
+        i = node.inputs[slot]
+        if i not in self.plan.rows:
+            return self.independent(node, slot)
+        read = self.plan.reads[(node.id, slot)]
+        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known:
+            return self.nodes[i]
+        t, axis = self.source[i].tensor, self.plan.rows[i].axis
+        flat = self.flat(i, self.buffers[i])
+        if read.known:
+            return self.leaf(flat, t.resized(axis, self.places[i].stages * self.places[i].rows))
+        return self.rows_read(node, i, read, flat)
+
+    def rows_read(self, node: Node, i: int, read: Read, flat: Value) -> int:
+        """The rows of a stored value that the reader's new rows read."""
+        t, axis = self.source[i].tensor, self.plan.rows[i].axis
+        own = Places(Rows(read.rows.axis, read.rows.order, tuple(e - read.rows.ends[0] for e in read.rows.ends)))
+        if own.rows != self.places[node.id].rows:
+            raise NotStatic
+        place = self.places[i].place_of()
+        table = np.vectorize(lambda index: place.get(int(index), 0))(own.index)
+        picked = self.at_stage(flat, table, t.position(axis) - t.rank)
+        return self.leaf(picked, t.resized(axis, own.rows))
+
+    def leaf(self, v: Value, t: TensorType) -> int:
+        made = self.inside.graph.add("input", (), t, {}, batched=True)
+        self.inside.env[made.id] = v
+        return made.id
+
+    def at_stage(self, v: Value, table: np.ndarray, axis: int) -> Value:
+        """Entries of an axis at the stage's row of an index table."""
+        g = self.g
+        assert self.stage is not None
+        stages, rows = table.shape
+        if v.array is not None:
+            stacked = np.stack([np.take(v.array, row, axis) for row in table])
+            return g.op("Gather", g.const(stacked), self.stage, shape=stacked.shape[1:], kind=v.kind, axis=0)
+        index = g.op("Gather", g.const(table, INT), self.stage, shape=(rows,), kind=INT, axis=0)
+        shape = list(v.shape)
+        shape[axis] = rows
+        return g.op("Gather", v, index, shape=tuple(shape), kind=v.kind, axis=axis % v.rank)
+
+    def independent(self, node: Node, slot: int) -> int:
+        """A value from outside the loop: the stage's rows of it, and columns in the order of stored places."""
+        i = node.inputs[slot]
+        t = self.source[i].tensor
+        if self.source[i].op == "const" and not t.axes:
+            return self.leaf(self.value(i), t)
+        v = self.value(i)
+        for other, j in enumerate(node.inputs):
+            read = self.plan.reads.get((node.id, other))
+            if read is None or not read.known or j == i or not t.has(read.rows.axis):
+                continue
+            axis = read.rows.axis
+            if v.array is None:
+                raise NotStatic
+            p = self.places[j]
+            columns = np.take(v.array, p.index.reshape(-1), t.position(axis))
+            real = p.real.reshape([-1 if a.name == axis else 1 for a in t.axes])
+            v = self.g.const(np.where(real, columns, 0.0))
+            t = t.resized(axis, p.stages * p.rows)
+        axis = self.plan.rows[node.id].axis
+        if t.has(axis):
+            p = self.places[node.id]
+            v = self.at_stage(v, p.index, t.position(axis) - t.rank)
+            t = t.resized(axis, p.rows)
+        return self.leaf(v, t)
+
+    def value(self, i: int) -> Value:
+        for n in sorted(needed(self.source, [i])):
+            if n not in self.outside.env:
+                self.outside.env[n] = self.outside.emit(self.source[n])
+        return self.outside.value(i)
+
+
+__all__: Sequence[str] = ["Incremental", "NotStatic"]
