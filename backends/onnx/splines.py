@@ -185,13 +185,14 @@ class Box:
     shape: Shape
     column: Value
     inside: Value
+    bound: float
     tails: bool
 
     @staticmethod
     def of(g: Builder, x: Value, bound: float, extra: int, tails: bool = True) -> Box:
         """x is `[.., M]`; `extra` axes of size 1 stand before M."""
         column = g.unsqueeze(x, [-2 - k for k in range(extra)])
-        return Box(x.shape, column, g.clip(column, -bound, bound), tails)
+        return Box(x.shape, column, g.clip(column, -bound, bound), bound, tails)
 
     def result(self, g: Builder, value: Value, slope: Value) -> Pair:
         """Beyond the box the clamped part moves along."""
@@ -202,7 +203,7 @@ class Box:
 
     def branched(self, g: Builder, value: Value, slope: Value) -> Pair:
         """Where the slope at the ends is not 1: the identity by a condition."""
-        same = g.binary("Equal", self.column, self.inside, BOOL)
+        same = g.binary("Less", g.unary("Abs", self.column), self.bound, BOOL)
         axes = [-2 - k for k in range(self.column.rank - len(self.shape))]
         log_slope = g.where(same, g.unary("Log", slope), 0.0)
         return g.squeeze(g.where(same, value, self.column), axes), g.squeeze(log_slope, axes)
