@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,7 +57,8 @@ def write(path: Path, blob: bytes) -> None:
         temporary.write_bytes(blob)
         os.replace(temporary, path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise FlowError(
             Diagnostic("FL0801", f"`{path}` cannot be written: {e.strerror or e}", suggestion="choose another path")
         ) from None

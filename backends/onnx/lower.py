@@ -232,7 +232,6 @@ NAMES = {
 
 # Ops without an emitter, with what to do instead; the registry test reads it.
 DECLINED: dict[str, str] = {
-    "draw": "draws are inputs of the programs that use them",
 }
 
 
