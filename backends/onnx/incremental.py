@@ -83,7 +83,11 @@ class Incremental:
         flat = self.flat(entry, buffer)
         axis = t.position(self.plan.rows[entry].axis) - t.rank
         order = [place[i] for i in range(t.axes[axis].size)]
-        return flat if order == list(range(len(place))) == list(range(flat.shape[axis])) else self.g.take(flat, axis, order)  # type: ignore[arg-type]
+        return (
+            flat
+            if order == list(range(len(place))) == list(range(flat.shape[axis]))
+            else self.g.take(flat, axis, order)
+        )  # type: ignore[arg-type]
 
     # ---- storage ------------------------------------------------------------------------------------------
 
@@ -162,7 +166,7 @@ class Incremental:
         """Entries of an axis at the stage's row of an index table."""
         g = self.g
         assert self.stage is not None
-        stages, rows = table.shape
+        rows = table.shape[1]
         if v.array is not None:
             stacked = np.stack([np.take(v.array, row, axis) for row in table])
             return g.op("Gather", g.const(stacked), self.stage, shape=stacked.shape[1:], kind=v.kind, axis=0)

@@ -231,8 +231,7 @@ NAMES = {
 }  # fmt: skip
 
 # Ops without an emitter, with what to do instead; the registry test reads it.
-DECLINED: dict[str, str] = {
-}
+DECLINED: dict[str, str] = {}
 
 
 def results_of(node: Node) -> int:

@@ -12,17 +12,17 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import flowlang as fl
-from flowlang.api import analyse, compile_from
 from flowlang.backends.onnx import special
 from flowlang.backends.onnx.build import DEFAULT_OPSET, HIGHEST_OPSET, LOWEST_OPSET, Options, Standard, export
 from flowlang.backends.onnx.files import PROGRAMS, file_of
 from flowlang.backends.onnx.graph import REAL, Builder
 from flowlang.backends.onnx.lower import DECLINED, EMITTERS, Unlowered
 from flowlang.backends.onnx.model import finish
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flowlang as fl
+from flowlang.api import analyse, compile_from
 from flowlang.cli.export import export as export_command
 from flowlang.cli.main import cli
 from flowlang.ir.ops import OPS
@@ -93,7 +93,9 @@ def run_of(name: str, dtype: str):
 def test_functions_that_onnx_lacks(name: str, dtype: str, data: st.DataObject) -> None:
     """To a few units in the last place of the result, or of its change under one of the argument."""
     function, lo, hi = FUNCTIONS[name]
-    values = data.draw(st.lists(st.floats(lo, hi) | st.floats(max(lo, -1e-3), max(lo, -1e-3) + 2e-3), min_size=1, max_size=20))
+    values = data.draw(
+        st.lists(st.floats(lo, hi) | st.floats(max(lo, -1e-3), max(lo, -1e-3) + 2e-3), min_size=1, max_size=20)
+    )
     x = np.asarray(values, dtype=dtype)
     found = run_of(name, dtype).run(None, {"x": x})[0].astype(np.float64)
     t = torch.tensor(x, dtype=torch.float64, requires_grad=True)
@@ -135,7 +137,17 @@ def test_names_are_stable_unique_and_follow_the_spec() -> None:
 def test_weight_only_values_are_folded() -> None:
     text = "flow f { data x: R[D = 3]\n plu_linear\n orthogonal_linear\n affine_elementwise\n base normal }"
     _, _, model = model_of(text, "inverse")
-    assert {n.op_type for n in model.graph.node} <= {"Gemm", "MatMul", "Mul", "Add", "Sub", "Div", "Identity", "Expand", "Shape"}
+    assert {n.op_type for n in model.graph.node} <= {
+        "Gemm",
+        "MatMul",
+        "Mul",
+        "Add",
+        "Sub",
+        "Div",
+        "Identity",
+        "Expand",
+        "Shape",
+    }
     assert len(model.graph.node) <= 12
 
 
@@ -173,7 +185,9 @@ def test_the_incremental_loop_reads_each_hidden_unit_once() -> None:
 
 
 def test_a_seed_puts_the_noise_inside() -> None:
-    _, _, model = model_of("flow f { data x: R[D = 2]\n affine_coupling\n base student_t(df = 5) }", "sample", Options(seed=3))
+    _, _, model = model_of(
+        "flow f { data x: R[D = 2]\n affine_coupling\n base student_t(df = 5) }", "sample", Options(seed=3)
+    )
     first, again = (session(model).run(None, {"batch_size": np.array([1000])})[0] for _ in range(2))
     assert first.shape == (1000, 2)
     assert np.array_equal(first, again)
@@ -184,7 +198,9 @@ def test_a_seed_puts_the_noise_inside() -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_deployed_model_takes_and_gives_raw_data(program: str) -> None:
     mean, scale = np.array([1.0, -2.0, 3.0, 0.5]), np.array([2.0, 0.5, 3.0, 1.0])
-    options = Options(standard=Standard(mean, scale), given_standard={"c": Standard(np.array([1.0, 0.0]), np.array([4.0, 1.0]))})
+    options = Options(
+        standard=Standard(mean, scale), given_standard={"c": Standard(np.array([1.0, 0.0]), np.array([4.0, 1.0]))}
+    )
     comp, flow, plain = model_of(COUPLING, program, dtype=torch.float64)
     _, _, raw = model_of(COUPLING, program, options, dtype=torch.float64)
     meta = {p.key: p.value for p in raw.metadata_props}
@@ -226,7 +242,12 @@ def test_the_metadata_hold_the_hash_of_the_spec(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "options", "code"),
-    [(["density"], {}, "FL0804"), ([], {}, "FL0804"), (["sample"], {"opset": 12}, "FL0804"), (["sample"], {"opset": 99}, "FL0804")],
+    [
+        (["density"], {}, "FL0804"),
+        ([], {}, "FL0804"),
+        (["sample"], {"opset": 12}, "FL0804"),
+        (["sample"], {"opset": 99}, "FL0804"),
+    ],
 )
 def test_bad_options_are_diagnostics(tmp_path: Path, programs: list[str], options: dict[str, int], code: str) -> None:
     flow = fl.compile(COUPLING, seed=0)
