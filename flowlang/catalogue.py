@@ -11,8 +11,34 @@ from flowlang.library import standard_library
 from flowlang.syntax import tree
 from flowlang.syntax.parser import parse
 
-CARD = re.compile(r"\bcard (\d{3})\b")
-YEAR = re.compile(r"\(([^()]*?(?:19|20)\d\d[^()]*)\)")
+CARDS = re.compile(r"\bcards? (\d{3}(?:(?:, | and )\d{3})*)", re.I)
+SAID = re.compile(r"\bSources?: (.+?)(?:(?<!\bal)(?<!\beq)\.\s|\.?$)", re.S)
+CITED = re.compile(r"\(([^()]*?(?:1[6-9]|20)\d\d[^()]*)\)")
+OWN = re.compile(r"\(own\b|\bown form\b")
+ABBREVIATION = re.compile(r"(?:\bal|\bvs|\beq|\bet|\b[A-Z])\.$")
+
+
+def source_of(doc: str) -> str | None:
+    """Where an entry comes from: what follows `Source:`, or the first citation in brackets, or `own`."""
+    said = SAID.search(doc) or CITED.search(doc)
+    if said is not None:
+        return " ".join(said.group(1).split())
+    return "own" if OWN.search(doc) else None
+
+
+def cards_of(doc: str) -> list[str]:
+    """The catalogue's cards that an entry names, in order."""
+    return list(dict.fromkeys(c for found in CARDS.findall(doc) for c in re.findall(r"\d{3}", found)))
+
+
+def summary_of(doc: str) -> str:
+    """The first sentence of a comment; an abbreviation's full stop does not end it."""
+    out: list[str] = []
+    for word in doc.split():
+        out.append(word)
+        if word.endswith((".", ".)")) and not ABBREVIATION.search(word):
+            break
+    return " ".join(out)
 
 
 def entries() -> list[dict[str, Any]]:
@@ -26,13 +52,12 @@ def entries() -> list[dict[str, Any]]:
         for item in module.items:
             if isinstance(item, tree.Declaration):
                 doc = item.doc or ""
-                card, cited = CARD.search(doc), YEAR.search(doc)
+                cards = cards_of(doc)
                 out.append(
                     {
                         "name": item.name, "kind": item.kind, "family": path.removeprefix("std."), "file": path,
-                        "card": card.group(1) if card else None, "source": cited.group(1) if cited else None,
-                        "summary": re.split(r"(?<=[.:])\s", doc.replace("\n", " "))[0].strip() if doc else "",
-                        "doc": doc,
+                        "card": cards[0] if cards else None, "cards": cards, "source": source_of(doc),
+                        "summary": summary_of(doc), "doc": doc,
                     }
                 )  # fmt: skip
     return sorted(out, key=lambda e: (e["family"], e["name"]))

@@ -201,6 +201,11 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
         case "logsumexp":
             top = x[0].amax([dim(n) for n in a["axes"]], keepdim=True).detach()
             return torch.log(torch.exp(x[0] - top).sum([dim(n) for n in a["axes"]])) + top.reshape(out.shape)
+        case "logit_mixture":
+            full = TensorType((*out.axes, next(k for k in t[0].axes if k.name == a["axis"])))
+            p, z = align(x[0], t[0], full), align(x[1], t[1], full)
+            u, rest = (torch.exp(p - p.amax(-1, True)) * torch.sigmoid(s * z) for s in (1, -1))
+            return torch.log(u.sum(-1)) - torch.log(rest.sum(-1))
         case "reduce_max":
             return x[0].amax([dim(n) for n in a["axes"]])
         case "reduce_min":

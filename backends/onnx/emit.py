@@ -263,6 +263,19 @@ def _softmax(w: Lowering, n: Node) -> Value:
     return w.g.softmax(x, w.dim(i, n.attrs["axis"]), log=n.op == "log_softmax")
 
 
+@emitter("logit_mixture")
+def _logit_mixture(w: Lowering, n: Node) -> Value:
+    p, t = n.inputs
+    bins = next(a for a in w.type(p).axes if a.name == n.attrs["axis"])
+    whole = TensorType((bins, *n.tensor.axes))
+    dim = -whole.rank
+    share, at = w.g.softmax(w.aligned(p, whole), dim, log=True), w.aligned(t, whole)
+    low, high = (
+        w.g.reduce("ReduceLogSumExp", w.g.add(share, special.log_sigmoid(w.g, v)), [dim]) for v in (at, w.g.unary("Neg", at))
+    )
+    return w.g.sub(low, high)
+
+
 @emitter("cumsum")
 def _cumsum(w: Lowering, n: Node) -> Value:
     i = n.inputs[0]

@@ -565,6 +565,15 @@ def _reduce(w: Writer, n: Node) -> Expr:
     return Expr(f"{w.tensor(i)}.{n.op}({w.dims(i, n.attrs['axes'])})")
 
 
+@emitter("logit_mixture")
+def _logit_mixture(w: Writer, n: Node) -> Expr:
+    p, t = n.inputs
+    bins = next(a for a in w.type(p).axes if a.name == n.attrs["axis"])
+    whole = TensorType((bins, *n.tensor.axes))
+    dim = "" if n.tensor.rank == 1 else f", dim={-1 - n.tensor.rank}"
+    return Expr(f"{w.scope.use('logit_mixture')}({w.aligned(p, whole).text}, {w.aligned(t, whole).text}{dim})")
+
+
 @emitter("var")
 def _var(w: Writer, n: Node) -> Expr:
     i = n.inputs[0]

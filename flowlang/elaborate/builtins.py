@@ -111,6 +111,7 @@ UNARY = [
     "sigmoid",
     "logit",
     "softplus",
+    "softplus_inverse",
     "relu",
     "selu",
     "silu",

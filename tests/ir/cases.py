@@ -255,6 +255,8 @@ def reduction_cases() -> Iterator[Case]:
         for reverse in (False, True):
             attrs = {"axis": "T", "exclusive": exclusive, "reverse": reverse}
             yield Case("cumsum", (Operand(PLANE),), attrs, f"{exclusive}{reverse}")
+    mixture = (Operand(real(("K", 3), ("D", 4))), Operand(real(("D", 4), ("K", 3)), edges=False))
+    yield Case("logit_mixture", mixture, {"axis": "K"})
     yield Case("sort", (Operand(PLANE, distinct=True),), {"axis": "D"})
     a, c = real(("T", 3), ("D", 4)), real(("D", 4), ("E", 2))
     yield Case("contract", (Operand(a), Operand(c, batched=False)), {"axes": ("D",)}, "matrix")

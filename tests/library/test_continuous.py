@@ -31,7 +31,9 @@ def linear(solver: str) -> torch.nn.Module:
     return fl.compile(LINEAR.format(matrix=f"[{values}]", solver=solver), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("solver", ["rk4(steps = 40)", "dopri5(rtol = 1e-9, atol = 1e-9)", "tsit5(rtol = 1e-9, atol = 1e-9)"])
+@pytest.mark.parametrize(
+    "solver", ["rk4(steps = 40)", "dopri5(rtol = 1e-9, atol = 1e-9)", "tsit5(rtol = 1e-9, atol = 1e-9)"]
+)
 def test_a_linear_field_is_a_matrix_exponential(solver: str) -> None:
     flow = linear(solver)
     x = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -44,7 +46,9 @@ def test_a_linear_field_is_a_matrix_exponential(solver: str) -> None:
     assert torch.allclose(inverse_log_det, a.trace().expand(7), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk3", 3), ("rk4", 4), ("dopri5", 5)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk3", 3), ("rk4", 4), ("dopri5", 5)]
+)
 def test_equal_steps_converge_at_the_solver_s_order(solver: str, order: int) -> None:
     x = torch.ones(1, 3, dtype=torch.float64)
     truth = x @ torch.linalg.matrix_exp(-torch.tensor(A, dtype=torch.float64)).mT
@@ -57,14 +61,18 @@ def test_tighter_tolerances_give_smaller_errors() -> None:
     x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     truth = x @ torch.linalg.matrix_exp(-torch.tensor(A, dtype=torch.float64)).mT
     with torch.no_grad():
-        errors = [float((linear(f"dopri5(rtol = {t}, atol = {t})")(x)[0] - truth).abs().max()) for t in (1e-4, 1e-6, 1e-8)]
+        errors = [
+            float((linear(f"dopri5(rtol = {t}, atol = {t})")(x)[0] - truth).abs().max()) for t in (1e-4, 1e-6, 1e-8)
+        ]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-7
 
 
 def test_each_sample_has_steps_of_its_own() -> None:
     flow = linear("dopri5(rtol = 1e-5, atol = 1e-5)")
-    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * torch.tensor([[1e-3], [1], [1], [30], [1], [1]])
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * torch.tensor(
+        [[1e-3], [1], [1], [30], [1], [1]]
+    )
     together = flow(x)[0]
     alone = torch.cat([flow(x[k : k + 1])[0] for k in range(6)])
     assert torch.allclose(together, alone, rtol=1e-12, atol=1e-14)
@@ -180,7 +188,9 @@ def test_fields_that_may_escape_are_warned_of(body: str, tame: bool) -> None:
 
 
 def test_a_solution_that_ends_is_told_and_not_returned() -> None:
-    flow = fl.compile(FIELD.format(net="net own(x: R[D], t: R) { x ^ 2 }", v="own()", solver="dopri5"), dtype=torch.float64)
+    flow = fl.compile(
+        FIELD.format(net="net own(x: R[D], t: R) { x ^ 2 }", v="own()", solver="dopri5"), dtype=torch.float64
+    )
     x = torch.tensor([[-3.0, 0.1]], dtype=torch.float64)  # x' = x² backwards from -3 reaches infinity at t = 2/3
     with pytest.raises(FlowError, match="could not be followed"):
         flow.log_prob(x)

@@ -42,6 +42,12 @@ def log_sigmoid_slope(x: Tensor) -> Tensor:
     return -F.softplus(x) - F.softplus(-x)
 
 
+def logit_mixture(logits: Tensor, t: Tensor, dim: int = -2) -> Tensor:
+    """logit(Σ softmax(logits) · sigmoid(t)) along `dim`, from logarithms: exact where the sum rounds to 0 or 1."""
+    share = torch.log_softmax(logits, dim)
+    return torch.logsumexp(share + F.logsigmoid(t), dim) - torch.logsumexp(share + F.logsigmoid(-t), dim)
+
+
 def log_abs(x: Tensor) -> Tensor:
     return torch.log(torch.abs(x))
 

@@ -255,6 +255,12 @@ def _fold_log(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
     return None
 
 
+def _logit_of_mixture(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
+    from flowlang.ir.ops.mixtures import logit_of_mixture
+
+    return logit_of_mixture(b, args, attrs)
+
+
 def _fold_log_abs(b: Builder, args: Sequence[int], attrs: Attrs) -> int | None:
     inner = b.graph[args[0]]
     match inner.op:
@@ -540,6 +546,7 @@ unary(
     total=Need(0, UNIT, words="an argument between 0 and 1"),
     inverse=pointy("sigmoid"),
     log_slope=lambda b, x, y: b.neg(b.op("log_sigmoid_slope", y)),
+    simplify=_logit_of_mixture,
 )
 unary(
     "softplus",
