@@ -26,6 +26,8 @@ REQUIRED = {"distribution": "normal", "net": "mlp(16)"}
 ELSEWHERE = {
     "planar_map": "test_067", "radial_map": "test_067", "hamiltonian_step": "test_067", "langevin_step": "test_067",
     "planar_vae": "test_067", "cnf": "tests of continuous flows", "factor_out": "tests of multi-scale flows",
+    "learned_factor_out": "tests of multi-scale flows", "uniform_dequantise": "tests of dequantisation",
+    "variational_dequantise": "tests of dequantisation",
 }  # fmt: skip
 BASES = {"Unit": "uniform(0, 1)", "Torus": "uniform(-π, π)", "Positive": "exponential"}
 
@@ -93,9 +95,9 @@ def cases() -> tuple[Case, ...]:
         if e["kind"] != "bijector" or e["name"] in ELSEWHERE:
             continue
         mapped, may, must, statics = signature(followed(e["name"]))
-        domain = re.match(r"\w+", mapped)[0] if mapped else "R"  # type: ignore[index]
+        domain = domain_of(mapped, statics)
         axes = re.sub(r".*?\[|\].*", "", mapped) if mapped and "[" in mapped else "D"
-        image = axes.startswith("C") or "H" in axes.split(", ")
+        image = axes.startswith("C") or "H" in axes.split(", ") or (mapped is None and not takes_vectors(e["name"]))
         for context in (False, True):
             sizes = ["D = 3"] if context else ["D = 2", "D = 5"] if splits(e["name"]) else ["D = 1", "D = 4"]
             if image:
@@ -116,13 +118,26 @@ def cases() -> tuple[Case, ...]:
     return tuple(out)
 
 
+def domain_of(mapped: str | None, statics: list[tree.Parameter]) -> str:
+    """The domain as text, its arguments' names replaced by their defaults."""
+    text = mapped[: mapped.index("[")] if mapped and "[" in mapped else "R"
+    for p in statics:
+        if p.default is not None:
+            text = re.sub(rf"\b{p.name}\b", p.default.span.text, text)
+    return text
+
+
+def takes_vectors(name: str) -> bool:
+    return fl.check(f"flow f {{\n  data x: R[D = 2]\n  {name}\n  base normal\n}}\n").ok
+
+
 def splits(name: str) -> bool:
     return "coupling" in name or "_c_steps" in name
 
 
 def keeps(name: str, domain: str) -> bool:
     """Whether the entry maps its domain onto itself, by what the compiler says."""
-    return domain == "R" or fl.check(probe(name, domain)).ok
+    return domain in BASES and fl.check(probe(name, domain)).ok
 
 
 def probe(name: str, domain: str) -> str:

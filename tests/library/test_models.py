@@ -102,7 +102,11 @@ def test_paths_give_their_positions_and_velocities(path: str) -> None:
         ("model m { data x: R[D = 2]\n def loss { y ~ normal\n mean(x - z) } }", "FL0201", "`z`"),
         ("model m { def sample { x ~ normal\n x } }", "FL0310", "no type"),
         ("model m(path: path = cond_ot) { data x: R[D = 2]\n def loss { path.speed(x) } }", "FL0306", "`speed`"),
-        ("model m(path: path = cond_ot) { data x: R[D = 2]\n def loss { mean(path.at(0.5, x)) } }", "FL0203", "(t, x0, x1)"),
+        (
+            "model m(path: path = cond_ot) { data x: R[D = 2]\n def loss { mean(path.at(0.5, x)) } }",
+            "FL0203",
+            "(t, x0, x1)",
+        ),
         ("model m(path: path = vp) { data x: R[D = 2]\n def at(x, t: R) { path.at(t, x, x) } }", "FL0409", "[0, 1]"),
         ("model m(v: net = mlp(8)) { data x: R[D = 2]\n def loss { mean(log(x)) } }", "FL0409", "`log`"),
     ],
