@@ -863,6 +863,15 @@ def matrix_node(w: Writer, n: int) -> tuple[Node, dict[str, str]]:
             return node, renames
 
 
+@emitter("diagonal")
+def _diagonal(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    row, col = w.dim(i, n.attrs["row"]), w.dim(i, n.attrs["col"])
+    names = [a for a in w.type(i).names if a not in (n.attrs["row"], n.attrs["col"])]
+    made = f"torch.diagonal({argument(w, i)}, dim1={row}, dim2={col})"
+    return Expr(moved(made, [*names, n.attrs["row"]], list(n.tensor.names)))
+
+
 @emitter("matrix_solve")
 def _matrix_solve(w: Writer, n: Node) -> Expr:
     matrix, renames = matrix_node(w, n.inputs[0])

@@ -11,6 +11,7 @@ from flowlang.derive import explain
 from flowlang.derive.forward_mode import Tangents, divergence_program, jvp_program
 from flowlang.derive.jvp import NoDerivative
 from flowlang.derive.plan import (
+    Bottleneck,
     CallInverse,
     Failure,
     FixedPoint,
@@ -286,6 +287,8 @@ class Analyses:
         match step:
             case Scalar() | LowRank():
                 return "bracketing"
+            case Bottleneck():
+                return self.way(step.plan.region)
             case Scan():
                 inner = "analytic"
                 for s in step.steps:
@@ -310,6 +313,8 @@ class Analyses:
                 return cost if isinstance(cost, str) else cost(node, slot, Inverter(view, self))
             case Scalar() | LowRank() | Polar():
                 return "D"
+            case Bottleneck():
+                return self.region_class(step.plan.region)
             case FixedPoint():
                 return "estimator"
             case Integrate():

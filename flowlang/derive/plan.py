@@ -132,7 +132,22 @@ class Polar:
     slope: tuple[tuple[tuple[tuple[int, int], ...], float], ...]
 
 
-Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar | Digits
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """exit = entry + Q·h(s), s = Qᵀ·entry, Q with orthonormal columns: s ↦ s + h(s) is solved by a plan of its own."""
+
+    entry: int
+    exit: int
+    update: int  # the node Q·h(s)
+    bottleneck: int  # the node s
+    weight: int  # the node Q
+    inner: int  # the node h(s)
+    plan: Plan  # of the region s ↦ s + h(s)
+    outer: tuple[tuple[int, int], ...]  # (leaf of that region, node here)
+    result: int  # that region's result
+
+
+Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar | Digits | Bottleneck
 
 
 @dataclass

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowlang.derive.bodies import WHOLE, Body, ScanBody, flatten, placeholder, unflatten
+from flowlang.derive.bottleneck import solve_bottleneck, weigh_bottleneck
 from flowlang.derive.jvp import tangent
 from flowlang.derive.lowrank import solve_low_rank, weigh_low_rank
 from flowlang.derive.plan import (
+    Bottleneck,
     CallInverse,
     Digits,
     FixedPoint,
@@ -293,6 +295,8 @@ class Replay:
                 self.solve_fixed_point(step)
             case LowRank():
                 solve_low_rank(self, step)
+            case Bottleneck():
+                solve_bottleneck(self, step)
             case Polar():
                 solve_polar(self, step)
 
@@ -447,6 +451,8 @@ class Replay:
                 self.weigh_fixed_point(step)
             case LowRank():
                 weigh_low_rank(self, step)
+            case Bottleneck():
+                weigh_bottleneck(self, step)
             case Polar():
                 weigh_polar(self, step)
 

@@ -147,9 +147,10 @@ class Proof:
         return signs.pop()
 
     def image(self, domain: Interval, sign: int) -> Interval:
-        """What the map surely reaches (A9c): R if the slope stays away from 0 on R, else what lies between
-        its limits at the ends of the domain."""
-        if domain == REAL and self.least > 0:
+        """What the map surely reaches (A9c): R if the slope stays away from 0 on R, or is one number for all of R;
+        else what lies between its limits at the ends of the domain."""
+        assert self.slope is not None
+        if domain == REAL and (self.least > 0 or self.slope not in self.graph.descendants([self.u])):
             return REAL
         at_lo = self.ranges.with_override(self.e, self.u, point(domain.lo))
         at_hi = self.ranges.with_override(self.e, self.u, point(domain.hi))

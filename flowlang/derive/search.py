@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence, Supports, call_relation, local_relation
-from flowlang.derive import contraction, explain, lowrank, polar, scalar, scan
+from flowlang.derive import bottleneck, contraction, explain, lowrank, polar, scalar, scan
 from flowlang.derive.plan import (
     CallInverse,
     Digits,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 Fallback = Callable[["Inverter", Problem, int, tuple[int, ...]], Step | None]
 FALLBACKS: Sequence[Fallback] = (
-    scalar.scalar_map, scan.scan, lowrank.low_rank, polar.polar, contraction.contraction,
+    scalar.scalar_map, scan.scan, lowrank.low_rank, bottleneck.bottleneck, polar.polar, contraction.contraction,
 )  # fmt: skip
 
 

@@ -302,6 +302,9 @@ MATRICES = (
 
 
 def matrix_cases() -> Iterator[Case]:
+    square = real(("E", 3), ("D", 4), ("F", 4))
+    yield Case("diagonal", (Operand(square),), {"row": "D", "col": "F"})
+    yield Case("diagonal", (Operand(real(("D", 4), ("F", 4)), batched=False),), {"row": "D", "col": "F"}, "parameter")
     for name, args in MATRICES:
         found = domain(name, args)
         assert found is not None

@@ -97,6 +97,19 @@ OPS.append(Op(
 ))  # fmt: skip
 
 
+# The diagonal of a matrix parameter, along its rows' axis; its sign is known by the matrix's domain.
+def _diagonal_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    return types[0].without((attrs["col"],))
+
+
+OPS.append(Op(
+    "diagonal", _diagonal_infer, _by_name, interval=lambda ivs, types, node: node.attrs.get("bounds", ivs[0]),
+    cost=lambda node, types: node.tensor.count,
+    jvp=lambda b, node, args, out, slot, t: b.op("diagonal", t, row=node.attrs["row"], col=node.attrs["col"]),
+    lipschitz=lambda node, types, slot, ivs: 1.0, why_not={"invert": "a diagonal forgets the rest"},
+))  # fmt: skip
+
+
 # ---- structured solves (made by the inverse of a contraction) -----------------------------------
 
 
