@@ -76,10 +76,17 @@ def check(specs: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
 @click.argument("spec")
 @set_option
 @json_option
-def info_command(spec: str, sets: tuple[str, ...], as_json: bool) -> None:
+@click.option("--graph", is_flag=True, help="Print the typed graph of each declaration instead.")
+def info_command(spec: str, sets: tuple[str, ...], as_json: bool, graph: bool) -> None:
     """Show each declaration: steps, how they are inverted, cost, size."""
     from flowlang.compiler import info
 
+    if graph:
+        from flowlang.ir.text import print_region
+
+        regions = load_ok(spec, sets, as_json).regions
+        click.echo("\n".join(f"# {name}\n{print_region(r)}" for name, r in regions.items() if not r.broken), nl=False)
+        return
     found = info(load_ok(spec, sets, as_json))
     if as_json:
         click.echo(json.dumps({"declarations": found}, ensure_ascii=False, indent=1))

@@ -16,11 +16,13 @@ from flowlang.derive.program import Program, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops import OPS
+from flowlang.ir.text import readable
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
 
 DIRECTION = "direction~"
 
 
+@readable
 @dataclass(frozen=True, slots=True)
 class Tangents:
     """Which arguments of a region (inputs, then context) carry a tangent, and in how many directions at once."""

@@ -74,9 +74,9 @@ def has(graph: Graph, id: int) -> bool:
 
 def node_problems(graph: Graph) -> Iterator[str]:
     for k, node in enumerate(graph):
-        for problem in (*order_problems(graph, node, k), *type_problems(node.type), *attr_problems(node.attrs)):
-            yield f"node {node.id} `{node.op}`: {problem}"
-        if not all(has(graph, i) for i in node.inputs) or node.op not in OPS:
+        own = [*order_problems(graph, node, k), *type_problems(node.type), *attr_problems(node.attrs)]
+        yield from (f"node {node.id} `{node.op}`: {problem}" for problem in own)
+        if own or not all(has(graph, i) for i in node.inputs) or node.op not in OPS:
             continue
         for problem in (*inferred(graph, node), *batch_problems(graph, node), *call_problems(graph, node)):
             yield f"node {node.id} `{node.op}`: {problem}"
