@@ -231,19 +231,28 @@ def prove(inv: Inverter, step: LowRank) -> LowRank | None:
         return None
     ranges = Ranges(scratch, inputs, inv.ranges.call_bounds)
     s = env[step.bottleneck]
-    sign = ranges.interval(slope).sign
-    if not sign:
-        signs = {ranges.with_override(slope, s, piece).sign for piece in split(REAL, 32)}
-        sign = signs.pop() if len(signs) == 1 else 0
-    if not sign:
-        return None
-    ends = (ranges.with_override(value, s, point(float("-inf"))), ranges.with_override(value, s, point(float("inf"))))
-    low, high = ends if sign > 0 else (ends[1], ends[0])
-    if not (low.hi == float("-inf") and high.lo == float("inf")):
+    sign = kept_sign(ranges, slope, s)
+    if not sign or not onto(ranges, value, s, sign):
         return None
     return LowRank(
         step.entry, step.exit, step.update, step.bottleneck, step.project_axes, step.weight, step.path, sign > 0, REAL
     )
+
+
+def kept_sign(ranges: Ranges, slope: int, s: int) -> int:
+    """A8: s + V·w(s) is itself proved strictly monotone; the determinant alone proves nothing."""
+    sign = ranges.interval(slope).sign
+    if sign:
+        return sign
+    signs = {ranges.with_override(slope, s, piece).sign for piece in split(REAL, 32)}
+    return signs.pop() if len(signs) == 1 else 0
+
+
+def onto(ranges: Ranges, value: int, s: int, sign: int) -> bool:
+    """A9c for it: the limits at both ends are infinite."""
+    ends = [ranges.with_override(value, s, point(v)) for v in (float("-inf"), float("inf"))]
+    low, high = ends if sign > 0 else reversed(ends)
+    return low.hi == float("-inf") and high.lo == float("inf")
 
 
 def solve_low_rank(r: Replay, step: LowRank) -> None:

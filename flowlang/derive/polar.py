@@ -72,6 +72,7 @@ def radii(inv: Inverter, u: int, region: list[int]) -> list[tuple[int, int, int]
             out.append((n, 2, inner.inputs[0]))
         elif node.op == "contract" and node.inputs[0] == node.inputs[1]:
             out.append((n, 2, node.inputs[0]))
+    out += [(x.id, 1, arm) for n, k, arm in out if k == 2 for x, _ in graph.users(n) if x.op == "sqrt"]
     return [
         (n, k, arm) for n, k, arm in out if arm == u or (graph[arm].op in ("sub", "add") and u in graph[arm].inputs)
     ]
@@ -80,12 +81,8 @@ def radii(inv: Inverter, u: int, region: list[int]) -> list[tuple[int, int, int]
 def along_rays(
     inv: Inverter, u: int, e: int, region: list[int], radius: int, power: int, arm: int
 ) -> Polar | None:  # fmt: skip
-    graph = inv.graph
     inside = set(region)
     known: dict[int, Rational] = {radius: variable(power)}
-    for user, _ in graph.users(radius):
-        if power == 2 and user.op == "sqrt":
-            known[user.id] = variable()
     try:
         stretch, offset = ray(inv, e, u, arm, inside, known)
         rho = variable() * stretch

@@ -136,15 +136,13 @@ class Proof:
         """+1 or -1 when the slope keeps that sign on the whole domain, else 0."""
         assert self.slope is not None
         self.bounds = self.ranges.interval(self.slope)
-        if self.bounds.nonzero:
-            self.least = min(abs(self.bounds.lo), abs(self.bounds.hi))
-            return self.bounds.sign
-        found = [self.ranges.with_override(self.slope, self.u, piece) for piece in split(domain, SUBDIVISIONS)]
-        signs = {iv.sign for iv in found}
-        if len(signs) > 1 or 0 in signs:
-            return 0
-        self.least = min(min(abs(iv.lo), abs(iv.hi)) for iv in found)
-        return signs.pop()
+        pieces = [self.bounds]
+        if not one_sign(pieces):
+            pieces = [self.ranges.with_override(self.slope, self.u, piece) for piece in split(domain, SUBDIVISIONS)]
+        found = one_sign(pieces)
+        if found:
+            self.least = min(min(abs(iv.lo), abs(iv.hi)) for iv in pieces)
+        return found
 
     def image(self, domain: Interval, sign: int) -> Interval:
         """What the map surely reaches (A9c): R if the slope stays away from 0 on R, or is one number for all of R;
@@ -156,3 +154,9 @@ class Proof:
         at_hi = self.ranges.with_override(self.e, self.u, point(domain.hi))
         low, high = (at_lo, at_hi) if sign > 0 else (at_hi, at_lo)
         return Interval(low.hi, high.lo, True, True) if low.hi < high.lo else NOWHERE
+
+
+def one_sign(pieces: list[Interval]) -> int:
+    """A6: the sign of a slope whose bounds exclude 0 everywhere, open and closed ends told apart; else 0."""
+    signs = {iv.sign for iv in pieces}
+    return signs.pop() if len(signs) == 1 else 0

@@ -50,25 +50,33 @@ def carry(
     axes = tuple(a for a, _ in order)
     carriers: dict[int, tuple[str, ...]] = {u: axes}
     for n in region:
-        if n == u or not isinstance(inv.graph[n].type, TensorType):
-            continue
-        relation = dependence.of(n)
-        choices = [axes] if len(order) > 1 or n in exits else [axes, *((r,) for r in inv.graph[n].tensor.names)]
-        found = next((c for c in choices if relation is not None and usable(relation, c, order)), None)
-        if found is not None:
-            carriers[n] = found
-        elif n in exits:
-            return None
+        relation = dependence.of(n) if isinstance(inv.graph[n].type, TensorType) else None
+        if n in exits:
+            if relation is None or not exit_within(relation, axes, order):
+                return None
+            carriers[n] = axes
+        elif n != u and relation is not None:
+            choices = [axes] if len(order) > 1 else [axes, *((r,) for r in inv.graph[n].tensor.names)]
+            found = next((c for c in choices if usable(relation, c, order)), None)
+            if found is not None:
+                carriers[n] = found
     return carriers
+
+
+def exit_within(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
+    """A5.1: an exit reads what stands before it, or at it."""
+    return same_sizes(relation, rows, order) and not_after(relation, rows, order)
 
 
 def usable(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
     """A5.2: a relation that reaches later slices makes the node unusable."""
+    return same_sizes(relation, rows, order) and not_after(relation, rows, order)
+
+
+def same_sizes(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
     sizes = {a.name: a.size for a in relation.rows}
     wanted = {a.name: a.size for a in relation.cols}
-    if any(sizes.get(r) != wanted[a] for r, (a, _) in zip(rows, order, strict=True)):
-        return False
-    return not_after(relation, rows, order)
+    return all(sizes.get(r) == wanted[a] for r, (a, _) in zip(rows, order, strict=True))
 
 
 def not_after(relation: Relation, rows: tuple[str, ...], order: Order) -> bool:
@@ -99,7 +107,7 @@ def scan_along(
 ) -> Scan | None:  # fmt: skip
     graph = inv.graph
     inside = [n for n in region if n not in exits and isinstance(graph[n].type, TensorType)]
-    independent = {n for n in inside if dependence.of(n) is None}  # known, at every slice
+    independent = {n for n in inside if reads_nothing(dependence.of(n))}
     dropped = independent | {n for n in inside if n in carriers and drops(dependence.of(n), carriers[n], order)}
     if not dropped:
         return None
@@ -120,6 +128,11 @@ def scan_along(
         p.notes.extend(inner.notes)
         return None
     return Scan(u, exits, order, tuple(inner.steps), inv.interval(u), tuple(sorted(dropped)), tuple(region))
+
+
+def reads_nothing(relation: Relation | None) -> bool:
+    """A11: what does not depend on the unknown is known, at every slice (a network over one index may be)."""
+    return relation is None
 
 
 def drops(relation: Relation | None, rows: tuple[str, ...], order: Order) -> bool:

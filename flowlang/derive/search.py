@@ -397,14 +397,17 @@ class Inverter:
         dominators = self.dominators(p, stuck)
         for u in sorted({u for chain in dominators.values() for u in chain if self.real(u)}, reverse=True):
             exits = [m for m in stuck if u in dominators[m]]
-            count = self.graph[u].tensor.count
-            choices: list[tuple[int, ...]] = [(e,) for e in exits if self.graph[e].tensor.count == count]
-            if len(exits) > 1 and sum(self.graph[e].tensor.count for e in exits) == count:
-                choices.append(tuple(sorted(exits)))
-            for chosen in choices:
+            for chosen in self.choices(u, exits):
                 if self.attempt(p, u, chosen):
                     return True
         return False
+
+    def choices(self, u: int, exits: list[int]) -> list[tuple[int, ...]]:
+        count = self.graph[u].tensor.count
+        out: list[tuple[int, ...]] = [(e,) for e in exits if self.graph[e].tensor.count == count]
+        if len(exits) > 1 and sum(self.graph[e].tensor.count for e in exits) == count:
+            out.append(tuple(sorted(exits)))
+        return out
 
     def attempt(self, p: Problem, u: int, exits: tuple[int, ...]) -> bool:
         region = tuple(self.between(p, u, exits))

@@ -49,9 +49,12 @@ def local(
         if factor is None:
             return None
         parts.append(inner * factor)
-    if node.op in ("join", "stack"):
-        return sqrt(sum(p * p for p in parts))
-    return sum(parts)
+    return joined(parts) if node.op in ("join", "stack") else sum(parts)
+
+
+def joined(parts: Sequence[float]) -> float:
+    """A7: side by side, constants add as squares."""
+    return sqrt(sum(p * p for p in parts))
 
 
 def slot_constant(
