@@ -80,4 +80,5 @@ def test_equal_under_every_hash_seed() -> None:
         ).stdout
         for seed in ("0", "1", "4242")
     ]  # fmt: skip
-    assert out[0] and out[0] == out[1] == out[2]
+    assert out[0]
+    assert out[0] == out[1] == out[2]
