@@ -445,6 +445,14 @@ def _masked(w: Lowering, n: Node) -> Value:
     return w.g.mul(w.value(n.inputs[0]), w.align(w.g.const(mask), pair, t))
 
 
+@emitter("diagonal")
+def _diagonal(w: Lowering, n: Node) -> Value:
+    t, row, col = w.type(n.inputs[0]), n.attrs["row"], n.attrs["col"]
+    pair = TensorType.of((row, t.size(row)), (col, t.size(row)))
+    kept = w.g.mul(w.value(n.inputs[0]), w.align(w.g.const(np.eye(t.size(row))), pair, t))
+    return w.g.reduce("ReduceSum", kept, [t.position(col) - t.rank])
+
+
 def constant_matrix(w: Lowering, n: Node, i: int) -> Any:
     v = w.value(i)
     if v.array is None:

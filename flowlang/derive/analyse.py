@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from flowlang.analysis.dependence import Summaries
 from flowlang.analysis.ranges import Ranges, Violation, law_support
 from flowlang.derive import explain
+from flowlang.derive.forms import forms
 from flowlang.derive.forward_mode import Tangents, divergence_program, jvp_program
 from flowlang.derive.jvp import NoDerivative
 from flowlang.derive.plan import (
@@ -201,15 +202,24 @@ class Analyses:
 
     def plan(self, region: Region) -> Plan | Failure:
         if self.key(region) not in self._plans:
-            found = Plan(region) if len(region.rules) == 2 else Inverter(region, self).run()
+            found = Plan(region) if len(region.rules) == 2 else self.search(region)
             if isinstance(found, Failure) and region.rules:
                 found = explain.one_rule_alone(region, found)
             self._plans[self.key(region)] = found
-            if isinstance(found, Plan) and "inverse" not in region.rules:
-                problem = self.check_image(region, found)
-                if problem is not None:
-                    self._plans[self.key(region)] = problem
         return self._plans[self.key(region)]
+
+    def search(self, region: Region) -> Plan | Failure:
+        """An inverse for the region as written, or for an equal form of it; the first reason where there is none."""
+        first: Failure | None = None
+        for form in (region, *(() if region.rules else forms(region))):
+            found = Inverter(form, self).run()
+            if isinstance(found, Plan) and "inverse" not in region.rules:
+                found = self.check_image(form, found) or found
+            if isinstance(found, Plan):
+                return found
+            first = first or found
+        assert first is not None
+        return first
 
     def check_image(self, region: Region, plan: Plan) -> Failure | None:
         """A9b: every inverse step is total on what the outputs may be, and leads back into the declared domain;

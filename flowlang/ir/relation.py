@@ -248,9 +248,18 @@ class Relation:
         return True
 
     def pointwise(self) -> bool:
-        """Equality along every axis of the entry."""
-        names = {a.name for a in self.rows}
-        return all(c.name in names and self.within(c.name, c.name, "==") for c in self.cols)
+        """Equality along every axis of the entry, under the same name or another."""
+        free = [a.name for a in self.rows]
+        for c in self.cols:
+            names = sorted(free, key=lambda n: n != c.name)
+            found = next((n for n in names if self.equates(n, c)), None)
+            if found is None:
+                return False
+            free.remove(found)
+        return True
+
+    def equates(self, row: str, col: Axis) -> bool:
+        return any(a == Axis(row, col.size) for a in self.rows) and self.within(row, col.name, "==")
 
     # ---- combining ------------------------------------------------------------------------------
 

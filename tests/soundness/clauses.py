@@ -151,9 +151,9 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A3", "integers are dequantised", ((Inverter, "real", yes),)),
     Switch("A4", "exits are those that u dominates", ((Inverter, "dominators", any_above), (Inverter, "sound_region", yes))),
     Switch("A4", "exits together", ((Inverter, "choices", single_exits),)),
-    Switch("A5.1", "every exit lies within the order", ((scan, "exit_within", scan.same_sizes),)),
     Switch("A5.2", "only the strict part is dropped", ((scan, "drops", drops_all),)),
-    Switch("A5.2", "a relation outside makes a node unusable", ((scan, "usable", scan.same_sizes),)),
+    # Each of the two keeps out what the other lets in: an exit outside has a node outside before it.
+    Switch("A5.1", "exits and what is used lie within the order", ((scan, "exit_within", scan.same_sizes), (scan, "usable", scan.same_sizes))),
     Switch("A5.3", "slice knowledge passes through equal slices only", ((Inverter, "slicewise", yes),)),
     Switch("A5.3", "no gathering along a scanned axis", ((Inverter, "barred", no),)),
     Switch("A5.4", "inner fallbacks read nothing across slices", ((Inverter, "within_slice", yes),)),

@@ -1,0 +1,129 @@
+"""Equal forms of a region, tried when the one as written does not yield to the search.
+
+`split_causal` (ANALYSIS.md A5): a cumulative sum or a triangular product along an axis is its strict part plus
+its diagonal, so that a scan can assume the one and solve through the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from flowlang.ir.build import Builder
+from flowlang.ir.domains import Domain
+from flowlang.ir.graph import Graph, Node, Region
+from flowlang.ir.interval import POSITIVE
+from flowlang.ir.types import TensorType
+
+Rewrite = Callable[["Builder", Graph, Node, dict[int, int]], "int | None"]
+"""(builder, the region's graph, a node of it, values so far) -> its value in the new form, or None to copy it."""
+
+
+def forms(region: Region) -> Iterator[Region]:
+    """Forms worth a second search, the likeliest first."""
+    for rewrite in (split_causal,):
+        found = rewritten(region, rewrite)
+        if found is not None:
+            yield found
+
+
+def rewritten(region: Region, rewrite: Rewrite) -> Region | None:
+    """The region with some values made otherwise; None where nothing was."""
+    graph = region.graph
+    b = Builder(Graph())
+    env: dict[int, int] = {}
+    changed = False
+    for node in graph:
+        b.span = node.span
+        inputs = [env[i] for i in node.inputs]
+        new = rewrite(b, graph, node, env)
+        if new is not None:
+            changed = True
+            if node.label:
+                b.graph.relabel(new, node.label)
+        elif not isinstance(node.type, TensorType) or "region" in node.attrs or node.op == "get":
+            new = b.graph.add(
+                node.op, tuple(inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+            ).id
+        else:
+            new = b.copy(node, inputs)
+        env[node.id] = new
+    return moved(region, b.graph, env) if changed else None
+
+
+def moved(region: Region, graph: Graph, env: dict[int, int]) -> Region:
+    """The region on another graph."""
+
+    def all_of(ids: list[int]) -> list[int]:
+        return [env[i] for i in ids]
+
+    def arguments(pairs: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        return tuple((name, env[i]) for name, i in pairs)
+
+    return replace(
+        region,
+        graph=graph,
+        inputs=all_of(region.inputs),
+        context=all_of(region.context),
+        outputs=all_of(region.outputs),
+        emissions=[replace(e, value=env[e.value], arguments=arguments(e.arguments)) for e in region.emissions],
+        draws=[replace(d, value=env[d.value], arguments=arguments(d.arguments)) for d in region.draws],
+        steps=[replace(s, before=env[s.before], after=env[s.after]) for s in region.steps],
+        base=None if region.base is None else replace(region.base, arguments=arguments(region.base.arguments)),
+    )
+
+
+# ---- strict part and diagonal -------------------------------------------------------------------
+
+
+def split_causal(b: Builder, graph: Graph, node: Node, env: dict[int, int]) -> int | None:
+    if not node.batched:
+        return None
+    if node.op == "cumsum" and not node.attrs.get("exclusive"):
+        x = env[node.inputs[0]]
+        return b.add(b.op("cumsum", x, **{**node.attrs, "exclusive": True}), x)
+    if node.op == "contract" and len(node.attrs["axes"]) == 1:
+        for slot in (0, 1):
+            found = triangular(graph, graph[node.inputs[slot]])
+            if found is not None:
+                return split_product(b, graph, node, env, slot, found)
+    return None
+
+
+def triangular(graph: Graph, weight: Node) -> tuple[str, str, bool] | None:
+    """(row axis, column axis, whether the diagonal is 1) of a lower-triangular parameter, through renaming."""
+    renames: list[dict[str, str]] = []
+    while weight.op in ("rename", "order"):
+        if weight.op == "rename":
+            renames.append(dict(weight.attrs["pairs"]))
+        weight = graph[weight.inputs[0]]
+    domain = weight.attrs.get("domain")
+    if weight.op != "param" or not isinstance(domain, Domain) or domain.structure not in ("lower", "unit_lower"):
+        return None
+    row, col = weight.tensor.names[-2:]
+    for pairs in reversed(renames):
+        row, col = pairs.get(row, row), pairs.get(col, col)
+    return row, col, domain.structure == "unit_lower"
+
+
+def split_product(
+    b: Builder, graph: Graph, node: Node, env: dict[int, int], slot: int, found: tuple[str, str, bool]
+) -> int | None:
+    """Σ L x with L = its part below the diagonal + its diagonal; rows may be the axis that is summed over."""
+    row, col, unit = found
+    (axis,) = node.attrs["axes"]
+    other = col if axis == row else row
+    w, x = env[node.inputs[slot]], env[node.inputs[1 - slot]]
+    if axis not in (row, col) or b.type(x).has(other):
+        return None
+    degrees = tuple(range(b.type(w).size(row)))
+    below = b.op("masked", w, row=row, col=col, row_degrees=degrees, col_degrees=degrees, strict=True)
+    strict = b.op("contract", *((below, x) if slot == 0 else (x, below)), axes=(axis,))
+    own = b.op("rename", x, pairs=((axis, other),))
+    if not unit:
+        diagonal = b.op("diagonal", w, row=row, col=col, bounds=POSITIVE)
+        if other == col:
+            diagonal = b.op("rename", diagonal, pairs=((row, col),))
+        own = b.mul(diagonal, own)
+    total = b.add(strict, own)
+    return total if b.type(total).names == node.tensor.names else b.op("order", total, names=node.tensor.names)
