@@ -266,6 +266,10 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return align(x[0], t[0], out).expand(out.shape)
         case "index":
             return torch.arange(a["size"], dtype=torch.float64)
+        case "diagonal":
+            made = torch.diagonal(x[0], dim1=dim(a["row"]), dim2=dim(a["col"]))
+            have = TensorType.of(*((n, t[0].size(n)) for n in t[0].names if n not in (a["row"], a["col"])), (a["row"], made.shape[-1]))
+            return align(made, have, out)
         case "masked":
             rows, cols = torch.tensor(a["row_degrees"]).double(), torch.tensor(a["col_degrees"]).double()
             keep = rows[:, None] > cols[None] if a["strict"] else rows[:, None] >= cols[None]
