@@ -192,8 +192,6 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             front = [n for n in t[0].names if n not in a["axes"]]
             flat = x[0].permute([dim(n) for n in (*front, *a["axes"])]).flatten(len(front))
             return getattr(torch, node.op)(flat, -1)
-        case "diagonal":
-            return x[0].diagonal(dim1=dim(a["row"]), dim2=dim(a["col"]))
         case "length":
             return x[0].square().sum([dim(n) for n in a["axes"]]).sqrt()
         case "normalize":

@@ -335,7 +335,7 @@ def matrix_cases() -> Iterator[Case]:
     square = Operand(real(("D'", 4), ("D", 4)), batched=False)
     several = Operand(real(("T", 3), ("D", 4), ("D'", 4)), batched=False)
     for k, w in enumerate((square, several)):
-        yield Case("diagonal", (w,), {"row": "D'", "col": "D", "positive": False}, str(k))
+        yield Case("diagonal", (w,), {"row": "D'", "col": "D"}, str(k))
     plain = domain("R")
     for bound in (0.2, 50.0):
         yield Case("norm_bounded", (Operand(real(("E", 3), ("D", 4)), param=plain),), {"axes": ("D",), "bound": bound}, str(bound))
