@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowlang import limits
 from flowlang.compiler import Compilation, compile_source
 from flowlang.compiler import info as describe
 from flowlang.diagnostics import Diagnostic, FlowError, Report
@@ -58,10 +59,13 @@ def library_flow(name: str) -> Source | None:
     return Source.of(f"std:{name}", f"flow {name}_flow {{\n  data x: {data}\n  {name}\n  base normal\n}}\n")
 
 
-def analyse(spec: str | Path, sets: Mapping[str, Any] | None = None, *, sized: bool = False) -> Compilation:
-    """Everything that is known of a spec (see `flowlang.compiler`)."""
+def analyse(
+    spec: str | Path, sets: Mapping[str, Any] | None = None, *, sized: bool = False, max_parameters: int | None = None
+) -> Compilation:
+    """Everything that is known of a spec (see `flowlang.compiler`). Larger flows than `max_parameters` are refused."""
     source, folder = source_of(spec)
-    return compile_source(source, loader=Folders([folder] if folder else []), sets=sets, sized=sized)
+    loader = Folders([folder] if folder else [])
+    return compile_source(source, loader=loader, sets=sets, sized=sized, max_parameters=max_parameters or limits.PARAMETERS)
 
 
 def check(spec: str | Path, **sets: Any) -> Report:

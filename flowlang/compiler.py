@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowlang import limits
 from flowlang.analysis.ranges import Violation, base_support
+from flowlang.analysis.size import flop_count, formula, parameter_count
 from flowlang.checks.fields import check_fields
 from flowlang.derive.analyse import Analyses, class_rank, shown_class
 from flowlang.derive.explain import shown
@@ -20,8 +22,6 @@ from flowlang.elaborate.values import Declared, Instance
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Region
 from flowlang.ir.interval import Interval
-from flowlang.ir.ops import OPS
-from flowlang.ir.types import TensorType
 from flowlang.library import Folders, standard_library
 from flowlang.source import Loader, Source, Span
 from flowlang.syntax import tree
@@ -74,7 +74,8 @@ class Compilation:
 
 
 def compile_source(
-    source: Source, *, loader: Loader | None = None, sets: Mapping[str, Any] | None = None, sized: bool = False
+    source: Source, *, loader: Loader | None = None, sets: Mapping[str, Any] | None = None, sized: bool = False,
+    max_parameters: int = limits.PARAMETERS,
 ) -> Compilation:
     """Checks a spec whole. Never raises for a bad one; see `report`.
 
@@ -84,6 +85,7 @@ def compile_source(
     report = Report()
     elab = Elaborator(report, loader or Folders(), standard_library(), sets)
     elab.quiet_free = sized
+    elab.parameter_limit = max_parameters
     module = elab.add_module(source)
     comp = Compilation(source, report, elab, module)
     for target in module.declared():
@@ -154,6 +156,7 @@ def check_flow(comp: Compilation, target: Declared) -> None:
                            suggestion="end it with a base distribution, as in `base normal`")
             )  # fmt: skip
             return
+    check_size(comp, region)
     examine(comp, region)
     if not region.broken and comp.report.ok:
         check_support(comp, region)
@@ -172,6 +175,17 @@ def check_model(comp: Compilation, target: Declared) -> None:
     for program in region.programs.values():
         examine(comp, program)
         region.broken = region.broken or program.broken
+
+
+def check_size(comp: Compilation, region: Region) -> None:
+    """The whole flow stays within the limit, not each parameter alone."""
+    have, most = parameter_count(region), comp.elab.parameter_limit
+    if have > most and not region.broken:
+        region.broken = True
+        comp.report.add(
+            Diagnostic("FL0901", f"`{region.name}` would have {have:,} parameters, above the limit of {most:,}", region.span,
+                       suggestion="`flowlang info --max-parameters N` counts larger ones without making them")
+        )  # fmt: skip
 
 
 def check_unused(comp: Compilation, target: Declared) -> None:
@@ -481,27 +495,26 @@ def require_parameters(comp: Compilation, statement: tree.Require, condition: tr
 # ---- sizes --------------------------------------------------------------------------------------
 
 
-def parameter_count(region: Region) -> int:
-    """Numbers that training may change, as the spec declares them; a shared network counts once."""
-    own = sum(n.tensor.count for n in region.graph if n.op == "param")
-    return own + sum(c.count * parameter_count(c.region) for c in region.children.values() if not c.shared)
+def size_formula(comp: Compilation, name: str, count: Callable[[Region], int] = parameter_count) -> str | None:
+    """A count of a flow as a polynomial in the sizes of its data, as in `8*D^2 + 130*D`; None where it is none.
 
+    The spec is elaborated at several sizes for it; nothing is allocated.
+    """
+    region = comp.regions[name]
+    sizes = {a.name: a.size for a in region.graph[region.inputs[0]].tensor.axes}
 
-def flop_count(region: Region) -> int:
-    """Floating-point operations of one forward pass for one sample."""
-    total = 0
-    for node in region.graph:
-        inner = node.attrs.get("region")
-        if isinstance(inner, Region):
-            lifted = 1
-            for _, s in node.attrs.get("lifted", ()):
-                lifted *= s
-            total += lifted * int(node.attrs.get("count", 1)) * flop_count(inner)
-        elif node.op in OPS and isinstance(node.type, TensorType) and node.inputs:
-            total += OPS[node.op].cost(
-                node, [region.graph[i].tensor for i in node.inputs if isinstance(region.graph[i].type, TensorType)]
-            )
-    return total
+    def at(given: Mapping[str, int]) -> int:
+        made = Elaborator(Report(), comp.elab.loader, comp.elab.library, {**comp.elab.sets, **given})
+        target = made.add_module(comp.source).names[name]
+        found = made.root(target, {})
+        if found is None or found.broken:
+            raise LookupError(name)
+        return count(found)
+
+    try:
+        return formula(at, sizes)
+    except LookupError:  # the flow does not exist at some of these sizes
+        return None
 
 
 def step_count(region: Region) -> int:
@@ -537,7 +550,8 @@ def used_region(comp: Compilation, target: Declared) -> Region | None:
 
 def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "parameters": parameter_count(region), "flops": flop_count(region),
+        "parameters": parameter_count(region), "stored_parameters": parameter_count(region, "stored"),
+        "free_parameters": parameter_count(region, "free"), "flops": flop_count(region),
         "inputs": [str(region.graph[i].type) for i in region.inputs],
         "context": [str(region.graph[i].type) for i in region.context],
         "outputs": [str(region.graph[o].type) for o in region.outputs],

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from flowlang import limits
 from flowlang.api import source_of
 from flowlang.compiler import Compilation, compile_source
 from flowlang.diagnostics import Diagnostic, FlowError
@@ -79,14 +80,20 @@ def cannot_write(path: str | Path, e: Exception) -> FlowError:
     )
 
 
-def load(spec: str, sets: tuple[str, ...], *, sized: bool = False) -> Compilation:
+def load(
+    spec: str, sets: tuple[str, ...], *, sized: bool = False, max_parameters: int = limits.PARAMETERS
+) -> Compilation:
     source, folder = read_source(spec)
-    return compile_source(source, loader=Folders([folder] if folder else []), sets=parse_sets(sets), sized=sized)
+    return compile_source(
+        source, loader=Folders([folder] if folder else []), sets=parse_sets(sets), sized=sized, max_parameters=max_parameters
+    )
 
 
-def load_ok(spec: str, sets: tuple[str, ...], as_json: bool, *, sized: bool = False) -> Compilation:
+def load_ok(
+    spec: str, sets: tuple[str, ...], as_json: bool, *, sized: bool = False, max_parameters: int = limits.PARAMETERS
+) -> Compilation:
     """A spec without errors; others are shown and end the command."""
-    comp = load(spec, sets, sized=sized)
+    comp = load(spec, sets, sized=sized, max_parameters=max_parameters)
     if not comp.ok:
         stop(comp.report, as_json)
     return comp

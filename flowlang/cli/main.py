@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from flowlang import limits
 from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop
 from flowlang.diagnostics import Diagnostic, FlowError
 
@@ -77,7 +78,11 @@ def check(specs: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
 @set_option
 @json_option
 @click.option("--graph", is_flag=True, help="Print the typed graph of each declaration instead.")
-def info_command(spec: str, sets: tuple[str, ...], as_json: bool, graph: bool) -> None:
+@click.option("--formula", is_flag=True, help="Add parameter and FLOP counts as polynomials in the sizes of the data.")
+@click.option("--max-parameters", type=click.IntRange(min=1), default=limits.PARAMETERS, help="Count flows up to this size.")
+def info_command(
+    spec: str, sets: tuple[str, ...], as_json: bool, graph: bool, formula: bool, max_parameters: int
+) -> None:
     """Show each declaration: steps, how they are inverted, cost, size."""
     from flowlang.compiler import info
 
@@ -87,7 +92,17 @@ def info_command(spec: str, sets: tuple[str, ...], as_json: bool, graph: bool) -
         regions = load_ok(spec, sets, as_json).regions
         click.echo("\n".join(f"# {name}\n{print_region(r)}" for name, r in regions.items() if not r.broken), nl=False)
         return
-    found = info(load_ok(spec, sets, as_json))
+    comp = load_ok(spec, sets, as_json, max_parameters=max_parameters)
+    found = info(comp)
+    if formula:
+        from flowlang.analysis.size import flop_count
+        from flowlang.compiler import size_formula
+
+        for entry in found:
+            if entry["name"] in comp.flows():
+                name = entry["name"]
+                entry["parameter_formula"] = size_formula(comp, name)
+                entry["flop_formula"] = size_formula(comp, name, flop_count)
     if as_json:
         click.echo(json.dumps({"declarations": found}, ensure_ascii=False, indent=1))
         return

@@ -23,7 +23,13 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
         if d.get("invertible"):
             facts.append(f"inverse {d['inverse']}, log-det {d['log_det']}, {d['exactness']}")
         if "parameters" in d:
-            facts.append(f"{d['parameters']:,} parameters, {d['flops']:,} FLOPs a sample")
+            counts = {"": d["parameters"], "stored": d["stored_parameters"], "free": d["free_parameters"]}
+            modes = [f"{n:,} {m}".rstrip() for m, n in counts.items() if not m or n != d["parameters"]]
+            extra = f" ({', '.join(modes[1:])})" if modes[1:] else ""
+            facts.append(f"{modes[0]} parameters{extra}, {d['flops']:,} FLOPs a sample")
+        for key, what in (("parameter_formula", "parameters"), ("flop_formula", "FLOPs")):
+            if key in d:
+                facts.append(f"{what} = {d[key] or 'no polynomial in the sizes of the data'}")
         if "base" in d:
             facts.append(f"base {d['base']}, {d['steps']} steps")
         lines.extend(f"  {f}" for f in facts)

@@ -65,6 +65,7 @@ class Elaborator:
         self._factor = 1
         self._rounds = 0
         self.quiet_free = False
+        self.parameter_limit = limits.PARAMETERS
 
     # ---- modules and names ----------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from flowlang import limits
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, Formal, join_inputs, wanted_axes
 from flowlang.elaborate.values import (
@@ -83,8 +82,8 @@ def cut(body: Body, id: int, axis: str, pieces: list[Piece], wanted: list[Any], 
 
 def make_param(body: Body, name: str, axes: tuple[tuple[str, int], ...], init: Any, span: Span) -> int:
     type_ = TensorType.of(*axes)
-    if type_.count > limits.PARAMETERS:
-        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {limits.PARAMETERS:,}", span)
+    if type_.count > body.elab.parameter_limit:
+        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {body.elab.parameter_limit:,}", span)
     return body.b.leaf("param", type_, batched=False, span=span, label=name, name=name, domain=R, init=init)
 
 

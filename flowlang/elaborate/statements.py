@@ -430,10 +430,10 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
                 suggestion=f"write `{n} = ...` in the type",
             )
     type_ = TensorType.of(*((n, s) for n, s in axes if s is not None), kind=spec.domain.kind)
-    if type_.count > limits.PARAMETERS:
+    if type_.count > body.elab.parameter_limit:
         raise body.fail(
             "FL0901",
-            f"`{entry.name}` would have {type_.count:,} elements, above the limit of {limits.PARAMETERS:,}",
+            f"`{entry.name}` would have {type_.count:,} elements, above the limit of {body.elab.parameter_limit:,}",
             entry.span,
         )
     check_matrix(body, spec.domain, type_, entry)
