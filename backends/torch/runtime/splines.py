@@ -43,6 +43,10 @@ def find_bin(u: Tensor, ends: Tensor, dim: int) -> Tensor:
 
 def at_bin(table: Tensor, k: Tensor, dim: int) -> Tensor:
     """The table's entries at k, without the axis of bins."""
+    own = list(table.shape)
+    own[dim] = 1
+    if own == list(k.shape):
+        return table.gather(dim, k).squeeze(dim)
     shape = list(torch.broadcast_shapes(table.movedim(dim, 0).shape[1:], k.squeeze(dim).shape))
     place = len(shape) + 1 + dim
     wide = [*shape[:place], table.shape[dim], *shape[place:]]
