@@ -114,6 +114,8 @@ class Generator:
             if (name, value_only) in found[id(region)]:
                 continue
             found[id(region)].add((name, value_only))
+            if is_map(region) and region is not self.root:  # so that every part is a module that can be called
+                todo += [(region, "forward", False), (region, "inverse", False)]
             if not value_only and self.solved_first(self.program(region, name)):
                 todo += [(region, "inverse", True), (region, "forward", False)]
                 continue
@@ -304,7 +306,7 @@ def header(method: str, signature: list[str], results: int) -> list[str]:
 
 
 def wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, LINE_WIDTH - 12, break_long_words=False) or [""]
+    return textwrap.wrap(text, LINE_WIDTH - 6, break_long_words=False) or [""]
 
 
 def quoted(lines: list[str]) -> list[str]:

@@ -239,7 +239,15 @@ def moved(text: str, have: Sequence[str], want: Sequence[str]) -> str:
     n = len(have)
     if n == 2:
         return f"{text}.mT"
-    source = tuple(have.index(a) - n for a in want)
+    differ = [k for k in range(n) if have[k] != want[k]]
+    if len(differ) == 2:
+        return f"{text}.transpose({differ[0] - n}, {differ[1] - n})"
+    for i in (differ[0], differ[-1]):
+        rest = [a for a in have if a != have[i]]
+        j = list(want).index(have[i])
+        if [*rest[:j], have[i], *rest[j:]] == list(want):
+            return f"{text}.movedim({i - n}, {j - n})"
+    source = tuple(list(have).index(a) - n for a in want)
     return f"{text}.movedim({source}, {tuple(range(-n, 0))})"
 
 
@@ -946,7 +954,8 @@ def _spline_call(w: Writer, n: Node, function: str) -> str:
 
 def _spline(w: Writer, n: Node) -> Expr | None:
     value = w.names.fresh(n.label or "y")
-    slope = w.names.fresh("log_slope")
+    read = any(m.op.endswith("_log_slope") for m in w.graph)
+    slope = w.names.fresh("log_slope") if read else "_"
     w.lines.append(f"{value}, {slope} = {_spline_call(w, n, n.op)}")
     w.pairs[_spline_key(n, n.inputs)] = (value, slope)
     if n.op.endswith("_inverse"):

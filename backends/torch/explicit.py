@@ -49,7 +49,10 @@ class Wrong(Exception):
     def __init__(self, region: Region, name: str, rule: Rule, message: str, suggestion: str):
         super().__init__(message)
         self.diagnostic = Diagnostic(
-            "FL0412", f"`def {name}` of `{region.name}` is wrong: {message}", rule.span or region.span, suggestion=suggestion
+            "FL0412",
+            f"`def {name}` of `{region.name}` is wrong: {message}",
+            rule.span or region.span,
+            suggestion=suggestion,
         )
 
 
@@ -123,7 +126,9 @@ class Probe:
             x = self.module.inverse(*y, *context)[:-1]  # type: ignore[operator]
             again = self.module(*x, *context)[:-1]
         jacobians = list(self.jacobians(list(x), context)) if all(bool(torch.isfinite(v).all()) for v in x) else []
-        condition = torch.tensor([1 / conditioned(j, smallest=True) for j in jacobians]) if jacobians else torch.ones(POINTS)
+        condition = (
+            torch.tensor([1 / conditioned(j, smallest=True) for j in jacobians]) if jacobians else torch.ones(POINTS)
+        )
         k = worst(y, again, condition.clamp_min(1))
         if k is not None:
             raise Wrong(

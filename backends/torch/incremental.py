@@ -180,7 +180,7 @@ class _Loop:
             text = f"{self.w.scope.use('batch_last')}({text}, {order_})"
         else:
             text = moved(text, t.names, names)
-        if not text.isidentifier():
+        if not text.removeprefix("self.").isidentifier():
             plain = self.outside.env[i].text
             wanted = f"{plain}_rows" if plain.isidentifier() else source.label or self.outside.short(source)
             name = self.w.names.fresh(wanted)
