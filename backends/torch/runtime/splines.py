@@ -59,6 +59,11 @@ def bin_at(bins: tuple[Tensor, Tensor], k: Tensor, dim: int) -> tuple[Tensor, Te
     return at_bin(bins[1], k, dim) - size, size
 
 
+def in_bin(t: Tensor) -> Tensor:
+    """t held to [0, 1], which rounding at a joint may leave; its gradient is that of t."""
+    return t + (t.clamp(0, 1) - t).detach()
+
+
 def inner_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
     """Slopes at both ends of bin k, 1 at the ends of the box; raw 0 is slope 1 (least + softplus of a shifted raw)."""
     n = raw.shape[dim]
@@ -90,11 +95,16 @@ def rational(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tens
 
 
 def rational_inverse(rise: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
-    """t from the share of the height (eq. 6-8), by the root of the quadratic that does not cancel."""
+    """t from the share of the height (eq. 6-8): of the two forms of the root the one whose terms have one sign.
+
+    The paper's 2c / (-b - √(b² - 4ac)) alone loses all digits where b < 0: a steep end after a flat bin.
+    """
     bend = rise * (d1 + d0 - 2 * s)
-    a, b, c = s - d0 + bend, d0 - bend, s * rise
-    square = torch.addcmul(b * b, a, c, value=4)
-    return 2 * c / (b + torch.sqrt(square.clamp_min(torch.finfo(square.dtype).tiny)))
+    b, c = d0 - bend, s * rise
+    a = s - b
+    square = torch.addcmul(b * b, a, c, value=4).clamp_min(torch.finfo(b.dtype).tiny)
+    both = b.abs() + torch.sqrt(square)
+    return in_bin(torch.where(b >= 0, 2 * c, both) / torch.where(b >= 0, both, 2 * a))
 
 
 def rqs(
@@ -107,7 +117,7 @@ def rqs(
     k = find_bin(u, bins[1], dim)
     x0, w = bin_at(bins, k, dim)
     y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
-    share, slope = rational((u - x0) / w, h / w, *inner_slopes(slopes, k, min_slope, dim))
+    share, slope = rational(in_bin((u - x0) / w), h / w, *inner_slopes(slopes, k, min_slope, dim))
     return from_unit(inside, x, y0 + h * share, slope, bound)
 
 
@@ -137,7 +147,7 @@ def rqs_circular(
     k = find_bin(u, bins[1], dim)
     x0, w = bin_at(bins, k, dim)
     y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
-    share, slope = rational((u - x0) / w, h / w, *tied_slopes(slopes, k, min_slope, dim))
+    share, slope = rational(in_bin((u - x0) / w), h / w, *tied_slopes(slopes, k, min_slope, dim))
     return (y0 + h * share - 0.5) * (2 * bound), torch.log(slope)
 
 
@@ -208,7 +218,7 @@ def quadratic_spline(
     inside, u = unit_of(x, bound)
     table = quadratic_table(widths, heights, min_width, min_slope, dim)
     x0, w, y0, v0, v1 = quadratic_bin(table, find_bin(u, table[1], dim), dim)
-    t = (u - x0) / w
+    t = in_bin((u - x0) / w)
     return from_unit(inside, x, y0 + w * t * (v0 + (v1 - v0) * t / 2), v0 + (v1 - v0) * t, bound)
 
 
@@ -221,7 +231,7 @@ def quadratic_spline_inverse(
     x0, w, y0, v0, v1 = quadratic_bin(table, find_bin(v, table[3], dim), dim)
     rise = (v - y0) / w
     root = torch.sqrt((v0 * v0 + 2 * (v1 - v0) * rise).clamp_min(torch.finfo(y.dtype).tiny))
-    t = 2 * rise / (v0 + root)
+    t = in_bin(2 * rise / (v0 + root))
     return from_unit(inside, y, x0 + w * t, v0 + (v1 - v0) * t, bound)
 
 
@@ -248,9 +258,10 @@ def cubic_bin(
 
 
 def cubic_unit(t: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
-    """The cubic from (0, 0) to (1, 1) with end slopes d0, d1: value and slope."""
-    a, b = d0 + d1 - 2, 3 - 2 * d0 - d1
-    return t * (d0 + t * (b + t * a)), d0 + t * (2 * b + 3 * a * t)
+    """The cubic from (0, 0) to (1, 1) with end slopes d0, d1: value and slope, in Bernstein's form."""
+    rest = 1 - t
+    both, square, other = t * rest, t * t, rest * rest
+    return t * (d0 * other + (3 - d1) * both + square), d0 * other + 2 * (3 - d0 - d1) * both + d1 * square
 
 
 def cubic_spline(
@@ -262,7 +273,7 @@ def cubic_spline(
     shares = spline_bins(widths, min_width, dim)
     k = find_bin(u, shares[1], dim)
     x0, w, y0, h, d0, d1 = cubic_bin(k, shares, spline_bins(heights, min_height, dim), ends, min_slope, dim)
-    value, slope = cubic_unit((u - x0) / w, d0, d1)
+    value, slope = cubic_unit(in_bin((u - x0) / w), d0, d1)
     return from_unit(inside, x, y0 + h * value, slope * (h / w), bound)
 
 
@@ -270,7 +281,7 @@ def cubic_spline_inverse(
     y: Tensor, widths: Tensor, heights: Tensor, ends: Tensor, *, bound: float = 3.0, min_width: float = 1e-3,
     min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Newton's steps kept in a bracket that at least halves, without gradient; one more step carries the gradient."""
+    """Newton's steps kept in a bracket, every third a halving, without gradient; one more step carries the gradient."""
     inside, v = unit_of(y, bound)
     rises = spline_bins(heights, min_height, dim)
     k = find_bin(v, rises[1], dim)
@@ -279,12 +290,13 @@ def cubic_spline_inverse(
     with torch.no_grad():
         lo, hi = torch.zeros_like(goal), torch.ones_like(goal)
         t = goal.clamp(0, 1)
-        for _ in range(20 if y.dtype == torch.float64 else 12):
+        for k_round in range(36 if y.dtype == torch.float64 else 24):
             value, slope = cubic_unit(t, d0, d1)
             below = value < goal
             lo, hi = torch.where(below, t, lo), torch.where(below, hi, t)
             step = t - (value - goal) / slope
-            t = torch.where((step > lo) & (step < hi), step, (lo + hi) / 2)
+            good = (step > lo) & (step < hi) if k_round % 3 != 2 else torch.zeros_like(below)
+            t = torch.where(good, step, (lo + hi) / 2)
     value, slope = cubic_unit(t, d0, d1)
-    t = t - (value - goal) / slope.detach()
+    t = in_bin(t - (value - goal) / slope.detach())
     return from_unit(inside, y, x0 + w * t, cubic_unit(t, d0, d1)[1] * (h / w), bound)

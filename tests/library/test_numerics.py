@@ -1,0 +1,152 @@
+"""The numerical contract: float32 against float64, large parameters and inputs, NaN.
+
+Splines are compared with themselves in float64 over dense grids that hold every joint; the bounds follow
+from rounding: an error of some eps in place, times the slope there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from flowlang.backends.torch import runtime as R
+from torch import Tensor
+
+import flowlang as fl
+from tests.library.registry import Case, cases
+from tests.library.test_bijectors import given
+
+B = 3.0
+EPS = torch.finfo(torch.float32).eps
+KINDS = {
+    "rqs": (0, 0, -1), "linear_spline": (0,), "quadratic_spline": (0, 1), "cubic_spline": (0, 0, None),
+    "rqs_circular": (0, 0, 0),
+}  # fmt: skip
+
+
+def raw(kind: str, bins: int, scale: float, columns: int = 16) -> list[Tensor]:
+    g = torch.Generator().manual_seed(bins)
+    sizes = [2 if o is None else bins + o for o in KINDS[kind]]
+    return [(scale * torch.randn(n, columns, generator=g)).float() for n in sizes]
+
+
+def grid(parameters: list[Tensor], bins: int, index: int) -> Tensor:
+    """A dense grid in float32, the joints of one set of bins and their neighbours in floating point."""
+    _, ends = R.spline_bins(parameters[min(index, len(parameters) - 1)].double(), 1e-3, -2)
+    joints = ((ends - 0.5) * 2 * B).float()
+    up, down = (torch.nextafter(joints, torch.full_like(joints, v)) for v in (math.inf, -math.inf))
+    even = torch.linspace(-B, B, 2001).unsqueeze(-1).expand(-1, joints.shape[-1])
+    return torch.cat((even, joints, up, down)).clamp(-B, B).contiguous()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("bins", [2, 8, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spline_in_float32_is_that_of_float64(kind: str, bins: int, scale: float) -> None:
+    parameters = raw(kind, bins, scale)
+    wide = [p.double() for p in parameters]
+    for name, index in ((kind, 0), (f"{kind}_inverse", 1)):
+        function = getattr(R, name)
+        x = grid(parameters, bins, index)
+        if kind == "rqs_circular":
+            x = x.clamp_max(B * (1 - 2 * EPS))
+        y, log_slope = function(x, *parameters, bound=B)
+        assert torch.isfinite(y).all()
+        assert torch.isfinite(log_slope).all()
+        # Where rounding of x or of a joint moves it by a few eps, the value moves by the slope times that.
+        near = [function((x + d).double().clamp(-B, B * (1 - 1e-9)), *wide, bound=B) for d in (-8e-6, 0.0, 8e-6)]
+        middle, spread = near[1][0], (near[2][0] - near[0][0]).abs()
+        assert ((y - middle).abs() <= spread + 64 * EPS * B).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("bins", [2, 8, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spline_comes_back_in_float32(kind: str, bins: int, scale: float) -> None:
+    parameters = raw(kind, bins, scale)
+    x = grid(parameters, bins, 0)
+    if kind == "rqs_circular":
+        x = x.clamp_max(B * (1 - 2 * EPS))
+    y, _ = getattr(R, kind)(x, *parameters, bound=B)
+    back, _ = getattr(R, f"{kind}_inverse")(y, *parameters, bound=B)
+    forth, _ = getattr(R, kind)(back, *parameters, bound=B)
+    # Back and forth again: a flat piece loses the place in x, never the value.
+    steep = (
+        torch.maximum(
+            *(getattr(R, kind)(back.double() + d, *[p.double() for p in parameters], bound=B)[0] for d in (-8e-6, 8e-6))
+        )
+        - y
+    )
+    assert ((forth - y).abs() <= steep.abs().float() + 1e-5 * (1 + B)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_splines_are_finite_at_joints_and_far_outside(kind: str) -> None:
+    for scale in (0.0, 1.0, 30.0):
+        parameters = [p.requires_grad_() for p in raw(kind, 8, scale)]
+        x = grid([p.detach() for p in parameters], 8, 0)
+        if kind != "rqs_circular":
+            x = torch.cat((x, torch.full_like(x[:1], 1e30), torch.full_like(x[:1], -1e30)))
+        x = x.requires_grad_()
+        for name in (kind, f"{kind}_inverse"):
+            y, log_slope = getattr(R, name)(x, *parameters, bound=B)
+            found = torch.autograd.grad(y.sum() + log_slope.sum(), [x, *parameters])
+            assert all(torch.isfinite(g).all() for g in found)
+
+
+# ---- every bijector -----------------------------------------------------------------------------
+
+REAL = [c for c in cases() if "x: R[" in c.text]
+each = pytest.mark.parametrize("case", REAL, ids=[c.id for c in REAL])
+
+
+def normal(flow: fl.Flow, n: int, sigma: float) -> Tensor:
+    """Points within ±sigma, the corners included."""
+    g = torch.Generator().manual_seed(11)
+    x = (torch.rand(n, *flow.data_shape, generator=g) * 2 - 1) * sigma
+    x[0], x[1] = sigma, -sigma
+    x[2:6] = x[2:6].sign() * sigma
+    return x
+
+
+@each
+def test_within_five_sigma_at_the_start_every_map_comes_back(case: Case) -> None:
+    flow = fl.compile(case.text, seed=0).eval()
+    x = normal(flow, 64, 5.0)
+    c = given(flow, 64, torch.float32)
+    with torch.no_grad():
+        back = flow.inverse(*flow(x, **c)[:-1], **c)[0]
+    assert (back - x).abs().max() <= 1e-3
+
+
+@each
+def test_ten_times_the_parameters_and_ten_sigma(case: Case) -> None:
+    """log_prob and its gradient stay finite; what comes back does so to 1e-3, or the value itself does."""
+    flow = fl.compile(case.text, seed=0).eval()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p *= 10
+    x = normal(flow, 64, 10.0).requires_grad_()
+    c = given(flow, 64, torch.float32)
+    density = flow.log_prob(x, **c)
+    assert torch.isfinite(density).all()
+    found = torch.autograd.grad(density.sum(), [x, *flow.parameters()], allow_unused=True)
+    assert all(g is None or torch.isfinite(g).all() for g in found)
+
+
+@each
+def test_nan_stays_with_its_sample(case: Case) -> None:
+    flow = copy.deepcopy(fl.compile(case.text, seed=0)).eval()
+    x = normal(flow, 8, 2.0)
+    c = given(flow, 8, torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        clean = flow.log_prob(x, **c)
+        x[3].reshape(-1)[0] = math.nan
+        torch.manual_seed(0)
+        found = flow.log_prob(x, **c)
+    assert torch.isnan(found[3])
+    others = [k for k in range(8) if k != 3]
+    assert torch.allclose(found[others], clean[others], rtol=1e-5, atol=1e-5)
