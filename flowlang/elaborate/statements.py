@@ -473,6 +473,11 @@ def check_first_batch(body: Body, start: Tensor, type_: TensorType, domain: Doma
 def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entry) -> None:
     from flowlang.ir.domains import SQUARE_STRUCTURES
 
+    if domain.structure == "stiefel" and (type_.rank < 2 or type_.axes[-1].size > type_.axes[-2].size):
+        raise body.fail(
+            "FL0311", f"`Stiefel` has orthonormal columns, at most as many as rows, and this is `{type_}`", entry.span,
+            suggestion="write `Stiefel[D, K = k]` with k at most D",
+        )  # fmt: skip
     if domain.structure in SQUARE_STRUCTURES:
         if type_.rank < 2:
             raise body.fail("FL0311", f"`{domain.name}` is a matrix and needs two axes, as in `[D', D]`", entry.span)

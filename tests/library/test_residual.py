@@ -94,6 +94,11 @@ def test_what_is_no_low_rank_bijection_is_refused(body: str) -> None:
     assert all(e.code.startswith("FL04") for e in errors)
 
 
+def test_more_columns_than_rows_are_refused() -> None:
+    errors = fl.check("bijector b(x: R[D = 2]) {\n param Q: Stiefel[D, K = 3]\n s = sum[D](Q * x)\n x + sum[K](Q * tanh(s))\n}\n").errors
+    assert [e.code for e in errors] == ["FL0311"]
+
+
 def test_new_low_rank_maps_pass() -> None:
     """Nobody shipped these: another function, context inside, a coupling of the bottleneck's entries."""
     spec = """bijector b(x: R[D] given c: R[C]) {
