@@ -269,6 +269,7 @@ def structure_cases() -> Iterator[Case]:
     x = Operand(PLANE)
     part = Operand(real(("T", 3), ("D", 2)))
     yield Case("identity", (x,))
+    yield Case("within", (Operand(PLANE, closed(-0.5, 2.0)),), {"lo": -0.5, "hi": 2.0})
     yield Case("slice", (x,), {"axis": "D", "start": 1, "stop": 3})
     yield Case("pick", (x,), {"axis": "T", "index": 2})
     yield Case("join", (x, part), {"axis": "D"})
