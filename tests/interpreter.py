@@ -63,7 +63,6 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "log_cosh": lambda x: torch.logaddexp(x, -x) - math.log(2),
     "identity": lambda x: x,
     "within": lambda x: x,
-    "within": lambda x: x,
     "stop": lambda x: x.detach(),
     "asin": torch.asin,
     "acos": torch.acos,
