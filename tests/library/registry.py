@@ -19,7 +19,7 @@ from flowlang.library import standard_library
 from flowlang.syntax import tree
 from flowlang.syntax.parser import parse
 
-SMALL = {"net": "mlp(16)", "hidden": "12", "layers": "2"}
+SMALL = {"net": "mlp(16)", "hidden": "12", "layers": "2", "rank": "1"}
 REQUIRED = {"distribution": "normal", "net": "mlp(16)"}
 # Maps whose values are what an encoder or another step supplies, or that are meant for a larger model:
 # each has tests of its own.
