@@ -116,7 +116,7 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("constant above 1", "A7", "x - 1.5 * tanh(reverse[D](x))", "contraction"),
     Map("a sum costs √n", "A7", "x - 0.9 * tanh(sum[D](x))", "contraction"),
     Map("broadcasting costs √n", "A7", "x - 0.9 * sum[D](tanh(x))", "contraction"),
-    Map("a join is a root of squares", "A7", "h = (x[D = 0..1] + x[D = 1..2]) / sqrt(2)\nx - 0.9 * join[D](tanh(h), tanh(h))", "contraction", data="R[D = 2]"),
+    Map("a join is a root of squares", "A7", "h = tanh(sqrt(3) * mean[D](x) + 0 * x[D = 0..1])\nx - 0.9 * join[D](h, h, h)", "contraction", data="R[D = 3]"),
     Map("unbounded factor", "A7", "x - 0.5 * reverse[D](x) * tanh(x)", "contraction"),
     Map("jumps", "A7", "x - 0.4 * round(reverse[D](x))", "contraction"),
     Map("a network without bound", "A7", "x + mlp(8)(x)", "contraction"),
@@ -130,6 +130,7 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("planar with sine", "A8", UNIT_VECTOR + "x + 2 * w * sin(s)", "low rank"),
     Map("planar with relu", "A8", UNIT_VECTOR + "x - w * relu(s)", "low rank"),
     Map("planar with square", "A8", UNIT_VECTOR + "x + w * s ^ 2", "low rank"),
+    Map("planar that saturates", "A8", UNIT_VECTOR + "x + w * (tanh(s) - s)", "low rank"),
     Map("update that reads x too", "A8", UNIT_VECTOR + "x + w * tanh(s) * x", "low rank"),
     # A9: totality and image
     Map("log of all reals", "A9", "log(x)"),
@@ -144,6 +145,7 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("sigmoid and tanh", "A9", "sigmoid(x) + tanh(x)", "scalar"),
     Map("2x - 1 on Positive", "A9", "2 * x - 1", takes="Positive[D]", data="Positive[D = 4]"),
     Map("2x - 1 on Positive to exponential", "A9", "2 * x - 1", takes="Positive[D]", data="Positive[D = 4]", base="exponential"),
+    Map("sum of halves on Positive", "A9", HALVES + "join[D](a, b + a)", takes="Positive[D]", data="Positive[D = 4]", base="exponential"),
     Map("softsign", "A9", "x / (1 + abs(x))", "scalar"),
     Map("inverse outside its image", "A9", "inverse(e)(x)", before="bijector e(x: R[D]) { exp(x) }"),
     Map("atan in a scan", "A9", "atan(x) + shift[D](x, 1)", "scan"),
@@ -168,6 +170,7 @@ BIJECTIVE: tuple[Map, ...] = (
     Map("x + tanh of a cumulative sum", "A5", "x + tanh(cumsum[D](x))", "scan"),
     Map("x + tanh of a triangular product", "A5", "param L: LowerTriangular[D', D]\nx + tanh(sum[D](L * x))", "scan"),
     Map("mixture of logistics", "A9", MIXTURE + "logit(sum[K](softmax[K](p) * sigmoid((x - m) * exp(s))))", "scalar"),
+    Map("mixture of tanh", "A9", MIXTURE + "atanh(sum[K](softmax[K](p) * tanh((x - m) * exp(s))))", "scalar"),
     Map("x + log x on Positive", "A9", "x + log(x)", "scalar", "Positive[D]", "Positive[D = 4]"),
     Map("sinh", "A9", "sinh(x)"),
     Map("planar", "A8", "param w: Sphere[D]\nparam u: R[D]\nk = sum[D](w * u)\nx + (u + (softplus(k) - 1 - k) * w) * tanh(sum[D](w * x))", "low rank"),
@@ -202,9 +205,11 @@ BIJECTIVE: tuple[Map, ...] = (
     Map("unit to line", "A9", "logit(x) + 1", "", "Unit[D]", "Unit[D = 4]"),
     Map("inverse of a scan", "A9", "inverse(e)(x)", before="bijector e(x: R[D]) { x * exp(tanh(shift[D](x, 1))) }"),
     Map("strictly masked log", "A13", "param W: LowerTriangular[D', D]\nx * exp(tanh(autoregressive_mlp[D](log(x), hidden = [8])))", "scan", "Positive[D]", "Positive[D = 4]", "exponential"),
+    Map("triangle of logs", "A13", "param L: LowerTriangular[D', D]\nx * exp(tanh(shift[D](sum[D](L * log(x)), 1)))", "scan", "Positive[D]", "Positive[D = 4]", "exponential"),
     Map("all but nothing", "A2", "s: R[D] = autoregressive_mlp[D](x, hidden = [8])\nx * exp(tanh(s))", "scan", "R[D]", "R[D = 1]"),
     Map("matrix over one axis", "A10", "param W: Invertible[D', D]\nsum[D](W * x)", "", "R[T, D]", "R[T = 3, D = 2]"),
     Map("scale of one axis", "A10", "param s: Positive[D]\nx * s", "", "R[T, D]", "R[T = 3, D = 2]"),
+    Map("own bijector as a conditioner", "A12", HALVES + "join[D](a, b + inner(a))", before="bijector inner(x: R[D]) {\n  param s: Positive[D] = 2\n  x * s\n}"),
     Map("augmented", "A12", "u: R[D] ~ normal\nemit u * exp(tanh(x)) + x ~ normal\nx + 1"),
 )  # fmt: skip
 
@@ -217,4 +222,5 @@ NOT_PROVED: tuple[Map, ...] = (
     Map("Givens", "A11", HALVES + "param t: R\njoin[D](cos(t) * a - sin(t) * b, sin(t) * a + cos(t) * b)"),
     Map("x + x/(1 + x²)", "A6", "x + x / (1 + x ^ 2)", "scalar"),
     Map("Sylvester", "A8", "param Q: Stiefel[D, K = 2]\nparam L: LowerTriangular[K', K]\nparam M: LowerTriangular[K', K]\ns = sum[D](Q * x)\nh = tanh(sum[K](M * s))\nx + sum[K](Q * sum[J](L[K -> J, K' -> K] * h[K -> J]))", "low rank"),
+    Map("renamed on the way", "A6", "tanh(x)[D -> E] + x[D -> E]", "scalar"),
 )  # fmt: skip

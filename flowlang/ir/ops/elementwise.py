@@ -886,20 +886,8 @@ def _lip_div(node: Node, types: Sequence[TensorType], slot: int, ivs: Sequence[I
     return None if other is None or largest(other) == inf else largest(other) * broadcast_cost(node, types[0])
 
 
-def full_operand(node: Node, slot: int, facts: Facts) -> str | None:
-    """A solved operand has every axis of the result."""
-    have = facts.node(node.inputs[slot]).tensor
-    missing = [n for n in node.tensor.names if not have.has(n)]
-    if missing:
-        return f"it is broadcast along `{missing[0]}` here"
-    return None
-
-
 def binary_needs(make: Callable[[int], Sequence[Need]]) -> Callable[[Node, int, Facts], Sequence[Need] | str]:
-    def needs(node: Node, slot: int, facts: Facts) -> Sequence[Need] | str:
-        return full_operand(node, slot, facts) or make(slot)
-
-    return needs
+    return lambda node, slot, facts: make(slot)
 
 
 def none_needed(slot: int) -> Sequence[Need]:
@@ -1082,7 +1070,7 @@ CIRCLE = Interval(-pi, pi, False, True)
 def _rotate_needs(node: Node, slot: int, facts: Facts) -> Sequence[Need] | str:
     if slot == 1:
         return "only the angle can be told from `rotate`, not by how much it was turned"
-    return full_operand(node, slot, facts) or (Need(0, CIRCLE, words="may leave [-π, π), the domain `Torus`"),)
+    return (Need(0, CIRCLE, words="may leave [-π, π), the domain `Torus`"),)
 
 
 # rotate(x, t): x + t brought back to [-π, π). A bijection of the circle, though it jumps as a map of numbers.
