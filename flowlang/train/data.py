@@ -99,7 +99,8 @@ def read_table(
     path = Path(path)
     if not path.is_file():
         raise refuse("FL0801", f"`{path}` is no file", "check the path given to --data")
-    steps = dequantise if isinstance(dequantise, bool | Mapping) else dict.fromkeys(dequantise, 0.0)
+    # Nothing asked is one thing, however it was said: an array without names can be asked nothing.
+    steps = (dequantise if isinstance(dequantise, bool | Mapping) else dict.fromkeys(dequantise, 0.0)) or False
     choice = Choice(tuple(columns or ()), dict(given or {}), tuple(onehot), steps)
     suffix = path.suffix.lower()
     try:

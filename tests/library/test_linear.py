@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,6 +151,20 @@ def test_actnorm_remembers_in_the_state_dict_that_it_started() -> None:
     assert not twin.initialise(10 * x)
     assert twin.initialise(10 * x, force=True)
     assert not torch.equal(twin.log_prob(x), flow.log_prob(x))
+
+
+def test_training_begins_with_the_first_batch(tmp_path: Path) -> None:
+    from flowlang.train.data import read_table
+    from flowlang.train.loop import Options, train
+
+    np.save(tmp_path / "x.npy", (50 + 20 * points(400, 2)).numpy())
+    flow = fl.compile("flow f {\n data x: R[D = 2]\n actnorm\n base normal\n}\n", seed=0)
+    options = Options(epochs=1, lr=1e-6, progress=False, standardise=False)
+    train(flow, read_table(tmp_path / "x.npy"), tmp_path / "out", options)
+    assert bool(flow.initialised)
+    z = flow(torch.tensor(np.load(tmp_path / "x.npy"), dtype=torch.float32))[0].detach()
+    assert float(z.mean(0).abs().max()) < 0.2
+    assert float((z.std(0) - 1).abs().max()) < 0.2
 
 
 def test_a_flow_without_such_steps_has_no_flag() -> None:
