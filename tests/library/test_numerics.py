@@ -123,7 +123,7 @@ def test_within_five_sigma_at_the_start_every_map_comes_back(case: Case) -> None
 
 @each
 def test_ten_times_the_parameters_and_ten_sigma(case: Case) -> None:
-    """log_prob and its gradient stay finite; what comes back does so to 1e-3, or the value itself does."""
+    """log_prob and its gradient stay finite."""
     flow = fl.compile(case.text, seed=0).eval()
     with torch.no_grad():
         for p in flow.parameters():
