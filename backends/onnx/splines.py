@@ -1,7 +1,7 @@
 """Monotone splines as few nodes: one table for each spline, one gather at the bin, no branch.
 
 The maps are those of `ir.ops.splines`; the formulas are arranged for a short graph. Values are laid out
-`[*leads, K, M]`: bins, then x's axes as one. A table is `[*leads, rows, K + 1, M]`: knots of x and y, slopes.
+`[*leads, M, K]`: x's axes as one, then bins. A table is `[*leads, rows, M, K + 1]`: knots of x and y, raw slopes.
 Raw parameters that are columns of one linear layer are put in the table's order, padding included, by
 reordering the layer's weights: softmax gives 0 at a logit of -1e30.
 """
@@ -26,7 +26,7 @@ Entry = int | float  # of a row: the parameter of that index, or (a float) a con
 
 @dataclass(frozen=True)
 class Row:
-    """One row of raw values: entries of a parameter `[*leads, n, M]`, and constants, along the axis of bins."""
+    """One row of raw values: entries of a parameter `[*leads, M, n]`, and constants, along the axis of bins."""
 
     raw: Value
     entries: tuple[Entry, ...]
@@ -40,13 +40,13 @@ def size(v: Value, axis: int) -> int:
 
 
 def assemble(g: Builder, rows: Sequence[Row]) -> Value:
-    """The rows as one value `[*leads, rows, entries, M]`."""
+    """The rows as one value `[*leads, rows, M, entries]`."""
     fast = from_layer(g, rows)
     if fast is not None:
         return fast
     made = []
     for row in rows:
-        m = size(row.raw, -1)
+        m = size(row.raw, -2)
         parts: list[Value] = []
         k = 0
         while k < len(row.entries):
@@ -55,13 +55,13 @@ def assemble(g: Builder, rows: Sequence[Row]) -> Value:
             if isinstance(e, float):
                 while stop < len(row.entries) and row.entries[stop] == e and isinstance(row.entries[stop], float):
                     stop += 1
-                parts.append(g.const(np.full((stop - k, m), e)))
+                parts.append(g.const(np.full((m, stop - k), e)))
             else:
                 while stop < len(row.entries) and row.entries[stop] == e + stop - k:
                     stop += 1
-                parts.append(g.add(g.slice(row.raw, -2, e, e + stop - k), row.shift))
+                parts.append(g.add(g.slice(row.raw, -1, e, e + stop - k), row.shift))
             k = stop
-        made.append(g.unsqueeze(g.concat(parts, -2), [-3]))
+        made.append(g.unsqueeze(g.concat(parts, -1), [-3]))
     return g.concat(made, -3)
 
 
@@ -75,10 +75,9 @@ def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
         if found is None or (base is not None and found[0] is not base):
             return None
         base, start = found
-        m = size(row.raw, -1)
-        for e in row.entries:
-            columns += [-1] * m if isinstance(e, float) else list(range(start + e * m, start + (e + 1) * m))
-            constants += [e if isinstance(e, float) else row.shift] * m
+        m = size(row.raw, -2)
+        columns += [-1 if isinstance(e, float) else start + e * m + j for j in range(m) for e in row.entries]
+        constants += [e if isinstance(e, float) else row.shift for e in row.entries] * m
     assert base is not None
     assert base.node is not None
     x, weight, bias = linear_parts(base)
@@ -87,15 +86,18 @@ def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
     matrix = np.where(known, weight[:, index], 0.0)
     offset = np.where(known, bias[index], 0.0) + np.asarray(constants)
     made = g.add(g.matmul(x, g.const(matrix)), g.const(offset))
-    return g.reshape(made, (*base.shape[:-1], len(rows), len(rows[0].entries), size(rows[0].raw, -1)))
+    return g.reshape(made, (*base.shape[:-1], len(rows), size(rows[0].raw, -2), len(rows[0].entries)))
 
 
 def layer_columns(v: Value) -> tuple[Value, int] | None:
-    """The linear layer whose adjacent columns a parameter is, and the first column."""
+    """The linear layer whose adjacent columns a parameter (bins turned to the end) is, and the first column."""
     node = v.node
-    if v.array is not None or node is None or node.op != "Reshape":
+    if v.array is not None or node is None or node.op != "Transpose":
         return None
-    flat = node.inputs[0]
+    before = node.inputs[0]
+    if before is None or before.node is None or before.node.op != "Reshape":
+        return None
+    flat = before.node.inputs[0]
     if flat is None or flat.shape != (*v.shape[:-2], size(v, -2) * size(v, -1)):
         return None
     start = 0
@@ -143,39 +145,39 @@ def linear_parts(v: Value) -> tuple[Value, np.ndarray, np.ndarray]:
 
 def knot_matrix(bins: int, entries: int, bound: float, least: float) -> tuple[np.ndarray, np.ndarray]:
     """Shares (padded) to the bins + 1 knots on [-bound, bound], as a product and an offset; the ends are exact."""
-    m = np.zeros((bins + 1, entries))
-    m[:, :bins] = 2 * bound * (1 - least * bins) * np.tril(np.ones((bins + 1, bins)), -1)
-    m[-1] = 0
+    m = np.zeros((entries, bins + 1))
+    m[:bins] = 2 * bound * (1 - least * bins) * np.triu(np.ones((bins, bins + 1)), 1)
+    m[:, -1] = 0
     offset = bound * (2 * least * np.arange(bins + 1) - 1)
     offset[-1] = bound
-    return m, offset[:, None]
+    return m, offset
 
 
 def bin_of(g: Builder, x: Value, knots: Value) -> Value:
-    """The bin of x `[.., 1, M]` from the inner knots `[.., K - 1, M]`, as int64 `[.., 1, M]`."""
-    if size(knots, -2) == 0:
+    """The bin of x `[.., M, 1]` from the inner knots `[.., M, K - 1]`, as int64 `[.., M, 1]`."""
+    if size(knots, -1) == 0:
         return g.cast(g.mul(x, 0.0), INT)
     over = g.cast(g.binary("GreaterOrEqual", x, knots, BOOL), INT)
-    return g.reduce("ReduceSum", over, [-2], keep=True)
+    return g.reduce("ReduceSum", over, [-1], keep=True)
 
 
 def at(g: Builder, table: Value, k: Value, offsets: np.ndarray) -> Value:
-    """Entries of a table `[.., (rows,) n, M]` at the bins plus offsets (shaped to broadcast)."""
+    """Entries of a table `[.., (rows,) M, n]` at the bins plus offsets (shaped to broadcast)."""
     index = g.binary("Add", k, g.const(offsets, INT), INT)
-    lead = broadcast(table.shape[:-2], index.shape[:-2])
-    table = g.expand(table, (*lead, *table.shape[-2:]))
-    index = g.expand(index, (*lead, index.shape[-2], table.shape[-1]))
-    return g.gather_elements(table, index, -2)
+    lead = broadcast(table.shape[:-1], index.shape[:-1])
+    table = g.expand(table, (*lead, table.shape[-1]))
+    index = g.expand(index, (*lead, index.shape[-1]))
+    return g.gather_elements(table, index, -1)
 
 
 def rows_of(g: Builder, v: Value) -> list[Value]:
-    """The rows of `[.., rows, n, M]`, each `[.., 1, n, M]`."""
+    """The rows of `[.., rows, M, n]`, each `[.., 1, M, n]`."""
     return g.split(v, v.rank - 3, [1] * size(v, -3))
 
 
 def total(g: Builder, v: Value) -> Value:
-    """The sum of the pair along the axis of bins, which stays."""
-    return g.reduce("ReduceSum", v, [-2], keep=True)
+    """The sum along the axis of bins, which stays."""
+    return g.reduce("ReduceSum", v, [-1], keep=True)
 
 
 @dataclass(frozen=True)
@@ -189,22 +191,22 @@ class Box:
     tails: bool
 
     @staticmethod
-    def of(g: Builder, x: Value, bound: float, extra: int, tails: bool = True) -> Box:
-        """x is `[.., M]`; `extra` axes of size 1 stand before M."""
-        column = g.unsqueeze(x, [-2 - k for k in range(extra)])
+    def of(g: Builder, x: Value, bound: float, row: bool = False, tails: bool = True) -> Box:
+        """x is `[.., M]`, and becomes `[.., (1,) M, 1]`."""
+        column = g.unsqueeze(x, [-1, -3] if row else [-1])
         return Box(x.shape, column, g.clip(column, -bound, bound), bound, tails)
 
     def result(self, g: Builder, value: Value, slope: Value) -> Pair:
         """Beyond the box the clamped part moves along."""
         if self.tails:
             value = g.add(value, g.sub(self.column, self.inside))
-        axes = [-2 - k for k in range(self.column.rank - len(self.shape))]
+        axes = [-1, -3] if self.column.rank - len(self.shape) == 2 else [-1]
         return g.squeeze(value, axes), g.squeeze(g.unary("Log", slope), axes)
 
     def branched(self, g: Builder, value: Value, slope: Value) -> Pair:
         """Where the slope at the ends is not 1: the identity by a condition."""
         same = g.binary("Less", g.unary("Abs", self.column), self.bound, BOOL)
-        axes = [-2 - k for k in range(self.column.rank - len(self.shape))]
+        axes = [-1, -3] if self.column.rank - len(self.shape) == 2 else [-1]
         log_slope = g.where(same, g.unary("Log", slope), 0.0)
         return g.squeeze(g.where(same, value, self.column), axes), g.squeeze(log_slope, axes)
 
@@ -216,41 +218,35 @@ Numbers = dict[str, float]
 # ---- rational-quadratic (Durkan et al. 2019, eq. 4-8; on a circle: Rezende et al. 2020) ---------------------
 
 
-def rqs_table(
-    g: Builder, n: Numbers, widths: Value, heights: Value, slopes: Value, circular: bool, twice: bool
-) -> Value:
-    """Rows: knots of x, knots of y, (knots of x again,) slopes at the knots."""
-    k = size(widths, -2)
-    entries = k + 1
-    pad: tuple[Entry, ...] = (HIDDEN,)
+def rqs_table(g: Builder, n: Numbers, widths: Value, heights: Value, slopes: Value, circular: bool) -> Value:
+    """Rows: knots of x, knots of y, raw slopes at the knots."""
+    k = size(widths, -1)
     shift = math.log(math.expm1(1 - n["min_slope"]))
-    inner: tuple[Entry, ...] = tuple(range(k)) if circular else (shift, *range(k - 1), shift)
-    order: tuple[Entry, ...] = (*inner, shift) if circular else inner
-    bins = tuple(range(k))
-    layout = [Row(widths, (*bins, *pad)), Row(heights, (*bins, *pad))] + ([Row(widths, (*bins, *pad))] if twice else [])
-    raw = assemble(g, [*layout, Row(slopes, order, shift)])
-    # Both functions on every row, and a choice, is less than to part the rows and join them again.
-    is_slope = g.const(np.arange(len(layout) + 1).reshape(-1, 1, 1) == len(layout), BOOL)
-    soft = g.where(is_slope, g.unary("Softplus", raw), g.softmax(raw, -2))
-    x_knots = knot_matrix(k, entries, n["bound"], n["min_width"])
-    y_knots = knot_matrix(k, entries, n["bound"], n["min_height"])
-    at_knots = np.eye(k + 1, entries)
-    if circular:
-        at_knots[k, :] = at_knots[0, :]
-    parts = [x_knots, y_knots, *([x_knots] if twice else []), (at_knots, np.full((k + 1, 1), n["min_slope"]))]
-    matrix, offset = (np.stack(p) for p in zip(*parts, strict=True))
-    return g.add(g.matmul(g.const(matrix), soft), g.const(offset))
+    shares: tuple[Entry, ...] = (*range(k), HIDDEN)
+    knots: tuple[Entry, ...] = (*range(k), 0) if circular else (shift, *range(k - 1), shift)
+    raw = assemble(g, [Row(widths, shares), Row(heights, shares), Row(slopes, knots, shift)])
+    logits, raw_slopes = g.split(raw, raw.rank - 3, [2, 1])
+    x_knots, offset = knot_matrix(k, k + 1, n["bound"], n["min_width"])
+    if n["min_height"] == n["min_width"]:
+        product = g.matmul(g.softmax(logits, -1), g.const(x_knots))
+    else:
+        y_knots, y_offset = knot_matrix(k, k + 1, n["bound"], n["min_height"])
+        product = g.matmul(g.softmax(logits, -1), g.const(np.stack([x_knots, y_knots])))
+        offset = np.stack([offset, y_offset])[:, None]
+    return g.concat([g.add(product, g.const(offset)), raw_slopes], -3)
 
 
 def inner_knots(g: Builder, table: Value, row: int) -> Value:
-    """The inner knots of one row, `[.., 1, K - 1, M]`."""
-    rows, entries = size(table, -3), size(table, -2)
+    """The inner knots of one row, `[.., 1, M, K - 1]`."""
+    entries = size(table, -1)
     if table.array is not None:
-        return g.const(table.array[..., row : row + 1, 1 : entries - 1, :])
-    assert row < rows
-    index = [g.ints([row, 1]), g.ints([row + 1, entries - 1]), g.ints([-3, -2])]
-    shape = (*table.shape[:-3], 1, entries - 2, table.shape[-1])
-    return g.op("Slice", table, *index, shape=shape)
+        return g.const(table.array[..., row : row + 1, :, 1 : entries - 1])
+    index = [g.ints([row, 1]), g.ints([row + 1, entries - 1]), g.ints([-3, -1])]
+    return g.op("Slice", table, *index, shape=(*table.shape[:-3], 1, table.shape[-2], entries - 2))
+
+
+def slope_of(g: Builder, raw: Value, n: Numbers) -> Value:
+    return g.add(g.unary("Softplus", raw), n["min_slope"])
 
 
 def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
@@ -258,16 +254,16 @@ def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -
     y = (y1·a·p + y0·b·q) / (a·p + b·q), slope (h / (a·p + b·q))²·w·(a·q + b·p).
 
     Pairs stand along the axis of bins. With signs as they fall: near (a, -b), far (-b, a), rise (p, -q)."""
-    box = Box.of(g, x, n["bound"], 2, tails=not circular)
-    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular, twice=True)
+    box = Box.of(g, x, n["bound"], row=True, tails=not circular)
+    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular)
     k = bin_of(g, box.inside, inner_knots(g, table, 0))
-    forward, backward = [[0], [1]], [[1], [0]]
-    found = at(g, table, k, np.array([forward, backward, backward, forward]))
-    x_ends, y_ends, x_swapped, d = rows_of(g, found)
-    near, far = g.sub(box.inside, x_ends), g.sub(box.inside, x_swapped)
-    minus = g.const([[1.0, -1.0]])
-    minus_w, h = g.matmul(minus, x_ends), g.matmul(minus, y_ends)
-    rise = g.add(g.mul(h, near), g.mul(g.mul(d, minus_w), far))
+    found = at(g, table, k, np.array([[[0, 1]], [[1, 0]], [[0, 1]]]))
+    x_ends, y_ends, d = rows_of(g, found)
+    near = g.sub(box.inside, x_ends)
+    far = g.add(near, g.matmul(x_ends, g.const([[1.0, -1.0], [-1.0, 1.0]])))
+    minus = g.const([[1.0], [-1.0]])
+    minus_w, h = g.matmul(x_ends, minus), g.matmul(y_ends, minus)
+    rise = g.add(g.mul(h, near), g.mul(g.mul(slope_of(g, d, n), minus_w), far))
     parts = g.mul(near, rise)
     whole = total(g, parts)
     value = g.div(total(g, g.mul(y_ends, parts)), whole)
@@ -278,26 +274,26 @@ def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -
 
 def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
     """The quadratic of eq. 6-8 in the form without cancellation, then the forward slope there."""
-    box = Box.of(g, y, n["bound"], 2, tails=not circular)
-    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular, twice=False)
+    box = Box.of(g, y, n["bound"], row=True, tails=not circular)
+    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular)
     k = bin_of(g, box.inside, inner_knots(g, table, 1))
-    found = at(g, table, k, np.array([[[0], [1]]] * 3))
-    lower, upper = g.split(found, found.rank - 2, [1, 1])
-    x0, y0, d0 = rows_of(g, lower)
-    w, h, bend_d = rows_of(g, g.sub(upper, lower))
+    x_ends, y_ends, d = rows_of(g, at(g, table, k, np.array([[[0, 1]]] * 3)))
+    minus = g.const([[-1.0], [1.0]])
+    w, h = g.matmul(x_ends, minus), g.matmul(y_ends, minus)
+    first = [g.slice(v, -1, 0, 1) for v in (x_ends, y_ends)]
+    d0, d1 = g.split(slope_of(g, d, n), d.rank - 1, [1, 1])
     s = g.div(h, w)
-    share = g.div(g.sub(box.inside, y0), h)
-    bend = g.mul(share, g.add(bend_d, g.mul(g.sub(d0, s), 2.0)))
+    share = g.div(g.sub(box.inside, first[1]), h)
+    bend = g.mul(share, g.sub(g.add(d0, d1), g.mul(s, 2.0)))
     a, b, c = g.add(g.sub(s, d0), bend), g.sub(d0, bend), g.mul(s, share)
     square = g.clip(g.add(g.mul(b, b), g.mul(g.mul(a, c), 4.0)), g.tiny, None)
     t = g.div(g.mul(c, 2.0), g.add(b, g.unary("Sqrt", square)))
     rest = g.sub(1.0, t)
-    d1 = g.add(d0, bend_d)
     p = g.add(g.mul(s, t), g.mul(d0, rest))
     q = g.add(g.mul(s, rest), g.mul(d1, t))
     ratio = g.div(s, g.add(g.mul(t, p), g.mul(rest, q)))
     slope = g.mul(g.mul(ratio, ratio), g.add(g.mul(t, q), g.mul(rest, p)))
-    return box.result(g, g.add(x0, g.mul(t, w)), slope)
+    return box.result(g, g.add(first[0], g.mul(t, w)), slope)
 
 
 def rqs_circular(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
@@ -312,28 +308,28 @@ def rqs_circular_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
 
 
 def knots(g: Builder, logits: Value, bound: float, least: float) -> Value:
-    """The K + 1 knots on [-bound, bound], `[.., K + 1, M]`."""
-    k = size(logits, -2)
+    """The K + 1 knots on [-bound, bound], `[.., M, K + 1]`."""
+    k = size(logits, -1)
     matrix, offset = knot_matrix(k, k, bound, least)
-    return g.add(g.matmul(g.const(matrix), g.softmax(logits, -2)), g.const(offset))
+    return g.add(g.matmul(g.softmax(logits, -1), g.const(matrix)), g.const(offset))
 
 
 def inner(g: Builder, table: Value) -> Value:
-    return g.slice(table, -2, 1, size(table, -2) - 1)
+    return g.slice(table, -1, 1, size(table, -1) - 1)
 
 
 def ends(g: Builder, table: Value, k: Value) -> tuple[Value, Value]:
     """Entries k and k + 1."""
-    both = at(g, table, k, np.array([[0], [1]]))
-    lo, hi = g.split(both, both.rank - 2, [1, 1])
+    both = at(g, table, k, np.array([[0, 1]]))
+    lo, hi = g.split(both, both.rank - 1, [1, 1])
     return lo, hi
 
 
 def linear(g: Builder, x: Value, n: Numbers, heights: Value) -> Pair:
     """Bins of equal width (Müller et al. 2019, section 4.1)."""
-    bins, bound = size(heights, -2), n["bound"]
+    bins, bound = size(heights, -1), n["bound"]
     width = 2 * bound / bins
-    box = Box.of(g, x, bound, 1)
+    box = Box.of(g, x, bound)
     k = g.clip(g.unary("Floor", g.mul(g.add(box.inside, bound), 1 / width)), 0.0, bins - 1.0)
     y0, y1 = ends(g, knots(g, heights, bound, n["min_height"]), g.cast(k, INT))
     slope = g.mul(g.sub(y1, y0), 1 / width)
@@ -342,9 +338,9 @@ def linear(g: Builder, x: Value, n: Numbers, heights: Value) -> Pair:
 
 
 def linear_inverse(g: Builder, y: Value, n: Numbers, heights: Value) -> Pair:
-    bins, bound = size(heights, -2), n["bound"]
+    bins, bound = size(heights, -1), n["bound"]
     width = 2 * bound / bins
-    box = Box.of(g, y, bound, 1)
+    box = Box.of(g, y, bound)
     table = knots(g, heights, bound, n["min_height"])
     k = bin_of(g, box.inside, inner(g, table))
     y0, y1 = ends(g, table, k)
@@ -355,20 +351,20 @@ def linear_inverse(g: Builder, y: Value, n: Numbers, heights: Value) -> Pair:
 
 def quadratic_tables(g: Builder, n: Numbers, widths: Value, heights: Value) -> tuple[Value, Value, Value]:
     """Knots of x, slopes at the knots (of mean 1 over the box), knots of y (Müller et al. 2019, section 4.2)."""
-    bound, k = n["bound"], size(widths, -2)
+    bound, k = n["bound"], size(widths, -1)
     x_knots = knots(g, widths, bound, n["min_width"])
-    step = g.matmul(g.const(np.eye(k, k + 1, 1) - np.eye(k, k + 1)), x_knots)
-    pair = g.const(np.eye(k, k + 1, 1) + np.eye(k, k + 1))
+    step = g.matmul(x_knots, g.const((np.eye(k, k + 1, 1) - np.eye(k, k + 1)).T))
+    pair = g.const((np.eye(k, k + 1, 1) + np.eye(k, k + 1)).T)
     raw = g.add(g.unary("Softplus", heights), 1e-3)
-    area = total(g, g.mul(g.matmul(pair, raw), step))
+    area = total(g, g.mul(g.matmul(raw, pair), step))
     v = g.add(g.mul(g.div(raw, area), (1 - n["min_slope"]) * 4 * bound), n["min_slope"])
-    rises = g.mul(g.mul(g.matmul(pair, v), step), 0.5)
-    y_knots = g.sub(g.matmul(g.const(np.tril(np.ones((k + 1, k)), -1)), rises), bound)
+    rises = g.mul(g.mul(g.matmul(v, pair), step), 0.5)
+    y_knots = g.sub(g.matmul(rises, g.const(np.triu(np.ones((k, k + 1)), 1))), bound)
     return x_knots, v, y_knots
 
 
 def quadratic(g: Builder, x: Value, n: Numbers, widths: Value, heights: Value) -> Pair:
-    box = Box.of(g, x, n["bound"], 1)
+    box = Box.of(g, x, n["bound"])
     x_knots, v, y_knots = quadratic_tables(g, n, widths, heights)
     k = bin_of(g, box.inside, inner(g, x_knots))
     (x0, x1), (v0, v1) = ends(g, x_knots, k), ends(g, v, k)
@@ -381,7 +377,7 @@ def quadratic(g: Builder, x: Value, n: Numbers, widths: Value, heights: Value) -
 
 
 def quadratic_inverse(g: Builder, y: Value, n: Numbers, widths: Value, heights: Value) -> Pair:
-    box = Box.of(g, y, n["bound"], 1)
+    box = Box.of(g, y, n["bound"])
     x_knots, v, y_knots = quadratic_tables(g, n, widths, heights)
     k = bin_of(g, box.inside, inner(g, y_knots))
     (x0, x1), (v0, v1) = ends(g, x_knots, k), ends(g, v, k)
@@ -395,24 +391,24 @@ def quadratic_inverse(g: Builder, y: Value, n: Numbers, widths: Value, heights: 
 
 def cubic_tables(g: Builder, n: Numbers, widths: Value, heights: Value, raw_ends: Value) -> tuple[Value, Value, Value]:
     """Knots of x and y, and slopes at the knots by Steffen's rule (1990)."""
-    bound, k = n["bound"], size(widths, -2)
+    bound, k = n["bound"], size(widths, -1)
     x_knots = knots(g, widths, bound, n["min_width"])
     y_knots = knots(g, heights, bound, n["min_height"])
-    step = g.const(np.eye(k, k + 1, 1) - np.eye(k, k + 1))
-    w, h = g.matmul(step, x_knots), g.matmul(step, y_knots)
+    step = g.const((np.eye(k, k + 1, 1) - np.eye(k, k + 1)).T)
+    w, h = g.matmul(x_knots, step), g.matmul(y_knots, step)
     s = g.div(h, w)
     least = n["min_slope"]
     third = math.log((1 / 3 - least) / (2 / 3 - least))
     edge = g.mul(g.add(g.mul(g.unary("Sigmoid", g.add(raw_ends, third)), 1 - 2 * least), least), 3.0)
-    first = g.mul(g.slice(edge, -2, 0, 1), g.slice(s, -2, 0, 1))
-    last = g.mul(g.slice(edge, -2, 1, 2), g.slice(s, -2, k - 1, k))
+    first = g.mul(g.slice(edge, -1, 0, 1), g.slice(s, -1, 0, 1))
+    last = g.mul(g.slice(edge, -1, 1, 2), g.slice(s, -1, k - 1, k))
     if k == 1:
-        return x_knots, y_knots, g.concat([first, last], -2)
-    s0, s1 = g.slice(s, -2, 0, k - 1), g.slice(s, -2, 1, k)
-    w0, w1 = g.slice(w, -2, 0, k - 1), g.slice(w, -2, 1, k)
+        return x_knots, y_knots, g.concat([first, last], -1)
+    s0, s1 = g.slice(s, -1, 0, k - 1), g.slice(s, -1, 1, k)
+    w0, w1 = g.slice(w, -1, 0, k - 1), g.slice(w, -1, 1, k)
     mean = g.div(g.add(g.mul(s0, w1), g.mul(s1, w0)), g.add(w0, w1))
     between = g.binary("Min", g.mul(g.binary("Min", s0, s1), 2.0), mean)
-    return x_knots, y_knots, g.concat([first, between, last], -2)
+    return x_knots, y_knots, g.concat([first, between, last], -1)
 
 
 def cubic_unit(g: Builder, t: Value, d0: Value, d1: Value) -> Pair:
@@ -434,7 +430,7 @@ def cubic_terms(g: Builder, known: Value, n: Numbers, raw: Sequence[Value], inve
 
 def cubic(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
     """Monotone piecewise-cubic map (Durkan et al. 2019, Cubic-Spline Flows)."""
-    box = Box.of(g, x, n["bound"], 1)
+    box = Box.of(g, x, n["bound"])
     w, x0, h, y0, d0, d1 = cubic_terms(g, box.inside, n, raw, False)
     value, slope = cubic_unit(g, g.div(g.sub(box.inside, x0), w), d0, d1)
     return box.branched(g, g.add(y0, g.mul(h, value)), g.mul(slope, g.div(h, w)))
@@ -442,7 +438,7 @@ def cubic(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
 
 def cubic_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
     """Newton's steps kept in a bracket that at least halves, in a `Loop`; one more step after it."""
-    box = Box.of(g, y, n["bound"], 1)
+    box = Box.of(g, y, n["bound"])
     w, x0, h, y0, d0, d1 = cubic_terms(g, box.inside, n, raw, True)
     goal = g.div(g.sub(box.inside, y0), h)
     goal = g.expand(goal, broadcast(goal.shape, d0.shape))
@@ -494,7 +490,8 @@ def _pair(w: Lowering, n: Node, op: str) -> Pair:
             bins = bin_axis(w.type(x), w.type(p), n.attrs)
             assert isinstance(bins, Axis)
             v = w.full_axes(w.align(w.value(p), w.type(p), TensorType((bins, *n.tensor.axes))), (bins, *n.tensor.axes))
-            raw.append(_flat(w, v, rank))
+            v = _flat(w, v, rank)
+            raw.append(w.g.transpose(v, [*range(v.rank - 2), v.rank - 1, v.rank - 2]))
         column = _flat(w, w.full_axes(w.aligned(x, n.tensor), n.tensor.axes), rank)
         with w.scope(n.label or op):
             found = SPLINES[op](w.g, column, numbers, *raw)

@@ -155,7 +155,7 @@ def difference(found: np.ndarray, wanted: np.ndarray, exact: np.ndarray) -> floa
     """The largest difference of two results beyond what the precision explains, relative to the size of the sample.
 
     `exact` is the module's result in float64. Where the module in float32 is itself off by more than 1e-3, or not
-    finite, the input is beyond float32 and the entry says nothing; else three times the module's own largest error in
+    finite, the input is beyond float32 and the sample says nothing; else three times the module's own largest error in
     the sample is allowed.
     """
     assert found.shape == wanted.shape
@@ -167,9 +167,10 @@ def difference(found: np.ndarray, wanted: np.ndarray, exact: np.ndarray) -> floa
     with np.errstate(invalid="ignore"):
         scale = np.maximum(1.0, np.max(np.where(np.isfinite(e), np.abs(e), 0.0), axis=1, keepdims=True))
         own = np.abs(b - e) / scale
-        told = np.isfinite(b) & np.isfinite(e) & (own <= 1e-3)
+        told = (np.isfinite(b) & np.isfinite(e) & (own <= 1e-3)).all(axis=1, keepdims=True)
         # One entry may be exact by luck where its neighbours in the sample are not.
         gap = np.abs(a - b) / scale - 3 * np.max(np.where(told, own, 0.0), axis=1, keepdims=True)
+        told = np.broadcast_to(told, gap.shape)
     assert told.mean() > 0.5, "most of the inputs are beyond the precision"
     assert np.isfinite(a[told]).all(), "finite on one side only"
     return float(np.max(gap[told], initial=0.0))
