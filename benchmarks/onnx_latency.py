@@ -22,9 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-warnings.simplefilter("ignore")
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -240,6 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--out", help="write all numbers as JSON")
     args = parser.parse_args()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     results = []
