@@ -448,7 +448,7 @@ def newton(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     x = goal.clone()
     error = (f(x) - goal).detach()
     for _ in range(200):
-        if not float(error.abs().max()) > 1e-13 * (1 + float(goal.abs().max())):
+        if not float(error.abs().max()) > 1e-13 * (1 + float(goal.abs().max())) or not slope(x).isfinite().all():
             break
         step = torch.linalg.lstsq(slope(x), error.reshape(n, 1)).solution.reshape(x.shape)
         for damping in (1.0, 0.5, 0.25, 0.1, 0.02):
@@ -457,4 +457,7 @@ def newton(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
             if float(left.norm()) < float(error.norm()):
                 break
         x, error = new, left
-    return x - torch.linalg.solve(slope(x), (f(x) - y).reshape(n, 1)).reshape(x.shape)
+    end = slope(x)
+    if not end.isfinite().all():
+        return torch.full_like(y, math.nan)  # saturated
+    return x - (torch.linalg.pinv(end) @ (f(x) - y).reshape(n, 1)).reshape(x.shape)

@@ -26,14 +26,20 @@ DOMAINS = ["R"] * 9 + ["Positive", "Unit"]
 class Maker:
     """One random region. `depth` counts the calls around it."""
 
-    def __init__(self, seed: int | random.Random, shape: tuple[tuple[str, int], ...] | None = None, depth: int = 0):
+    def __init__(
+        self,
+        seed: int | random.Random,
+        shape: tuple[tuple[str, int], ...] | None = None,
+        depth: int = 0,
+        reals: bool = False,
+    ):
         self.r = seed if isinstance(seed, random.Random) else random.Random(seed)
         self.depth = depth
         self.graph = Graph()
         self.b = Builder(self.graph)
         self.type = TensorType.of(*(shape or self.r.choice(SHAPES)))
         self.region = Region("random" if not depth else f"inner{self.r.randrange(1000)}", "bijector", self.graph)
-        found = domain("R" if depth else self.r.choice(DOMAINS))
+        found = domain("R" if depth or reals else self.r.choice(DOMAINS))
         assert found is not None
         self.domain = found
         self.x = self.input("x")
@@ -146,7 +152,7 @@ class Maker:
         if self.depth:
             return b.op("tanh", h)
         own = t.axes if repeat else tuple(a for a in t.axes if r.random() < 0.6) or t.axes[-1:]
-        inner = Maker(r, tuple((a.name, a.size) for a in own), self.depth + 1).make()
+        inner = type(self)(r, tuple((a.name, a.size) for a in own), self.depth + 1).make()
         name = f"inner{len(self.region.children) + 1}"
         inner.name = name
         count = r.choice([2, 3]) if repeat else 1
