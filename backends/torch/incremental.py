@@ -202,7 +202,7 @@ class _Loop:
         name = self.w.names.fresh(wanted)
         sizes = ", ".join(str(a.size) for a in t.axes[:-1])
         rank = self.source[self.plan.entry].tensor.rank
-        size = f"{self.target}.shape[:-{rank}].numel()"
+        size = f"math.prod({self.target}.shape[:-{rank}])"
         if not self.before:
             self.before.append(f"count = {size}")
         names = ", ".join(a.name for a in t.axes[:-1])

@@ -19,7 +19,9 @@ def standard_noise(
     `onehot` takes log weights along the last axis, `student_t` degrees of freedom, `von_mises` a concentration.
     """
     size = tuple(shape)
-    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "generator": generator}
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    if generator is not None:  # stated only where there is one: symbolic sizes (torch.export) know no generator
+        options["generator"] = generator
     if kind == "normal":
         return torch.randn(size, **options)
     if kind == "von_mises":
@@ -55,6 +57,7 @@ def von_mises_noise(size: tuple[int, ...], concentration: Tensor, generator: tor
 
     A round accepts with probability of at least 0.65, so that 40 rounds leave none in 10^18.
     """
+    drawn: dict[str, Any] = {} if generator is None else {"generator": generator}
     k = concentration.detach().to(torch.float64).expand(size)
     root = torch.sqrt(1 + 4 * k * k) + 1
     rho = (root - torch.sqrt(2 * root)) / (2 * k)
@@ -62,7 +65,7 @@ def von_mises_noise(size: tuple[int, ...], concentration: Tensor, generator: tor
     r = torch.where(k < 1e-4, 1 / k + k, (1 + rho * rho) / (2 * rho).clamp_min(1e-300))
     angle, done = torch.zeros_like(k), torch.zeros_like(k, dtype=torch.bool)
     for _ in range(40):
-        u = torch.rand(3, *size, dtype=torch.float64, device=k.device, generator=generator)
+        u = torch.rand(3, *size, dtype=torch.float64, device=k.device, **drawn)
         z = torch.cos(math.pi * u[0])
         f = ((1 + r * z) / (r + z)).clamp(-1, 1)
         c = k * (r - f)
