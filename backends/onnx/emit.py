@@ -271,7 +271,8 @@ def _logit_mixture(w: Lowering, n: Node) -> Value:
     dim = -whole.rank
     share, at = w.g.softmax(w.aligned(p, whole), dim, log=True), w.aligned(t, whole)
     low, high = (
-        w.g.reduce("ReduceLogSumExp", w.g.add(share, special.log_sigmoid(w.g, v)), [dim]) for v in (at, w.g.unary("Neg", at))
+        w.g.reduce("ReduceLogSumExp", w.g.add(share, special.log_sigmoid(w.g, v)), [dim])
+        for v in (at, w.g.unary("Neg", at))
     )
     return w.g.sub(low, high)
 

@@ -105,7 +105,7 @@ class _Loop:
         if i not in self.plan.rows:
             return self.independent(node, slot)
         read = self.plan.reads[(node.id, slot)]
-        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known:
+        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known and read.shift is None:
             return self.nodes[i]
         return self.leaf(self.type(i), self.slice_of(i, node, read))
 
@@ -119,6 +119,9 @@ class _Loop:
         if i not in self.buffers:
             self.buffers[i] = self.buffer(i, self.source[i].label or "hidden")
         first, last = self.bound(read.rows)
+        if read.shift is not None:
+            by = f"{-read.shift:+d}".replace("+", "+ ").replace("-", "- ")
+            return f"{self.w.scope.use('rows_or_zeros')}({self.buffers[i]}, {first} {by}, {last} {by})"
         if not read.known:
             return f"{self.buffers[i]}[{first}:{last}]"
         return f"{self.buffers[i]}[:{first if i == self.plan.entry else last}]"

@@ -44,6 +44,7 @@ class Read:
 
     rows: Rows
     known: bool  # True: places [0, end); False: the places of the reader's new rows, [start, end)
+    shift: int | None = None  # places this far before them, zeros where there are none
 
 
 @dataclass
@@ -82,7 +83,7 @@ class _Scheduler:
 
     def run(self) -> Schedule | None:
         graph = self.graph
-        if not supported(graph, self.result, self.dependence):
+        if not supported(graph, self.entry, self.result, self.dependence):
             return None
         for n in sorted(graph.reachable([self.result])):
             if n == self.entry or self.dependence.of(n) is None:
@@ -147,7 +148,7 @@ class _Scheduler:
             if read is None:
                 return False
             made.reads[(node.id, slot)] = read
-            if i != self.entry and (read.known or read.rows is not made.rows[i]):
+            if i != self.entry and (read.known or read.shift is not None or read.rows is not made.rows[i]):
                 made.stored.add(i)
         return True
 
@@ -159,6 +160,9 @@ class _Scheduler:
             return None
         if node.op == "contract" and other.axis in node.attrs["axes"]:
             return Read(other, True) if known_in_time(own, other, matrix, i == self.entry) else None
+        if node.op == "shift" and node.attrs["axis"] == own.axis == other.axis:
+            timely = known_in_time(own, other, matrix, i == self.entry)
+            return Read(own, False, node.attrs["k"]) if timely and own.sorted and other.sorted else None
         image = single(matrix)
         if image is None:
             return None
@@ -184,17 +188,20 @@ class _Scheduler:
         return relation.matrix(relation.parts[0], row, column)
 
 
-def supported(graph: Graph, result: int, dependence: Dependence) -> bool:
-    for n in graph.reachable([result]):
+def supported(graph: Graph, entry: int, result: int, dependence: Dependence) -> bool:
+    """Whether every value that reads the scanned one is of an op that works on some rows as on all."""
+    below = {entry}
+    for n in sorted(graph.reachable([result])):
         node = graph[n]
-        if dependence.of(n) is None or not node.inputs:
+        if not below.intersection(node.inputs):
             continue
+        below.add(n)
         spline = node.op.removesuffix("_inverse").removesuffix("_log_slope") in SPLINES
         op = OPS.get(node.op)
         if not spline and node.op not in POINTWISE and not (op is not None and op.elementwise):
             return False
-        if not isinstance(node.type, TensorType):
-            return False
+        if not isinstance(node.type, TensorType) or dependence.of(n) is None:
+            return False  # what reads the scanned value without depending on it has no degree
     return True
 
 

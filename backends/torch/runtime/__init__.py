@@ -4,9 +4,6 @@ from flowlang.backends.torch.runtime.errors import (
     bad_input,
     no_solution,
 )
-from flowlang.backends.torch.runtime.face import (
-    Face,
-)
 from flowlang.backends.torch.runtime.flow import (
     Flow,
     FlowDistribution,
@@ -37,17 +34,9 @@ from flowlang.backends.torch.runtime.functions import (
     tanh_slope,
     unit_vector,
 )
-from flowlang.backends.torch.runtime.model import (
-    Model,
-)
 from flowlang.backends.torch.runtime.noise import (
     standard_noise,
     von_mises_noise,
-)
-from flowlang.backends.torch.runtime.odes import (
-    RungeKutta,
-    ode_adaptive,
-    ode_steps,
 )
 from flowlang.backends.torch.runtime.parameters import (
     Cayley,
@@ -78,6 +67,7 @@ from flowlang.backends.torch.runtime.solvers import (
     estimate_log_det,
     fixed_point_solve,
     implicit_scan,
+    rows_or_zeros,
     scan_solve,
     stage_rows,
 )
@@ -112,16 +102,13 @@ from flowlang.backends.torch.runtime.splines import (
 __all__ = [
     "Cayley",
     "DenseMatrix",
-    "Face",
     "Flow",
     "FlowDistribution",
     "Interval",
     "LowerMatrix",
-    "Model",
     "PluMatrix",
     "Positive",
     "Rotation",
-    "RungeKutta",
     "Simplex",
     "SpdMatrix",
     "Sphere",
@@ -166,8 +153,6 @@ __all__ = [
     "logit_mixture",
     "no_solution",
     "norm_bounded",
-    "ode_adaptive",
-    "ode_steps",
     "orthogonal_start",
     "pick_along",
     "quadratic_bin",
@@ -177,6 +162,7 @@ __all__ = [
     "rational",
     "rational_inverse",
     "rotate",
+    "rows_or_zeros",
     "rqs",
     "rqs_circular",
     "rqs_circular_inverse",

@@ -120,6 +120,15 @@ def stage_rows(stage_of: Sequence[int], stages: int, start: int = 0) -> list[tup
     return list(pairwise(ends))
 
 
+def rows_or_zeros(x: Tensor, start: int, stop: int) -> Tensor:
+    """x[start:stop], with zeros for rows that are outside."""
+    n = x.shape[0]
+    first, last = min(max(start, 0), n), min(max(stop, 0), n)
+    before, after = first - start if last > first else stop - start, stop - last if last > first else 0
+    zeros = x[:0].new_zeros(before + after, *x.shape[1:])
+    return torch.cat((zeros[:before], x[first:last], zeros[before:]))
+
+
 def batch_last(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """`[*batch, *axes]` as `[*axes in this order, batch]`."""
     rank = len(order)
