@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -85,7 +86,8 @@ class Model:
         import torch
 
         self.region, self.analyses, self.name, self.options = region, analyses, name, options
-        dtype = next((p.dtype for p in module.parameters()), torch.get_default_dtype())
+        kept = itertools.chain(module.parameters(), module.buffers())
+        dtype = next((t.dtype for t in kept if t.is_floating_point()), torch.get_default_dtype())
         self.g = Builder("float64" if dtype == torch.float64 else "float32", options.opset)
         exact = copy.deepcopy(module).double().eval()
         self.weights = ModuleWeights(Generator(region, analyses, ""), region, exact)

@@ -50,6 +50,8 @@ class Node:
     scope: str
     hint: str
     bodies: dict[str, Body] = field(default_factory=dict)
+    group: tuple[int, str] | None = None  # nodes that were made together, and as what
+    domain: str = ""
 
 
 @dataclass(eq=False)
@@ -150,6 +152,7 @@ class Builder:
         self.stack: list[Body] = [Body()]
         self.scopes: list[str] = []
         self.batch: Value | None = None  # the batch size, int64 of shape [1]
+        self.group: tuple[int, str] | None = None
         self._constants: dict[Hashable, Value] = {}
         self._numbers: dict[tuple[str, float | int | bool], Value] = {}
 
@@ -199,7 +202,7 @@ class Builder:
             for body in self.stack[: level + 1]:
                 if key in body.known:
                     return body.known[key]
-        node = Node(op, list(inputs), [], attrs, "/".join(self.scopes), op)
+        node = Node(op, list(inputs), [], attrs, "/".join(self.scopes), op, group=self.group)
         node.outputs = [Value(tuple(s), kind, level=level, node=node) for s in shapes]
         self.stack[level].nodes.append(node)
         if pure:
@@ -340,7 +343,8 @@ class Builder:
         shape = tuple(1 if k in at else next(dims) for k in range(rank))
         if x.node is not None and x.array is None and x.node.op in ("Squeeze", "Reshape"):
             source = x.node.inputs[0]
-            if source is not None and source.shape == shape:
+            # Not across groups: equal groups should stay equal.
+            if source is not None and source.shape == shape and x.node.group == self.group:
                 return source
         return self.op("Unsqueeze", x, self.ints([a - rank for a in at]), shape=shape, kind=x.kind)
 

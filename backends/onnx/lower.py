@@ -69,6 +69,7 @@ class Shared:
     noise: Callable[[str, str, Shape, float | None, Value | None], Value]
     splines: dict[tuple[Any, ...], tuple[Value, Value]] = field(default_factory=dict)  # by ids of values in `kept`
     kept: list[Any] = field(default_factory=list)
+    groups: int = 0
 
 
 class Lowering:
@@ -173,6 +174,16 @@ class Lowering:
             yield
         finally:
             self.g.scopes.pop()
+
+    @contextmanager
+    def grouped(self, kind: str) -> Iterator[None]:
+        """Nodes made here may become one function of the model (see `outline`)."""
+        self.shared.groups += 1
+        before, self.g.group = self.g.group, (self.shared.groups, kind)
+        try:
+            yield
+        finally:
+            self.g.group = before
 
     # ---- calls ----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Node, Value
+from flowlang.backends.onnx.outline import DOMAIN, Function, outline
 from onnx import TensorProto, helper, numpy_helper
 
 LOWEST_OPSET, DEFAULT_OPSET = 18, 18
@@ -182,6 +183,7 @@ class Writer:
         self.taken: Counter[str] = Counter()
         self.initializers: dict[tuple[Any, ...], str] = {}
         self.protos: list[TensorProto] = []
+        self.local: dict[int, str] = {}  # names inside a function
         self.types = {REAL: TensorProto.DOUBLE if g.dtype == "float64" else TensorProto.FLOAT, INT: TensorProto.INT64,
                       BOOL: TensorProto.BOOL}  # fmt: skip
 
@@ -210,13 +212,30 @@ class Writer:
             value_info=[self.info(v) for n in body.nodes for v in n.outputs if v not in body.outputs],
         )  # fmt: skip
 
+    def function(self, f: Function) -> onnx.FunctionProto:
+        """A function's nodes with names of their own; constants that all calls share stand inside."""
+        inner = Writer(self.g)
+        for k, v in enumerate(f.inputs):
+            v_name = f"in{k}"
+            inner.taken[v_name] += 1
+            inner.local[id(v)] = v_name
+        nodes = [inner.node(n) for n in f.nodes]
+        constants = [helper.make_node("Constant", [], [p.name], name=p.name, value=p) for p in inner.protos]
+        return helper.make_function(
+            DOMAIN, f.name, [inner.local[id(v)] for v in f.inputs], [inner.local[id(v)] for v in f.outputs],
+            [*constants, *nodes], [helper.make_opsetid("", self.g.opset)],
+        )  # fmt: skip
+
     def info(self, v: Value) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(v.name, self.types[v.kind], list(v.shape))
 
     def node(self, n: Node) -> onnx.NodeProto:
-        base = self.fresh(f"{n.scope}/{n.hint}" if n.scope else n.hint)
+        base = self.fresh(n.hint if self.local or not n.scope else f"{n.scope}/{n.hint}")
+        inside = bool(self.local)
         for k, v in enumerate(n.outputs):
-            if v.name.startswith("?"):  # a name that is wanted, if it is free
+            if inside:
+                self.local[id(v)] = base if k == 0 else self.fresh(f"{base}.{k}")
+            elif v.name.startswith("?"):  # a name that is wanted, if it is free
                 v.name = self.fresh(v.name[1:].lstrip("/"))
             elif not v.name:
                 v.name = base if k == 0 else self.fresh(f"{base}.{k}")
@@ -229,11 +248,14 @@ class Writer:
         attrs = {k: list(v) if isinstance(v, tuple) else v for k, v in attrs.items()}
         for k, inner in n.bodies.items():
             attrs[k] = self.graph(inner, f"{base}.body")
-        return helper.make_node(n.op, inputs, [v.name for v in n.outputs], name=base, **attrs)
+        outputs = [self.local[id(v)] if inside else v.name for v in n.outputs]
+        return helper.make_node(n.op, inputs, outputs, name=base, domain=n.domain or None, **attrs)
 
     def operand(self, v: Value | None, user: str, slot: int) -> str:
         if v is None:
             return ""
+        if id(v) in self.local:
+            return self.local[id(v)]
         if v.array is None:
             assert v.name, "a value is used before it is made"
             return v.name
@@ -266,11 +288,14 @@ def finish(
         main.outputs.append(made)
     prune(main)
     fuse(main)
-    graph = Writer(g).write(main, name)
+    functions = outline(main, use_counts(main))
+    writer = Writer(g)
+    graph = writer.write(main, name)
     graph.doc_string = doc
     opset = helper.make_opsetid("", g.opset)
+    own = [helper.make_opsetid(DOMAIN, 1)] if functions else []
     model = helper.make_model(
-        graph, opset_imports=[opset], producer_name="flowlang", producer_version=metadata.get("flowlang_version", ""),
+        graph, opset_imports=[opset, *own], functions=[writer.function(f) for f in functions], producer_name="flowlang", producer_version=metadata.get("flowlang_version", ""),
         ir_version=helper.find_min_ir_version_for([opset]),
     )  # fmt: skip
     helper.set_model_props(model, dict(metadata))

@@ -85,7 +85,9 @@ def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
     known = index >= 0
     matrix = np.where(known, weight[:, index], 0.0)
     offset = np.where(known, bias[index], 0.0) + np.asarray(constants)
+    group, g.group = g.group, None  # the layer is the network's, not the spline's
     made = g.add(g.matmul(x, g.const(matrix)), g.const(offset))
+    g.group = group
     return g.reshape(made, (*base.shape[:-1], len(rows), size(rows[0].raw, -2), len(rows[0].entries)))
 
 
@@ -493,7 +495,7 @@ def _pair(w: Lowering, n: Node, op: str) -> Pair:
             v = _flat(w, v, rank)
             raw.append(w.g.transpose(v, [*range(v.rank - 2), v.rank - 1, v.rank - 2]))
         column = _flat(w, w.full_axes(w.aligned(x, n.tensor), n.tensor.axes), rank)
-        with w.scope(n.label or op):
+        with w.scope(n.label or op), w.grouped(op):
             found = SPLINES[op](w.g, column, numbers, *raw)
         shape = n.tensor.shape
         made = [w.g.reshape(v, (*v.shape[:-1], *shape)) if rank else w.g.squeeze(v, [-1]) for v in found]

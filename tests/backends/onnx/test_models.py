@@ -166,6 +166,17 @@ def test_lowest_and_highest_opset(program: str, opset: int) -> None:
 # ---- size -------------------------------------------------------------------------------------------
 
 
+def test_a_spline_is_written_once_however_many_couplings_use_it() -> None:
+    """zuko's traced model of eight such couplings has 946 nodes (benchmarks/onnx_latency.py); a third is 315."""
+    text = "flow nsf {{ data x: R[D = 8]\n repeat {} {{ rqs_coupling(bins = 8, net = mlp(64, 64, act = relu))\n reverse }}\n base normal }}"
+    for program in ("log_prob", "sample"):
+        _, _, model = model_of(text.format(8), program)
+        (function,) = model.functions
+        written = len(model.graph.node) + sum(n.op_type != "Constant" for n in function.node)
+        assert written <= 315 / 2
+        assert len(model.graph.node) <= 8 * 9 + 8
+
+
 @pytest.mark.parametrize("step", ["affine_autoregressive", "rqs_autoregressive", "cubic_spline_autoregressive"])
 def test_an_autoregressive_sampler_does_not_grow_with_the_dimension(step: str) -> None:
     text = f"flow ar {{ data x: R[D = 8]\n {step}(hidden = [32, 32])\n base normal }}"
