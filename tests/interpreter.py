@@ -432,7 +432,8 @@ def called(node: Node, x: list[Tensor], copies: list[Parameters]) -> Tensor:
 
         flat = value.reshape(math.prod(lifted), *value.shape[len(lifted) :])
         g = f if node.attrs["method"] == "forward" else lambda v, f=f: newton(f, v)
-        value = torch.stack([g(v) for v in flat]).reshape(value.shape)
+        made = torch.stack([g(v) for v in flat])
+        value = made.reshape(*lifted, *made.shape[1:])
     return value
 
 

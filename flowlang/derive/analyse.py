@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flowlang.analysis.dependence import Summaries
@@ -11,6 +12,7 @@ from flowlang.derive import explain
 from flowlang.derive.forms import forms
 from flowlang.derive.forward_mode import Tangents, divergence_program, jvp_program
 from flowlang.derive.jvp import NoDerivative
+from flowlang.derive.masks import split_by_mask
 from flowlang.derive.plan import (
     Bottleneck,
     CallInverse,
@@ -211,7 +213,7 @@ class Analyses:
     def search(self, region: Region) -> Plan | Failure:
         """An inverse for the region as written, or for an equal form of it; the first reason where there is none."""
         first: Failure | None = None
-        for form in (region, *(() if region.rules else forms(region))):
+        for form in itertools.chain([region], () if region.rules else equal_forms(region)):
             found = Inverter(form, self).run()
             if isinstance(found, Plan) and "inverse" not in region.rules:
                 found = self.check_image(form, found) or found
@@ -361,6 +363,14 @@ class Analyses:
         if "log_det" in region.rules:
             return "D"  # its cost is its author's affair; it is not analysed
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
+
+
+def equal_forms(region: Region) -> Iterator[Region]:
+    """Forms of a region worth a second search, made when it is reached."""
+    yield from forms(region)
+    masked = split_by_mask(region)
+    if masked is not None:
+        yield masked
 
 
 def fills(image: Interval, support: Interval) -> bool:
