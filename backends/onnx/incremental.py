@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from flowlang.backends.onnx.graph import BOOL, INT, Shape, Value
+from flowlang.backends.onnx.graph import INT, Shape, Value
 from flowlang.backends.onnx.lower import Lowering, Result, needed
 
 from flowlang.derive.programs import Program
@@ -57,6 +57,7 @@ class Incremental:
         self.stored = [plan.entry, *sorted(plan.stored - {plan.entry})]
         self.buffers: dict[int, Value] = {}
         self.stage: Value | None = None
+        self.units: dict[tuple[int, ...], Value] = {}
 
     def run(self, hint: str) -> Value:
         """The solved value, axes as in the body's entry."""
@@ -113,12 +114,13 @@ class Incremental:
         return self.g.reshape(buffer, (*self.w.leads, *sizes))
 
     def store(self, n: int, new: Value) -> Value:
-        """The buffer with this stage's rows written."""
+        """The buffer with this stage's rows written: its places hold 0 so far. (`Where` broadcasts slowly.)"""
         assert self.stage is not None
         p, k = self.places[n], self.position(n)
-        stages = self.g.const(np.arange(p.stages).reshape((p.stages, *[1] * -k)), INT)
-        here = self.g.binary("Equal", stages, self.stage, BOOL)
-        return self.g.where(here, self.g.unsqueeze(new, [k - 1]), self.buffers[n])
+        shape = (p.stages, p.stages, *[1] * -k)
+        unit = self.units.setdefault(shape, self.g.const(np.eye(p.stages).reshape(shape)))
+        here = self.g.op("Gather", unit, self.stage, shape=unit.shape[1:], axis=0)
+        return self.g.add(self.buffers[n], self.g.mul(self.g.unsqueeze(new, [k - 1]), here))
 
     # ---- the loop's graph -----------------------------------------------------------------------------------
 
