@@ -4,6 +4,9 @@ from flowlang.backends.torch.runtime.errors import (
     bad_input,
     no_solution,
 )
+from flowlang.backends.torch.runtime.face import (
+    Face,
+)
 from flowlang.backends.torch.runtime.flow import (
     Flow,
     FlowDistribution,
@@ -34,9 +37,21 @@ from flowlang.backends.torch.runtime.functions import (
     tanh_slope,
     unit_vector,
 )
+from flowlang.backends.torch.runtime.model import (
+    Model,
+)
 from flowlang.backends.torch.runtime.noise import (
     standard_noise,
     von_mises_noise,
+)
+from flowlang.backends.torch.runtime.odes import (
+    RungeKutta,
+    combined,
+    expanded,
+    first_step,
+    ode_adaptive,
+    ode_steps,
+    scaled_norm,
 )
 from flowlang.backends.torch.runtime.parameters import (
     Cayley,
@@ -102,13 +117,16 @@ from flowlang.backends.torch.runtime.splines import (
 __all__ = [
     "Cayley",
     "DenseMatrix",
+    "Face",
     "Flow",
     "FlowDistribution",
     "Interval",
     "LowerMatrix",
+    "Model",
     "PluMatrix",
     "Positive",
     "Rotation",
+    "RungeKutta",
     "Simplex",
     "SpdMatrix",
     "Sphere",
@@ -126,6 +144,7 @@ __all__ = [
     "broadcast_cat",
     "broadcast_stack",
     "causal_softmax",
+    "combined",
     "constants",
     "conv2d",
     "cubic_bin",
@@ -135,7 +154,9 @@ __all__ = [
     "cumsum_along",
     "degree_mask",
     "estimate_log_det",
+    "expanded",
     "find_bin",
+    "first_step",
     "fixed_point_solve",
     "from_unit",
     "implicit_scan",
@@ -153,6 +174,8 @@ __all__ = [
     "logit_mixture",
     "no_solution",
     "norm_bounded",
+    "ode_adaptive",
+    "ode_steps",
     "orthogonal_start",
     "pick_along",
     "quadratic_bin",
@@ -168,6 +191,7 @@ __all__ = [
     "rqs_circular_inverse",
     "rqs_inverse",
     "safe_pow",
+    "scaled_norm",
     "scan_solve",
     "shift_along",
     "sigmoid_slope",

@@ -161,3 +161,11 @@ def test_no_text_of_the_user_becomes_code(greek: str) -> None:
     x, c = data(flow, 3), context(flow, 3)
     z, _ = flow(x, **c)
     torch.testing.assert_close(flow.inverse(z, **c)[0], x)
+
+
+def test_generated_code_can_import_every_part_of_the_runtime() -> None:
+    from flowlang.backends.torch import runtime
+    from flowlang.backends.torch.files import runtime_parts
+
+    functions = {p for p, part in runtime_parts(False).items() if part.text.startswith(("def ", "class ", "@"))}
+    assert functions <= set(runtime.__all__)
