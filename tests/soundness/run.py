@@ -36,8 +36,13 @@ class Tally:
 def run(count: int, first: int = 0) -> Tally:
     tally = Tally()
     for seed in range(first, first + count):
-        verdict = judge(make(seed), seed)
         tally.judged += 1
+        try:
+            verdict = judge(make(seed), seed)
+        except Exception as error:  # accepted, and what was made of it does not run
+            tally.accepted += 1
+            tally.wrong.append((seed, repr(error)))
+            continue
         if not verdict.accepted:
             tally.codes[verdict.code] += 1
             continue
