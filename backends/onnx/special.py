@@ -104,9 +104,9 @@ def native(op: str, otherwise: Unary) -> Unary:
 
 
 def _sinh(g: Builder, x: Value) -> Value:
-    """From t = expm1(|x|): (t + t/(t + 1))/2."""
-    t = expm1(g, g.unary("Abs", x))
-    half = g.mul(g.add(t, g.div(t, g.add(t, 1.0))), 0.5)
+    """(expm1(a) - expm1(-a))/2 with a = |x|."""
+    a = g.unary("Abs", x)
+    half = g.mul(g.sub(expm1(g, a), expm1(g, g.neg(a))), 0.5)
     return g.mul(g.unary("Sign", x), half)
 
 
