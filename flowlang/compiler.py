@@ -212,9 +212,9 @@ def check_unused(comp: Compilation, target: Declared) -> None:
 
 def examine(comp: Compilation, root: Region) -> None:
     """Totality of every region, then invertibility of every map, each told once (A14)."""
-    regions = list(root.walk())
+    regions = list(root.walk())  # children first
     anchors = library_anchors(root)
-    bad: set[int] = set()
+    bad: set[int] = set()  # in error, or holding a region in error
     for region in regions:
         if region.broken:
             bad.add(id(region))
@@ -224,14 +224,17 @@ def examine(comp: Compilation, root: Region) -> None:
             tell_violation(comp, region, v, anchors)
             break
     for region in regions:
-        if not is_map(region) or any(id(r) in bad for r in region.walk()):
+        if id(region) in bad or any(id(c.region) in bad for c in region.children.values()):
+            bad.add(id(region))
+            continue
+        if not is_map(region):
             continue
         found = comp.analyses.plan(region)
         if isinstance(found, Failure):
             bad.add(id(region))
             tell_failure(comp, region, found, anchors)
         tell_rules(comp, region)
-    root.broken = root.broken or id(root) in bad or any(id(r) in bad for r in regions)
+    root.broken = root.broken or id(root) in bad
 
 
 def tell_rules(comp: Compilation, region: Region) -> None:

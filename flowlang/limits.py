@@ -1,8 +1,8 @@
 """Limits on what one spec may ask for; each has its diagnostic (FL0901)."""
 
 # Text.
-SOURCE_SIZE = 2_000_000  # code points
-TOKENS = 400_000
+SOURCE_SIZE = 1_000_000  # code points
+TOKENS = 200_000
 NESTING = 100  # brackets inside brackets
 INFIX = 200  # binary operators in one statement
 INTEGER = 2**63 - 1
@@ -10,6 +10,7 @@ INTEGER = 2**63 - 1
 # Elaboration.
 EXPRESSION_DEPTH = 100
 LIST_ITEMS = 100_000
+LIST_TOTAL = 1_000_000  # items of all lists made in one run
 REPEAT_COUNT = 1_000_000
 RANK = 16
 AXIS_SIZE = 2**31 - 1
@@ -17,7 +18,8 @@ INSTANTIATION_DEPTH = 64
 IMPORT_DEPTH = 16
 ROUNDS = 20_000  # unrolled copies in one run
 GRAPH_NODES = 200_000
-REGIONS = 5_000
+REGIONS = 2_000
+REGION_DEPTH = 128
 
 # Size of a model.
 PARAMETERS = 10**11

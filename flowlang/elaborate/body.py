@@ -473,6 +473,7 @@ class Body:
                     return same if op == "==" else not same
             if not all(isinstance(v, int | float) for v in (a, b)):
                 if op == "+" and isinstance(a, list) and isinstance(b, list):
+                    self.elab.count_items(self, len(a) + len(b), expr.span)
                     return a + b
                 raise self.fail("FL0306", f"`{op}` does not apply to {describe(a)} and {describe(b)}", expr.span)
             match op:
@@ -637,10 +638,7 @@ class Body:
             if value.stop is None:
                 raise self.fail("FL0305", "this range has no end", expr.span)
             start = value.start or 0
-            if value.stop - start > limits.LIST_ITEMS:
-                raise self.fail(
-                    "FL0901", f"{value.stop - start} rounds exceed the limit of {limits.LIST_ITEMS}", expr.span
-                )
+            self.elab.count_items(self, max(value.stop - start, 0), expr.span)
             return list(range(start, value.stop))
         if isinstance(value, list):
             return value

@@ -352,6 +352,7 @@ def join(body: Body, args: Arguments) -> Any:
         args = Arguments(list(values[0]), [args.spans[0]] * len(values[0]), {}, {}, args.axes, args.span)
         values = args.positional
     if values and all(isinstance(v, list) for v in values):
+        body.elab.count_items(body, sum(len(v) for v in values), span(args))
         return [x for v in values for x in v]
     present = [(v, s) for v, s in zip(values, args.spans, strict=True) if not isinstance(v, Absent)]
     if not present:
@@ -452,6 +453,7 @@ def permute(body: Body, args: Arguments) -> Any:
     x = body.tensor(tensors[0], span(args))
     axis = one_axis(body, args, body.b.type(x), "permute")
     n = body.b.type(x).size(axis)
+    body.elab.count_items(body, n, span(args))
     given = next((v for v in args.positional if isinstance(v, list)), args.keywords.get("order"))
     if given is None:
         order = list(range(n))

@@ -64,6 +64,9 @@ class Elaborator:
         self._stack: list[tuple[str, str]] = []
         self._factor = 1
         self._rounds = 0
+        self._items = 0
+        self._exhausted = False
+        self._depths: dict[Region, int] = {}
         self.quiet_free = False
         self.parameter_limit = limits.PARAMETERS
 
@@ -161,10 +164,17 @@ class Elaborator:
             return None
         key = id(declaration)
         if key not in self.aliases:
-            self.aliases[key] = POISON
             region = Region(declaration.name, declaration.kind, Graph(), span=declaration.span)
             body = Body(self, region, target.module)
-            self.aliases[key] = body.ev(declaration.alias)
+            try:
+                self.enter(body, f"alias:{key}", declaration.name, declaration.name_span or declaration.span)
+            except Fail as e:
+                self.report.add(e.diagnostic)
+                return POISON
+            try:
+                self.aliases[key] = body.ev(declaration.alias)
+            finally:
+                self.leave()
         value = self.aliases[key]
         if isinstance(value, Instance):  # every use is an instance of its own
             return Instance(
@@ -226,8 +236,30 @@ class Elaborator:
 
     def count_round(self, body: Body, span: Span) -> None:
         self._rounds += 1
-        if self._rounds > limits.ROUNDS or len(body.graph) > limits.GRAPH_NODES:
-            raise body.fail("FL0901", f"the graph exceeds the limit of {limits.GRAPH_NODES:,} nodes", span)
+        if self._rounds > limits.ROUNDS:
+            raise self.exhaust(body, f"more than {limits.ROUNDS:,} rounds written out: limit reached", span)
+        if len(body.graph) > limits.GRAPH_NODES:
+            raise self.exhaust(body, f"the graph exceeds the limit of {limits.GRAPH_NODES:,} nodes", span)
+
+    def count_items(self, body: Body, count: int, span: Span) -> None:
+        """Items of a list about to be made; lists of lists are counted too."""
+        self._items += count
+        if count > limits.LIST_ITEMS or self._items > limits.LIST_TOTAL:
+            raise self.exhaust(body, f"a list of more than {limits.LIST_ITEMS:,} items: limit reached", span)
+
+    def exhaust(self, body: Body, message: str, span: Span) -> Exception:
+        """The error of a limit on the whole run. It is told once: what follows fails for the same reason."""
+        if self._exhausted:
+            return Poisoned()
+        self._exhausted = True
+        return body.fail("FL0901", message, span, suggestion="make the spec smaller, or use `repeat` for equal copies")
+
+    def depth(self, region: Region) -> int:
+        """How deep regions are nested in a region, itself counted."""
+        if region not in self._depths:
+            inner = (self.depth(c.region) for c in region.children.values())
+            self._depths[region] = 1 + max(inner, default=0)
+        return self._depths[region]
 
     def note_shared(self, body: Body, inst: Instance, count: int) -> None:
         if count > 1 and not body.region.library:
@@ -370,8 +402,8 @@ class Elaborator:
         )
         if key in self.regions:
             return self.regions[key]
-        if len(self.regions) > limits.REGIONS:
-            raise caller.fail("FL0901", f"more than {limits.REGIONS:,} distinct instances: limit reached", span)
+        if len(self.regions) >= limits.REGIONS:
+            raise self.exhaust(caller, f"more than {limits.REGIONS:,} distinct instances: limit reached", span)
         self.enter(caller, f"decl:{id(target.declaration)}", target.name, span)
         self.instantiated.add(id(target.declaration))
         self.used_names.add((id(target.module), target.name))
@@ -394,6 +426,9 @@ class Elaborator:
         if inst.lipschitz is not None and not region.broken:
             region = self.bound(caller, region, inst.lipschitz, span)
         self.regions[key] = after(region)
+        if not region.broken and self.depth(region) > limits.REGION_DEPTH:
+            region.broken = True
+            raise self.exhaust(caller, f"declarations nested deeper than the limit of {limits.REGION_DEPTH}", span)
         if region.broken:
             caller.region.broken = True
         return region

@@ -1,0 +1,57 @@
+"""Damaged specs give diagnostics and nothing else: 20,000 in a CI run, 2,000 of them in `make test`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flowlang.compiler import compile_source, info
+from flowlang.diagnostics import Diagnostic
+from flowlang.diagnostics.codes import CODES
+from flowlang.diagnostics.render import render_report, to_json
+from flowlang.source import Source
+from tests.frontend.mutate import mutants
+
+# Words of the implementation, which no user should meet.
+INTERNAL = re.compile(r"NoneType|\bNone\b|\bnode \d|object at 0x|<class|<error>|Traceback|TensorType|Poison|\bPending\b|flowlang\.")
+
+
+def judge(d: Diagnostic) -> None:
+    assert d.code in CODES
+    assert d.span is not None, d
+    assert 0 <= d.span.start <= d.span.end <= len(d.span.source.text)
+    said = [d.message, *d.notes, *(x.text for x in d.labels), d.suggestion or ""]
+    assert d.message.strip()
+    assert not INTERNAL.search(" ".join(said)), said
+    assert not d.span.source.library, d
+
+
+def survive(text: str) -> None:
+    """The whole of `check --json`, `check` and `info` on one text."""
+    try:
+        comp = compile_source(Source.of("damaged.flow", text))
+        found = list(comp.report)
+        for d in found:
+            judge(d)
+            to_json(d)
+        render_report(found)
+        if comp.ok:
+            info(comp)
+    except AssertionError as e:
+        raise AssertionError(f"{e}\n--- the spec ---\n{text}") from e
+    except Exception as e:
+        raise AssertionError(f"{type(e).__name__}: {e}\n--- the spec ---\n{text}") from e
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_specs(seed: int) -> None:
+    for text in mutants(500, seed):
+        survive(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 118))
+def test_many_damaged_specs(seed: int) -> None:
+    for text in mutants(1000, seed):
+        survive(text)
