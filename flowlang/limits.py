@@ -10,13 +10,13 @@ INTEGER = 2**63 - 1
 # Elaboration.
 EXPRESSION_DEPTH = 100
 LIST_ITEMS = 100_000
-LIST_TOTAL = 1_000_000  # items of all lists made in one run
+LIST_TOTAL = 200_000  # items of all lists made in one run
 REPEAT_COUNT = 1_000_000
 RANK = 16
 AXIS_SIZE = 2**31 - 1
 INSTANTIATION_DEPTH = 64
 IMPORT_DEPTH = 16
-ROUNDS = 20_000  # unrolled copies in one run
+ROUNDS = 2_000  # unrolled copies in one run
 GRAPH_NODES = 200_000
 REGIONS = 2_000
 REGION_DEPTH = 128

@@ -83,6 +83,8 @@ class Body:
         self.result_spec: list[TypeSpec] = []
         self.captures: dict[int, int] = {}  # outer node id -> input node id here
         self.captured_instances: dict[int, tuple[Instance, Instance]] = {}
+        self._child_names: set[str] = set()
+        self._next_child: dict[str, int] = {}
         self.used: set[str] = set()
         self.bound_spans: dict[str, Span] = {}
         self.chain_value: Tensor | Poison | None = None  # what the steps of a chain have made so far
@@ -214,19 +216,14 @@ class Body:
         return self.captured_instances[id(outer)][0]
 
     def fresh_child_name(self, base: str) -> str:
-        taken = set(self.region.children) | {i.name for i, _ in self.captured_instances.values()} | self.reserved
-        name, n = base, 1
-        while name in taken:
+        taken = {i.name for i, _ in self.captured_instances.values()}
+        name, n = base, self._next_child.get(base, 1)
+        while name in taken or name in self._child_names or name in self.region.children:
             n += 1
             name = f"{base}_{n}"
-        self.reserved.add(name)
+        self._next_child[base] = n
+        self._child_names.add(name)
         return name
-
-    @property
-    def reserved(self) -> set[str]:
-        if not hasattr(self, "_reserved"):
-            self._reserved: set[str] = set()
-        return self._reserved
 
     def adopt(self, inst: Instance, region: Region, span: Span) -> Child:
         """The child entry of an instance, made at its first sized use and checked at later ones."""

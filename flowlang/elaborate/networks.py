@@ -278,6 +278,7 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
 
     def resolve(wanted: list[Any]) -> list[Any]:
         pieces, total = pieces_of(body, wanted, set(t.names), span)
+        body.elab.count_items(body, t.size(axis) + sum(hidden), span)  # degrees, one for each unit
         y, per = made.build(x, hidden, blocks, total)
         return cut(body, y, per, pieces, wanted, span)
 
