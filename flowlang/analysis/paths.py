@@ -15,6 +15,15 @@ import sympy as sp
 t, x0, x1 = sp.symbols("t x0 x1", real=True)
 x = sp.Symbol("x", real=True)
 GRID = 96
+LARGEST = 10**3  # integers inside trigonometric functions, which sympy would expand as multiples of an angle
+
+
+def tidy(e: Any) -> Any:
+    """The expression simplified, unless that could take for ever."""
+    turning = e.atoms(sp.sin, sp.cos, sp.tan)
+    if any(abs(n.p) > LARGEST or n.q > LARGEST for f in turning for n in f.atoms(sp.Rational)):
+        return e
+    return sp.simplify(e)
 
 
 @dataclass(frozen=True)
@@ -27,25 +36,25 @@ class SymbolicPath:
     def affine(self) -> tuple[Any, Any] | None:
         """(α, σ) of x_t = α·x1 + σ·x0; None for a path of another form."""
         e = sp.expand(self.expression)
-        alpha, sigma = sp.simplify(sp.diff(e, x1)), sp.simplify(sp.diff(e, x0))
-        if alpha.has(x0, x1) or sigma.has(x0, x1) or sp.simplify(e - alpha * x1 - sigma * x0) != 0:
+        alpha, sigma = tidy(sp.diff(e, x1)), tidy(sp.diff(e, x0))
+        if alpha.has(x0, x1) or sigma.has(x0, x1) or tidy(e - alpha * x1 - sigma * x0) != 0:
             return None
         return alpha, sigma
 
     @cached_property
     def velocity(self) -> Any:
         """d x_t / dt at fixed x0 and x1."""
-        return sp.simplify(sp.diff(self.expression, t))
+        return tidy(sp.diff(self.expression, t))
 
     def at(self, time: int) -> Any:
         found = self.expression.subs(t, time)
         if found.has(sp.nan, sp.zoo, sp.oo):
             found = sp.limit(self.expression, t, time, "+" if time == 0 else "-")
-        return sp.simplify(found)
+        return tidy(found)
 
     def residual(self, time: int) -> Any:
         """What is missing at an end: 0 where the path arrives."""
-        return sp.simplify(self.at(time) - (x0 if time == 0 else x1))
+        return tidy(self.at(time) - (x0 if time == 0 else x1))
 
     @cached_property
     def field(self) -> Any:
@@ -53,14 +62,14 @@ class SymbolicPath:
         if self.affine is None:
             return None
         alpha, sigma = self.affine
-        return sp.simplify(sp.diff(sigma, t) / sigma * (x - alpha * x1) + sp.diff(alpha, t) * x1)
+        return tidy(sp.diff(sigma, t) / sigma * (x - alpha * x1) + sp.diff(alpha, t) * x1)
 
     @cached_property
     def signal_to_noise(self) -> Any:
         if self.affine is None:
             return None
         alpha, sigma = self.affine
-        return sp.simplify(alpha**2 / sigma**2)
+        return tidy(alpha**2 / sigma**2)
 
     def irregular(self) -> tuple[float, str] | None:
         """A time inside (0, 1) where the path or its velocity is not a finite real number, with what is wrong."""
@@ -84,7 +93,10 @@ class SymbolicPath:
         f = sp.lambdify(t, ratio, "mpmath")
         last: float | None = None
         for k in range(1, GRID):
-            value = complex(f(k / GRID)).real
+            try:
+                value = complex(f(k / GRID)).real
+            except (ZeroDivisionError, ValueError, OverflowError, TypeError):
+                continue  # beyond floats there
             if last is not None and value < last * (1 - 1e-12):
                 return k / GRID
             last = value
@@ -100,7 +112,7 @@ def conversions(path: SymbolicPath) -> dict[str, Any]:
     alpha, sigma = path.affine
     da, ds = sp.diff(alpha, t), sp.diff(sigma, t)
     v, s = sp.symbols("v s", real=True)
-    wronskian = sp.simplify(sigma * da - ds * alpha)
+    wronskian = tidy(sigma * da - ds * alpha)
     out = {
         "data_from_velocity": (sigma * v - ds * x) / wronskian,
         "noise_from_velocity": (da * x - alpha * v) / wronskian,
@@ -111,7 +123,7 @@ def conversions(path: SymbolicPath) -> dict[str, Any]:
         "velocity_from_score": da / alpha * x + wronskian * sigma / alpha * s,
         "score_from_velocity": -(da * x - alpha * v) / (wronskian * sigma),
     }
-    return {k: sp.simplify(e) for k, e in out.items()}
+    return {k: tidy(e) for k, e in out.items()}
 
 
 def text(expression: Any) -> str:

@@ -76,7 +76,7 @@ def end_error(path: SymbolicPath, time: int) -> float:
     from flowlang.analysis.paths import x0, x1
 
     residual = path.residual(time)
-    return max(abs(float(sp.N(sp.diff(residual, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
+    return max(abs(complex(sp.N(sp.diff(residual, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
 
 
 def check_ends(path: SymbolicPath, where: Span, report: Report, times: tuple[int, ...]) -> None:

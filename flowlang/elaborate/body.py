@@ -83,7 +83,7 @@ class Body:
         self.result_spec: list[TypeSpec] = []
         self.captures: dict[int, int] = {}  # outer node id -> input node id here
         self.captured_instances: dict[int, tuple[Instance, Instance]] = {}
-        self._child_names: set[str] = set()
+        self.reserved: set[str] = set()
         self._next_child: dict[str, int] = {}
         self.used: set[str] = set()
         self.bound_spans: dict[str, Span] = {}
@@ -218,11 +218,11 @@ class Body:
     def fresh_child_name(self, base: str) -> str:
         taken = {i.name for i, _ in self.captured_instances.values()}
         name, n = base, self._next_child.get(base, 1)
-        while name in taken or name in self._child_names or name in self.region.children:
+        while name in taken or name in self.reserved or name in self.region.children:
             n += 1
             name = f"{base}_{n}"
         self._next_child[base] = n
-        self._child_names.add(name)
+        self.reserved.add(name)
         return name
 
     def adopt(self, inst: Instance, region: Region, span: Span) -> Child:

@@ -38,7 +38,7 @@ class ProgramBody(Body):
         self.model = model
         self.data_type = inputs[0].type if inputs else None
         region.children = model.region.children
-        self._reserved = model.reserved
+        self.reserved = model.reserved
         self._copies: dict[int, int] = {}
 
     def capture(self, value: Any, name: str | None = None) -> Any:
