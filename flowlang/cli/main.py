@@ -1,8 +1,9 @@
-"""The command line: `flowlang COMMAND`. Exit codes: 0 fine, 1 refused, 2 wrong usage, 130 interrupted."""
+"""The command line: `flowlang COMMAND`. Exit codes: 0 fine, 1 refused, 2 wrong usage, 3 a fault of FlowLang's own, 130 interrupted."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 import click
 
 from flowlang import limits
-from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop
+from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.elaborate.scope import did_you_mean
+from flowlang.version import __version__
 
+# Commands that need torch: their module, and the first line of their help, so that `--help` imports none of them.
 LAZY = {
-    "verify": "run", "build": "run", "export": "export", "train": "training", "sample": "training", "score": "training",
-}  # fmt: skip
+    "verify": ("run", "Check inverse and log-det numerically, in float64."),
+    "build": ("run", "Write the flow as one Python file that needs torch alone."),
+    "export": ("export", "Write the flow's programs as ONNX models that need no PyTorch."),
+    "train": ("training", "Train a flow on a file of samples, or on an energy."),
+    "sample": ("training", "Draw samples from a trained flow (of its own spec, if none is named)."),
+    "score": ("training", "Log-density of each row under a trained flow, in the units of the data."),
+}
 ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "std", "new")
 
 
@@ -29,18 +38,20 @@ class Commands(click.Group):
         if name in LAZY:
             import importlib
 
-            found: click.Command = getattr(importlib.import_module(f"flowlang.cli.{LAZY[name]}"), name)
+            found: click.Command = getattr(importlib.import_module(f"flowlang.cli.{LAZY[name][0]}"), name)
             return found
         return super().get_command(ctx, name)
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in ORDER:
+            close = did_you_mean(args[0], ORDER)
+            ctx.fail(f"No such command {args[0]!r}." + (f" {close[0].upper()}{close[1:]}" if close else ""))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = []
-        for name in ORDER:
-            command = self.get_command(ctx, name)
-            if command is not None:
-                rows.append((name, command.get_short_help_str(90)))
+        own = {name: command.get_short_help_str(90) for name, command in self.commands.items()}
         with formatter.section("Commands"):
-            formatter.write_dl(rows)
+            formatter.write_dl([(name, LAZY[name][1] if name in LAZY else own[name]) for name in ORDER])
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,7 +138,7 @@ def fmt(specs: tuple[str, ...], only_check: bool) -> None:
         elif text != source.text:
             changed.append(spec)
             if not only_check:
-                Path(spec).write_text(text, "utf-8")
+                write_text(spec, text)
     for spec in changed:
         click.echo(f"{spec}: {'not in canonical form' if only_check else 'formatted'}")
     if only_check and changed:
@@ -161,7 +172,7 @@ def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) ->
     if out is None:
         click.echo(text)
     else:
-        Path(out).write_text(text, "utf-8")
+        write_text(out, text)
         click.echo(f"{out}: flow {name}")
 
 
@@ -212,8 +223,7 @@ def new(file: str, dims: int) -> None:
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in path.stem) or "flow"
     if name[0].isdigit():
         name = f"flow_{name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(TEMPLATE.format(name=name, dims=dims, file=file), "utf-8")
+    write_text(path, TEMPLATE.format(name=name, dims=dims, file=file))
     click.echo(f"{file}: now `flowlang check {file}`, then `flowlang train {file} --data samples.csv`")
 
 
@@ -233,6 +243,15 @@ def main() -> None:
         stop(e.diagnostics, as_json)
     except BrokenPipeError:
         raise SystemExit(141) from None
+    except Exception as e:
+        if os.environ.get("FLOWLANG_TRACEBACK"):
+            raise
+        click.echo(INTERNAL.format(version=__version__, kind=type(e).__name__, text=str(e).split("\n", 1)[0]), err=True)
+        raise SystemExit(3) from None
+
+
+INTERNAL = """FlowLang {version} met a fault of its own: {kind}: {text}
+Please report it with the spec and the command. `FLOWLANG_TRACEBACK=1` shows where it happened."""
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ class Choice:
     onehot: tuple[str, ...] = ()
     dequantise: Mapping[str, float] | bool = False
 
+    def __bool__(self) -> bool:
+        """Whether anything was asked at all."""
+        return bool(self.columns or self.given or self.onehot or self.dequantise)
+
 
 def read_table(
     path: str | Path,
@@ -148,7 +152,7 @@ def numeric(array: Any, what: str) -> Array:
 def from_array(array: Any, choice: Choice) -> Table:
     if not isinstance(array, np.ndarray):
         raise refuse("FL0801", "this .npy file holds an archive", "name it .npz")
-    if choice != Choice():
+    if choice:
         raise refuse(
             "FL0804", "a .npy file has no named columns", "use a .csv, .parquet or .npz file to choose columns"
         )
@@ -350,7 +354,7 @@ def from_columns(
     by_name = dict(zip(names, cells, strict=True))
     asked = [*choice.columns, *choice.onehot, *(choice.dequantise if isinstance(choice.dequantise, Mapping) else ())]
     need_columns(path, [*asked, *(c for k, parts in choice.given.items() for c in (parts or (k,)))], names)
-    if recipe is None or choice != Choice():
+    if recipe is None or choice:
         recipe = plan_columns(names, by_name, choice)
     need_columns(path, [*recipe.columns, *(c for parts in recipe.given.values() for c in parts)], names)
     if not recipe.columns:
