@@ -135,8 +135,14 @@ def digits(rng: np.random.Generator) -> Dataset:
     return Dataset({"x": ((found + rng.random(found.shape)) / 17)[:, None]}, "17 grey values dequantised")
 
 
+def digits_flat(rng: np.random.Generator) -> Dataset:
+    """The same digits as rows of 64 numbers."""
+    found = digits(rng)
+    return Dataset({"x": found.columns["x"].reshape(found.rows, -1)}, found.note)
+
+
 DATASETS: dict[str, Callable[..., Dataset]] = {
-    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, delays, cells, digits)
+    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, delays, cells, digits, digits_flat)
 }
 
 
