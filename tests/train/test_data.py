@@ -122,10 +122,12 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
 def test_any_bytes_give_a_table_or_a_diagnostic(tmp_path_factory: pytest.TempPathFactory, blob: bytes, suffix: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(blob)
+    said, rows = None, 0
     try:
-        assert len(read_table(path)) > 0
+        rows = len(read_table(path))
     except fl.FlowError as e:
-        assert e.diagnostics[0].code in ("FL0801", "FL0802", "FL0804")
+        said = e.diagnostics[0].code
+    assert rows > 0 or said in ("FL0801", "FL0802", "FL0804")
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
