@@ -13,6 +13,7 @@ LIST_ITEMS = 100_000
 LIST_TOTAL = 200_000  # items of all lists made in one run
 REPEAT_COUNT = 1_000_000
 RANK = 16
+EXACT_POWER = 100  # exponents in exact arithmetic (tableaus, paths)
 AXIS_SIZE = 2**31 - 1
 INSTANTIATION_DEPTH = 64
 IMPORT_DEPTH = 16

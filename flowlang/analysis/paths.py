@@ -128,7 +128,11 @@ def conversions(path: SymbolicPath) -> dict[str, Any]:
 
 def text(expression: Any) -> str:
     """An expression in the spec's notation."""
-    return str(expression).replace("**", " ^ ").replace("*", " * ").replace("pi", "π")
+    try:
+        shown = str(expression)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a number too long to show"
+    return shown.replace("**", " ^ ").replace("*", " * ").replace("pi", "π")
 
 
 __all__ = ["SymbolicPath", "conversions", "text"]

@@ -112,7 +112,7 @@ def check_prior(path: SymbolicPath, declaration: tree.Declaration, claim: tree.B
         )  # fmt: skip
         return
     start = path.at(0)
-    sigma, left = (abs(float(sp.N(sp.diff(start, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
+    sigma, left = (abs(complex(sp.N(sp.diff(start, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
     if abs(sigma - scale) > SCALE_TOLERANCE * scale:
         report.add(
             Diagnostic("FL0603", f"at t = 0 the path has scale {sigma:g}, and `normal(0, {scale:g})` is required", claim.span,

@@ -10,10 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowlang import limits
 from flowlang.source import Span
 from flowlang.syntax import tree
 
 DEPTH = 64
+
+
+def number_above(value: Any, limit: int) -> bool:
+    """Whether a value is a number, exact or not, of a size beyond a limit."""
+    try:
+        return bool(abs(value) > limit)
+    except TypeError:  # a formula
+        return False
 
 
 class NotPlain(Exception):
@@ -142,6 +151,8 @@ class Evaluator:
                 case "/":
                     return a / b
                 case "^":
+                    if number_above(b, limits.EXACT_POWER) or number_above(a, limits.INTEGER):
+                        raise NotPlain(e.span, "a power this high")
                     return a**b
                 case "==":
                     return a == b

@@ -29,6 +29,7 @@ from flowlang.elaborate.values import (
     PathFunction,
     Pending,
     Poison,
+    Poisoned,
     RangeValue,
     Static,
     Tensor,
@@ -608,6 +609,8 @@ class Body:
             self.bind_loop(expr.names, value, expr.span)
             if expr.condition is None or self.static_bool(expr.condition):
                 out.append(self.ev(expr.value))
+                if isinstance(out[-1], Poison):
+                    break  # the other rounds would say the same
         for n, v in saved.items():
             if v is None:
                 self.names.pop(n, None)
@@ -698,10 +701,6 @@ class Body:
         for name, size in spec.axes:
             if size is not None:
                 self.axes.setdefault(name, size)
-
-
-class Poisoned(Exception):
-    """A value that is already in error was needed."""
 
 
 def is_static(value: Any) -> bool:

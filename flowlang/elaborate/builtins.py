@@ -455,12 +455,16 @@ def permute(body: Body, args: Arguments) -> Any:
     n = body.b.type(x).size(axis)
     body.elab.count_items(body, n, span(args))
     given = next((v for v in args.positional if isinstance(v, list)), args.keywords.get("order"))
+    seed = args.keywords.get("seed", 0)
+    if not isinstance(seed, int):
+        where = args.keyword_spans["seed"]
+        raise body.fail("FL0305", f"a seed is a whole number, and this is {describe(seed)}", where)
     if given is None:
         order = list(range(n))
-        random.Random(int(args.keywords.get("seed", 0))).shuffle(order)
+        random.Random(seed).shuffle(order)
     else:
-        order = list(given)
-    if sorted(order) != list(range(n)):
+        order = list(given) if isinstance(given, list) else []
+    if not all(isinstance(k, int) for k in order) or sorted(order) != list(range(n)):
         raise body.fail("FL0305", f"an order of axis `{axis}` names each of 0..{n} once", span(args))
     return body.node("permute", x, axis=axis, order=tuple(order), span=span(args))
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from flowlang import limits
-from flowlang.diagnostics import Diagnostic, Report
+from flowlang.diagnostics import Diagnostic, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, parameters_of
@@ -103,6 +103,17 @@ class Elaborator:
                 )
             )
             return
+        seen: dict[str, Span] = {}
+        for p in (p for ps in item.parameters for p in ps):
+            if p.name in seen:
+                where = Span(p.span.source, p.span.start, p.span.start + len(p.name) + p.variadic)
+                self.report.add(
+                    Diagnostic("FL0204", f"`{p.name}` is declared twice", where, suggestion="rename one of them",
+                               labels=(Label(seen[p.name], "first here"),))
+                )  # fmt: skip
+                scope.broken |= {item.name}
+                return
+            seen[p.name] = p.span
         if not scope.source.library and item.name in self.library.names():
             self.report.add(
                 Diagnostic("FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note")

@@ -69,6 +69,8 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
         expression = sp.simplify(sp.diff(expression, end))
         if expression.has(*ends.values()):
             raise body.fail("FL0306", f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`", args.span)
+    if expression is None:
+        raise body.fail("FL0308", f"the path `{fn.path.declaration.name}` has no value", args.span)
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
     body.b.span = args.span
     # The formula is shown to be smooth for 0 < t < 1 where the path is declared; here t is shown to lie there.

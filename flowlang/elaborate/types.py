@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flowlang import limits
 from flowlang.elaborate.scope import did_you_mean
-from flowlang.elaborate.values import Option, Static, Tensor, TypeSpec, describe
+from flowlang.elaborate.values import Option, Poison, Poisoned, Static, Tensor, TypeSpec, describe
 from flowlang.ir.domains import DOMAIN_NAMES, Domain, domain
 from flowlang.syntax import tree
 
@@ -150,6 +150,8 @@ def axis_spec(body: Body, item: tree.Item, before: list[str]) -> tuple[str, int 
     left = item.left
     if isinstance(left, tree.Attribute):  # R[b.D]: axis D with b's size
         size = body.ev(left)
+        if isinstance(size, Poison):
+            raise Poisoned
         if not isinstance(size, int):
             raise body.fail("FL0302", f"`{left.name}` has no size here", item.span)
         return left.name, size

@@ -28,6 +28,10 @@ class Poison:
 POISON = Poison()
 
 
+class Poisoned(Exception):
+    """A value that is already in error was needed."""
+
+
 class Absent:
     """`none`: an optional argument that was not given."""
 

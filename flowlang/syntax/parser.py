@@ -501,10 +501,12 @@ class _Parser:
         plain = text.replace("_", "")
         if any(x in plain for x in ".eE"):
             value: int | float = float(plain)
-            if value == float("inf"):
+            digits = plain.lower().partition("e")[0]
+            if value == float("inf") or (value == 0 and digits.strip("0.")):
+                what, better = ("exceeds", "smaller") if value else ("is below", "larger")
                 raise _Failure(
                     Diagnostic(
-                        "FL0901", "this number exceeds the limit of a float", span, suggestion="write a smaller one"
+                        "FL0901", f"this number {what} the limit of a float", span, suggestion=f"write a {better} one"
                     )
                 )
         else:

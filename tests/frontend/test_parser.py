@@ -270,11 +270,11 @@ def test_numbers(text: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("9223372036854775808", "FL0901"), ("1e999", "FL0901"), ("9" * 5000, "FL0901"), ("2x", "FL0104"), ("1.5γ", "FL0104")],
+    [("9223372036854775808", "FL0901"), ("1e999", "FL0901"), ("1e-999", "FL0901"), ("0.0e-999", None), ("9" * 5000, "FL0901"), ("2x", "FL0104"), ("1.5γ", "FL0104")],
 )
-def test_bad_numbers(text: str, code: str) -> None:
+def test_bad_numbers(text: str, code: str | None) -> None:
     _, problems = parsed(f"const a = {text}")
-    assert [d.code for d in problems] == [code]
+    assert [d.code for d in problems] == ([code] if code else [])
 
 
 @pytest.mark.parametrize(
