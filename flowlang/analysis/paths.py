@@ -74,6 +74,8 @@ class SymbolicPath:
     def irregular(self) -> tuple[float, str] | None:
         """A time inside (0, 1) where the path or its velocity is not a finite real number, with what is wrong."""
         for name, e in (("the path", self.expression), ("its velocity", sp.diff(self.expression, t))):
+            if e.has(sp.zoo, sp.nan, sp.oo, -sp.oo):
+                return 1 / GRID, name
             f = sp.lambdify((t, x0, x1), e, "mpmath")
             for k in range(1, GRID):
                 time = k / GRID
@@ -88,7 +90,7 @@ class SymbolicPath:
     def snr_turns(self) -> float | None:
         """A time where the signal-to-noise ratio does not grow; None where it grows throughout."""
         ratio = self.signal_to_noise
-        if ratio is None or self.affine is None or self.affine[1] == 0:
+        if ratio is None or self.affine is None or self.affine[1] == 0 or ratio.has(sp.zoo, sp.nan, sp.oo):
             return None
         f = sp.lambdify(t, ratio, "mpmath")
         last: float | None = None
