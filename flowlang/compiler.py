@@ -157,9 +157,10 @@ def check_flow(comp: Compilation, target: Declared) -> None:
             )  # fmt: skip
             return
     check_size(comp, region)
-    examine(comp, region)
+    home = target.declaration.name_span
+    examine(comp, region, home)
     if not region.broken and comp.report.ok:
-        check_support(comp, region)
+        check_support(comp, region, home)
     if not region.broken:
         check_requirements(comp, region)
         check_fields(region, comp.report)
@@ -173,7 +174,7 @@ def check_model(comp: Compilation, target: Declared) -> None:
         return
     comp.regions[target.name] = region
     for program in region.programs.values():
-        examine(comp, program)
+        examine(comp, program, target.declaration.name_span)
         region.broken = region.broken or program.broken
 
 
@@ -199,7 +200,7 @@ def check_unused(comp: Compilation, target: Declared) -> None:
         region = comp.elab.witness_region(target, size)
         if region is not None:
             comp.regions.setdefault(target.name, region)
-            examine(comp, region)
+            examine(comp, region, target.declaration.name_span)
             if not region.broken:
                 check_requirements(comp, region)
         if len(comp.report.errors) > before:
@@ -210,10 +211,13 @@ def check_unused(comp: Compilation, target: Declared) -> None:
 # ---- totality and invertibility -----------------------------------------------------------------
 
 
-def examine(comp: Compilation, root: Region) -> None:
-    """Totality of every region, then invertibility of every map, each told once (A14)."""
+def examine(comp: Compilation, root: Region, home: Span | None) -> None:
+    """Totality of every region, then invertibility of every map, each told once (A14).
+
+    `home`: where the user's own text declares the root, which may be an alias of a library entry.
+    """
     regions = list(root.walk())  # children first
-    anchors = library_anchors(root)
+    anchors = library_anchors(root, home)
     bad: set[int] = set()  # in error, or holding a region in error
     for region in regions:
         if region.broken:
@@ -250,7 +254,7 @@ def tell_rules(comp: Compilation, region: Region) -> None:
         )  # fmt: skip
 
 
-def library_anchors(root: Region) -> dict[int, Span]:
+def library_anchors(root: Region, home: Span | None) -> dict[int, Span]:
     """For each library region, the place in the user's text that led to it."""
     out: dict[int, Span] = {}
 
@@ -268,7 +272,9 @@ def library_anchors(root: Region) -> dict[int, Span]:
                 visit(inner, where)
 
     seen: set[int] = {id(root)}
-    visit(root, root.span)
+    if root.library and home is not None:
+        out[id(root)] = home
+    visit(root, home if root.library else root.span)
     return out
 
 
@@ -312,13 +318,13 @@ def tell_failure(comp: Compilation, region: Region, f: Failure, anchors: Mapping
 # ---- supports -----------------------------------------------------------------------------------
 
 
-def check_support(comp: Compilation, region: Region) -> None:
+def check_support(comp: Compilation, region: Region, home: Span | None) -> None:
     """Data's domain forward onto the base's support, and the support backward into data's domain (A9)."""
     assert region.base is not None
     analyses = comp.analyses
     support = base_support(region)
     image = analyses.ranges(region).interval(region.outputs[0])
-    where = region.base.span
+    where = home if region.library else region.base.span
     name = region.base.distribution.name
     if (image.lo, image.hi) != (support.lo, support.hi):  # end points carry no mass
         comp.report.add(

@@ -88,7 +88,7 @@ def visible(graph: Graph, node: Node) -> int:
     if rows is None:
         return node.tensor.count
     pairs = len(users[0].attrs["row_degrees"]) * len(users[0].attrs["col_degrees"])
-    return sum(r.bit_count() for r in rows.bits()) * node.tensor.count // pairs
+    return sum(r.bit_count() for r in rows.bits()) * node.tensor.count // max(pairs, 1)
 
 
 COUNTS: dict[str, Callable[[Graph, Node], int]] = {"declared": declared, "stored": stored, "free": free}

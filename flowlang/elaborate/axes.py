@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.types import checked_size
 from flowlang.elaborate.values import POISON, Pending, Poison, RangeValue, Tensor, TypeSpec, describe
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
@@ -85,7 +86,7 @@ def split(body: Body, x: Tensor, name: str, parts: tuple[tree.Item, ...], span: 
         if not isinstance(part.left, tree.Name):
             raise body.fail("FL0307", "an axis is a name", part.span)
         # Without a written size, a name already in use as a size keeps it; one part may stay open.
-        size = body.static_int(part.eq) if part.eq is not None else None
+        size = checked_size(body, body.static_int(part.eq), part.span) if part.eq is not None else None
         sizes.append((part.left.id, size))
     known = 1
     for _, s in sizes:

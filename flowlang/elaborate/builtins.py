@@ -11,6 +11,7 @@ from flowlang.elaborate.calls import Arguments, apply
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.types import static_size
 from flowlang.elaborate.values import (
     ABSENT,
     POISON,
@@ -478,7 +479,7 @@ def constant_like(value: float) -> Fn:
             for item in args.axes:
                 if not isinstance(item.left, tree.Name):
                     raise body.fail("FL0307", "an axis is a name", item.span)
-                size = body.static_int(item.eq) if item.eq is not None else body.axes.get(item.left.id)
+                size = static_size(body, item.eq) if item.eq is not None else body.axes.get(item.left.id)
                 if size is None:
                     raise body.fail("FL0310", f"the size of axis `{item.left.id}` is open", item.span)
                 axes.append((item.left.id, size))

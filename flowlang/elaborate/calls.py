@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.paths import call_path
 from flowlang.elaborate.scope import close_names, did_you_mean, item_name
-from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words
+from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words, static_size
 from flowlang.elaborate.values import (
     ABSENT,
     POISON,
@@ -647,7 +647,7 @@ def finish_call(
         )
         if arrow is not None and isinstance(arrow.arrow, tree.Name):
             known = body.axes.get(arrow.arrow.id)
-            width = body.static_int(arrow.arrow_eq) if arrow.arrow_eq is not None else known
+            width = static_size(body, arrow.arrow_eq) if arrow.arrow_eq is not None else known
             if width is not None:
                 keep = list(lifted.items())
                 fixed = [(back.get(n, n), s) for n, s in results.fixed]
@@ -811,6 +811,13 @@ def emit_call(
     outs = [
         TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in call_results(region, inst.inverted)
     ]
+    for t in outs:
+        twice = next((n for n in t.names if t.names.count(n) > 1), None)
+        if twice is not None:
+            raise body.fail(
+                "FL0307", f"axis `{twice}` would stand twice in the result of `{inst.target.name}`", span,
+                suggestion=f"rename it in the argument, as in `x[{twice} -> E]`",
+            )  # fmt: skip
     attrs = {
         "child": child.name,
         "region": region,

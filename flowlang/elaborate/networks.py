@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, Formal, join_inputs, wanted_axes
+from flowlang.elaborate.types import static_size
 from flowlang.elaborate.values import (
     Absent,
     BuiltinNet,
@@ -177,7 +178,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
             raise body.fail("FL0307", "`linear` makes one axis", item.span)
         size: int | None
         if item.arrow_eq is not None:
-            size = body.static_int(item.arrow_eq)
+            size = static_size(body, item.arrow_eq)
         elif item.arrow.id == source:
             size = t.size(source)
         else:

@@ -390,6 +390,8 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
     axes: list[tuple[str, int]] = []
     for n, s in spec.axes:
         size = body.elab.size_override(body, n, s, entry)
+        if size == 0:
+            raise body.fail("FL0307", f"axis `{n}` of a flow's input has size 0", entry.span, suggestion="give it at least 1")
         axes.append((n, size))
         if word == "data" or n not in body.axes:
             body.axes[n] = size

@@ -8,6 +8,7 @@ from flowlang import limits
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.elaborate.values import Option, Poison, Poisoned, Static, Tensor, TypeSpec, describe
 from flowlang.ir.domains import DOMAIN_NAMES, Domain, domain
+from flowlang.source import Span
 from flowlang.syntax import tree
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ def axis_spec(body: Body, item: tree.Item, before: list[str]) -> tuple[str, int 
     if item.eq is not None:
         if isinstance(item.eq, tree.Name) and item.eq.id == "ragged":
             raise body.fail("FL0902", "ragged axes have no meaning yet", item.span)
-        return left.id, checked_size(body, body.static_int(item.eq), item)
-    return left.id, known_size(body, left.id)
+        return left.id, static_size(body, item.eq)
+    known = known_size(body, left.id)
+    return left.id, known if known is None else checked_size(body, known, item.span)
 
 
 def known_size(body: Body, name: str) -> int | None:
@@ -175,9 +177,14 @@ def known_size(body: Body, name: str) -> int | None:
     return None
 
 
-def checked_size(body: Body, size: int, item: tree.Item) -> int:
+def static_size(body: Body, expr: tree.Expr) -> int:
+    """The size of an axis, as written."""
+    return checked_size(body, body.static_int(expr), expr.span)
+
+
+def checked_size(body: Body, size: int, span: Span) -> int:
     if size < 0:
-        raise body.fail("FL0307", f"an axis of size {size} makes no sense", item.span)
+        raise body.fail("FL0307", f"an axis of size {size} makes no sense", span)
     if size > limits.AXIS_SIZE:
-        raise body.fail("FL0901", f"an axis of size {size} exceeds the limit of {limits.AXIS_SIZE}", item.span)
+        raise body.fail("FL0901", f"an axis of size {size} exceeds the limit of {limits.AXIS_SIZE}", span)
     return size
