@@ -595,15 +595,19 @@ def chain_rows(comp: Compilation, region: Region, data: int) -> list[dict[str, A
         if n is not None:
             plan_steps[n] = s
     rows: list[dict[str, Any]] = []
+    before = set(region.inputs)
     for step in region.steps:
         after = region.graph[step.after]
         if step.inner is not None:
             for row in chain_rows(comp, step.inner, data):
                 rows.append({**row, "count": row["count"] * step.count})
+            before.add(step.after)
             continue
+        # A call's result may be picked and named before the next step; a step of its own may be nothing but that.
         node = after
-        while node.op in ("get", "rename", "order") and node.id not in plan_steps and node.inputs:
+        while node.op in ("get", "rename", "order") and node.inputs and node.inputs[0] not in before:
             node = region.graph[node.inputs[0]]
+        before.add(step.after)
         inner = node.attrs.get("region")
         found = plan_steps.get(node.id)
         rows.append(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]], numbers: Sequence[int] = ()) -> str:
+    """Columns of text, those of `numbers` aligned to the right."""
     widths = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
+
+    def line(cells: list[str]) -> str:
+        shown = [c.rjust(w) if k in numbers else c.ljust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "  ".join(shown).rstrip()
+
+    lines = [line(r) for r in [head, *rows]]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
@@ -40,6 +47,6 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 for r in d["chain"]
             ]  # fmt: skip
             lines.append("")
-            lines.append(table(["step", "", "shape", "inverse", "log-det", "parameters", "FLOPs"], rows))
+            lines.append(table(["step", "", "shape", "inverse", "log-det", "parameters", "FLOPs"], rows, numbers=(5, 6)))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
