@@ -60,12 +60,14 @@ def library_flow(name: str) -> Source | None:
 
 
 def analyse(
-    spec: str | Path, sets: Mapping[str, Any] | None = None, *, sized: bool = False, max_parameters: int | None = None
-) -> Compilation:
+    spec: str | Path, sets: Mapping[str, Any] | None = None, *, sized: bool = False, max_parameters: int | None = None,
+    build: str | None = None,
+) -> Compilation:  # fmt: skip
     """Everything that is known of a spec (see `flowlang.compiler`). Larger flows than `max_parameters` are refused."""
     source, folder = source_of(spec)
     loader = Folders([folder] if folder else [])
-    return compile_source(source, loader=loader, sets=sets, sized=sized, max_parameters=max_parameters or limits.PARAMETERS)
+    limit = max_parameters or limits.PARAMETERS
+    return compile_source(source, loader=loader, sets=sets, sized=sized, max_parameters=limit, build=build)
 
 
 def check(spec: str | Path, **sets: Any) -> Report:
@@ -89,6 +91,8 @@ def info(spec: str | Path, **sets: Any) -> list[dict[str, Any]]:
 def pick_flow(comp: Compilation, name: str | None) -> str:
     flows = comp.flows() + comp.models()
     if name is not None:
+        if name in comp.nets() and name in comp.regions:
+            return name
         if name not in flows:
             raise FlowError(
                 Diagnostic(
@@ -111,7 +115,7 @@ def pick_flow(comp: Compilation, name: str | None) -> str:
 
 def generate(spec: str | Path, *, flow: str | None = None, standalone: bool = True, **sets: Any) -> tuple[str, str]:
     """The PyTorch source of a flow, and the name of its class."""
-    comp = analyse(spec, sets, sized=True)
+    comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
     verify_rules(comp, pick_flow(comp, flow))
@@ -147,7 +151,7 @@ def compile(
     `spec` is a path, text, or the name of a library entry; keyword arguments set sizes and static parameters, as in `D=6`. Raises
     FlowError with the diagnostics of a bad spec. `seed` fixes the start of the parameters.
     """
-    comp = analyse(spec, sets, sized=True)
+    comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
     return compile_from(comp, flow, seed=seed, dtype=dtype)

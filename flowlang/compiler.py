@@ -18,6 +18,7 @@ from flowlang.diagnostics import Diagnostic, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.elaborator import WITNESS_SIZES, Elaborator
 from flowlang.elaborate.scope import LATER_KINDS, ModuleScope
+from flowlang.elaborate.types import is_tensor_type
 from flowlang.elaborate.values import Declared, Instance
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Region
@@ -69,18 +70,21 @@ class Compilation:
     def models(self) -> list[str]:
         return [d.name for d in self.module.declared() if self.kind(d) == "model"]
 
+    def nets(self) -> list[str]:
+        return [d.name for d in self.module.declared() if self.kind(d) in ("net", "norm")]
+
     def kind(self, target: Declared) -> str:
         return target.kind
 
 
 def compile_source(
     source: Source, *, loader: Loader | None = None, sets: Mapping[str, Any] | None = None, sized: bool = False,
-    max_parameters: int = limits.PARAMETERS,
-) -> Compilation:
+    max_parameters: int = limits.PARAMETERS, build: str | None = None,
+) -> Compilation:  # fmt: skip
     """Checks a spec whole. Never raises for a bad one; see `report`.
 
     `sized`: a flow with an axis of open size is refused (it is to be built), instead of being judged at
-    a witness size.
+    a witness size. `build` names what is to be built: a net by itself then has the sizes that are set.
     """
     report = Report()
     elab = Elaborator(report, loader or Folders(), standard_library(), sets)
@@ -88,12 +92,18 @@ def compile_source(
     elab.parameter_limit = max_parameters
     module = elab.add_module(source)
     comp = Compilation(source, report, elab, module)
+    alone = next((d for d in module.declared() if d.name == build and d.kind in ("net", "norm")), None)
+    if alone is not None:
+        region = elab.sized_region(alone)
+        if region is not None:
+            comp.regions[alone.name] = region
+            examine(comp, region)
     for target in module.declared():
         if target.kind == "flow":
             check_flow(comp, target)
         elif target.kind == "model":
             check_model(comp, target)
-    for target in module.declared():
+    for target in sorted(module.declared(), key=lambda d: not sized_by_itself(d)):
         if target.kind in CHECKED_KINDS:
             comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, report)
         elif target.kind in LATER_KINDS:
@@ -116,6 +126,13 @@ def compile_source(
             )
         )  # fmt: skip
     return comp
+
+
+def sized_by_itself(target: Declared) -> bool:
+    """Whether all tensors that it takes have sizes: it is judged first, and with it what it uses."""
+    types = [p.type for ps in target.declaration.parameters for p in ps if is_tensor_type(p.type)]
+    items = [i for t in types for i in (t.items if isinstance(t, tree.Brackets) else ())]
+    return bool(items) and all(i.eq is not None for i in items)
 
 
 # ---- declarations -------------------------------------------------------------------------------
@@ -194,18 +211,40 @@ def check_unused(comp: Compilation, target: Declared) -> None:
     if target.declaration.alias is not None:
         comp.elab.resolve_alias(target)
         return
-    before = len(comp.report.errors)
-    for size in WITNESS_SIZES:
-        comp.elab.witness = size
-        region = comp.elab.witness_region(target, size)
-        if region is not None:
-            comp.regions.setdefault(target.name, region)
-            examine(comp, region, target.declaration.name_span)
-            if not region.broken:
-                check_requirements(comp, region)
-        if len(comp.report.errors) > before:
+    main, fitting = comp.report, 0
+    unfit: Report | None = None
+    for size in (*WITNESS_SIZES, *DIVISIBLE_SIZES):
+        if fitting == len(WITNESS_SIZES):
             break
+        comp.report = comp.elab.report = Report()
+        judge_at(comp, target, size)
+        found, comp.report, comp.elab.report = comp.report, main, main
+        if any(d.code == "FL0312" for d in found.errors) and not sized_by_itself(target):
+            unfit = unfit or found  # an axis of this size does not divide as wanted: others may
+            continue
+        main.extend(found)
+        fitting += 1
+        if not found.ok:
+            break
+    if not fitting and unfit is not None:
+        main.extend(unfit)
     comp.elab.witness = WITNESS_SIZES[0]
+
+
+DIVISIBLE_SIZES = (4, 8, 32, 64)  # for declarations that cut axes into groups
+
+
+def judge_at(comp: Compilation, target: Declared, size: int) -> None:
+    """Judges a declaration with free axes of a size."""
+    comp.elab.witness = size
+    region = comp.elab.witness_region(target, size)
+    if region is None:
+        return
+    if not region.broken or target.name not in comp.regions:
+        comp.regions[target.name] = comp.regions.get(target.name, region) if not region.broken else region
+    examine(comp, region, target.declaration.name_span)
+    if not region.broken:
+        check_requirements(comp, region)
 
 
 # ---- totality and invertibility -----------------------------------------------------------------

@@ -129,20 +129,23 @@ class Generator:
         name = self.classes[id(region)]
         root = region is self.root and region.kind == "flow"
         scope = ClassScope(self, region)
-        prefix = "_" if root else ""
+        alone = region is self.root and region.kind in ("net", "norm")
+        prefix = "_" if root or alone else ""
         bodies = [self.write_method(scope, self.program(region, p, v), prefix + method_name(p, v)) for p, v in asked]
         for program in region.programs.values():
             bodies += [
                 self.program_face(program),
                 self.write_method(scope, self.program(program, "forward"), f"_{program.name}"),
             ]
-        base = "Flow" if root else "Model" if region.programs else "nn.Module"
+        base = "Flow" if root else "Model" if region.programs else "Net" if alone else "nn.Module"
         lines = [f"class {name}({base}):"]
         if base != "nn.Module":
             self.helpers.add(base)
         lines += [f"    {x}".rstrip() for x in self.docstring(region)]
         if root:
             lines += [f"    {x}".rstrip() for x in self.shapes(region)]
+        elif alone:
+            lines += [f"    {x}".rstrip() for x in self.net_inputs(region)]
         elif region.programs:
             lines += [f"    {x}".rstrip() for x in self.programs(region)]
         constructor = scope.constructor()
@@ -175,6 +178,12 @@ class Generator:
             lines.append(f"given_shapes = {dictionary({k: repr(t.shape) for k, t in given.items()})}")
         types = {"data": data.tensor, "base": base.tensor, **given}
         lines.append(f"types = {dictionary({k: string(str(t)) for k, t in types.items()})}")
+        return ["", *"\n".join(lines).split("\n")]
+
+    def net_inputs(self, region: Region) -> list[str]:
+        nodes = [region.graph[i] for i in [*region.inputs, *region.context]]
+        lines = [f"inputs = {dictionary({str(n.label): repr(n.tensor.shape) for n in nodes})}"]
+        lines.append(f"types = {dictionary({str(n.label): string(str(n.tensor)) for n in nodes})}")
         return ["", *"\n".join(lines).split("\n")]
 
     def programs(self, region: Region) -> list[str]:

@@ -37,6 +37,7 @@ CODES: dict[str, str] = {
     "FL0309": "optional-value",
     "FL0310": "free-size",
     "FL0311": "bad-domain",
+    "FL0312": "indivisible",
     # 04 invertibility, domains, support
     "FL0401": "arrives-twice",
     "FL0402": "dimension-lost",

@@ -227,7 +227,7 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
             names.extend(a.name for a in body.rest)
             continue
         if not isinstance(item.left, tree.Name):
-            raise body.fail("FL0902", "statistics within groups have no meaning yet", item.span)
+            raise body.fail("FL0307", "a reduction names axes, as in `sum[D](x)`, or groups, as in `var[C / 8](x)`", item.span)
         if item.left.id == "B" and name in ("mean", "var", "std"):
             continue
         if item.left.id == "B":
@@ -244,6 +244,8 @@ def reduction(op: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
         expect(body, args, shown, 1, 1, ("ddof",) if op in ("var", "std") else ())
         x = operand(body, args)
+        if any(grouped(i) for i in args.axes):
+            return within_groups(body, args, x, lambda inner: call(body, inner))
         t = body.b.type(x)
         names = reduced_axes(body, args, t, shown)
         if op == "sum":
@@ -257,6 +259,44 @@ def reduction(op: str) -> Fn:
         return body.node(op, x, axes=names, span=span(args), **extra)
 
     return call
+
+
+def grouped(item: tree.Item) -> bool:
+    return isinstance(item.left, tree.Binary) and item.left.op == "/"
+
+
+def within_groups(body: Body, args: Arguments, x: int, reduce: Callable[[Arguments], Any]) -> Tensor:
+    """`var[H, W, C / 8](x)`: C is cut into 8 groups, and each index of C gets its group's value."""
+    where = span(args)
+    axes: list[tree.Item] = []
+    groups: list[tuple[str, str, str]] = []
+    for item in args.axes:
+        if not grouped(item):
+            axes.append(item)
+            continue
+        assert isinstance(item.left, tree.Binary)
+        if not isinstance(item.left.left, tree.Name):
+            raise body.fail("FL0307", "groups are those of an axis, as in `C / 8`", item.span)
+        name, count = item.left.left.id, body.static_int(item.left.right)
+        size = axis_rules.need_axis(body, body.b.type(x), name, item.span)
+        if count < 1 or size % count:
+            raise body.fail(
+                "FL0312", f"axis `{name}` of size {size} does not divide into {count} groups", item.span,
+                suggestion=f"choose a number of groups that divides {size}",
+            )  # fmt: skip
+        outer, inner = f"{name}~groups", f"{name}~"
+        x = body.b.op("split", x, axis=name, into=((outer, count), (inner, size // count)), span=where)
+        axes.append(tree.Item(tree.Name(inner, span=item.span), span=item.span))
+        groups.append((name, outer, inner))
+    sizes = {n: body.b.type(x).size(n) for _, _, n in groups}
+    reduced = reduce(Arguments([Tensor(x, body)], args.spans, args.keywords, args.keyword_spans, tuple(axes), args.span))
+    value = body.tensor(reduced, where)
+    for name, outer, inner in groups:
+        wide = [(a.name, a.size) for a in body.b.type(value).axes]
+        wide.insert([n for n, _ in wide].index(outer) + 1, (inner, sizes[inner]))
+        value = body.b.op("expand", value, axes=tuple(wide), span=where)
+        value = body.b.op("merge", value, axes=(outer, inner), into=name, span=where)
+    return Tensor(value, body)
 
 
 def euclidean(op: str) -> Fn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from flowlang import limits
@@ -746,13 +746,24 @@ class Elaborator:
 
     def witness_region(self, target: Declared, size: int) -> Region | None:
         """A declaration that nothing uses, at a witness size for each free axis."""
+        found = self.witness_arguments(target, size)
+        return None if found is None else self.region_at(target, found, lambda name: size, {"D": size})
+
+    def sized_region(self, target: Declared) -> Region | None:
+        """A net or norm by itself, its open sizes and static parameters as set from outside."""
+        names = [p.name for ps in target.declaration.parameters for p in ps if not is_tensor_type(p.type)]
+        arguments = {n: self.sets[n] for n in names if n in self.sets}
+        self.used_sets |= set(self.sets)
+        rest = {n: v for n, v in self.sets.items() if n not in names and isinstance(v, int)}
+        return self.region_at(target, arguments, lambda name: rest.pop(name, None), rest)
+
+    def region_at(
+        self, target: Declared, arguments: dict[str, Any], size_of: Callable[[str], int | None], rest: Mapping[str, int]
+    ) -> Region | None:
+        """The region of a declaration by itself: `size_of` tells open sizes, `rest` the axes of a bare `..`."""
         declaration = target.declaration
         scope = Body(self, Region(target.name, target.kind, Graph(), span=declaration.span), target.module)
         span = declaration.name_span or declaration.span
-        found = self.witness_arguments(target, size)
-        if found is None:
-            return None
-        arguments = found
         inst = Instance(target, arguments, span)
         inputs: dict[str, TensorType] = {}
         try:
@@ -771,9 +782,15 @@ class Elaborator:
                 spec = evaluate_type(scratch, p.type)
                 if not isinstance(spec, TypeSpec):
                     return None
-                axes = [Axis(n, s if s is not None else scratch.axes.setdefault(n, size)) for n, s in spec.axes]
-                if spec.rest and not axes:
-                    axes = [Axis("D", size)]
+                axes = []
+                for n, s in spec.axes:
+                    known = s if s is not None else scratch.axes.get(n, size_of(n))
+                    if known is None:
+                        raise scope.fail("FL0310", f"the size of axis `{n}` of `{p.name}` is open", p.span,
+                                         suggestion=f"set it, as in `compile(.., {n}=8)`")  # fmt: skip
+                    axes.append(Axis(n, scratch.axes.setdefault(n, known)))
+                if spec.rest and (not axes or rest.keys() != {"D"}):
+                    axes[spec.rest_at : spec.rest_at] = [Axis(n, v) for n, v in rest.items() if n not in scratch.axes]
                 for a in axes:
                     scratch.axes.setdefault(a.name, a.size)
                 inputs[p.name] = TensorType(tuple(axes), spec.domain.kind)
@@ -782,9 +799,12 @@ class Elaborator:
             if declaration.results:
                 shape = self.result_shape(target, inst, scratch.axes)
                 if shape is not None and shape.open_axes:
-                    open_sizes = dict.fromkeys(shape.open_axes, size)
+                    open_sizes = {n: v for n in shape.open_axes if (v := size_of(n)) is not None}
+                    if len(open_sizes) < len(shape.open_axes):
+                        raise scope.fail("FL0310", f"the size of axis `{shape.open_axes[0]}` of the result is open", span,
+                                         suggestion=f"set it, as in `compile(.., {shape.open_axes[0]}=8)`")  # fmt: skip
             if not inputs and declaration.kind == "bijector":
-                inputs = {"x": TensorType((Axis("D", max(size, 2)),))}
+                inputs = {"x": TensorType((Axis("D", max(size_of("D") or 2, 2)),))}
             return self.instantiate(scope, inst, inputs, open_sizes, span)
         except Fail as e:
             self.report.add(e.diagnostic)

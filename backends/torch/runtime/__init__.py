@@ -39,6 +39,7 @@ from flowlang.backends.torch.runtime.functions import (
 )
 from flowlang.backends.torch.runtime.model import (
     Model,
+    Net,
 )
 from flowlang.backends.torch.runtime.noise import (
     standard_noise,
@@ -123,6 +124,7 @@ __all__ = [
     "Interval",
     "LowerMatrix",
     "Model",
+    "Net",
     "PluMatrix",
     "Positive",
     "Rotation",

@@ -1,4 +1,4 @@
-"""A model as users call it: programs that share networks."""
+"""Networks and models as users call them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ import torch
 from flowlang.backends.torch.runtime.errors import bad_input
 from flowlang.backends.torch.runtime.face import Face
 from torch import Tensor
+
+
+class Net(Face):
+    """A network by itself. `inputs` has the shapes of one sample of each value that it takes."""
+
+    inputs: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
+
+    def forward(self, *values: Tensor) -> Any:
+        """The network's result; values may have any number of leading batch dimensions."""
+        if len(values) != len(self.inputs):
+            expected = ", ".join(f"`{k}`: {self.types.get(k, v)}" for k, v in self.inputs.items())
+            raise bad_input(f"{len(values)} values were given", f"this network takes {expected}")
+        checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(self.inputs.items(), values, strict=True)]
+        batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
+        return self._forward(*(v.expand(batch + s) for _, v, s in checked))
+
+    def _forward(self, *values: Tensor) -> Any:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}: {self.types.get(k, v)}" for k, v in self.inputs.items())
 
 
 class Model(Face):
