@@ -97,7 +97,7 @@ def compile_source(
         region = elab.sized_region(alone)
         if region is not None:
             comp.regions[alone.name] = region
-            examine(comp, region)
+            examine(comp, region, alone.declaration.name_span)
     for target in module.declared():
         if target.kind == "flow":
             check_flow(comp, target)
