@@ -432,6 +432,9 @@ class CaseFacts:
 
 
 def solvable(b: Bench, slot: int) -> bool:
+    """Whether the search would solve for that operand: it has every axis of the result (A3), and the rule's needs hold."""
+    if OPS[b.case.op].elementwise and set(b.node.tensor.names) - set(b.case.operands[slot].type.names):
+        return False
     needs = OPS[b.case.op].needs
     assert needs is not None
     found = needs(b.node, slot, CaseFacts(b))
