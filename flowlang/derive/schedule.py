@@ -102,10 +102,17 @@ class _Scheduler:
         for n, (axis, degrees) in self.degrees.items():
             made.rows[n] = rows_of(axis, degrees, steps)
         made.rows[self.entry] = made.rows[self.result]
+        if any(self.cuts_rows(made, graph[n]) for n in self.degrees):
+            return None
         for n in self.degrees:
             if not self.read_operands(made, graph[n]):
                 return None
         return made
+
+    def cuts_rows(self, made: Schedule, node: Node) -> bool:
+        """Whether a split cuts the axis whose rows come stage by stage: its sizes hold for the whole axis alone."""
+        inner = made.rows.get(node.inputs[0]) if node.op == "split" else None
+        return inner is not None and inner.axis == node.attrs["axis"]
 
     def place(self, index: int) -> int:
         """How many indices come before this one in the scan."""

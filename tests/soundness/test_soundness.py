@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.soundness.generate import make
+from tests.soundness.judge import judge
 from tests.soundness.run import Tally, run
 
 
@@ -21,3 +23,10 @@ def test_no_random_graph_is_accepted_wrongly() -> None:
 @pytest.mark.parametrize("first", range(300, 2500, 550))
 def test_no_random_graph_is_accepted_wrongly_at_length(first: int) -> None:
     holds(run(550, first))
+
+
+@pytest.mark.parametrize("seed", [130686, 4062])
+def test_seeds_whose_generated_code_once_failed(seed: int) -> None:
+    verdict = judge(make(seed), seed)
+    assert verdict.accepted
+    assert not verdict.wrong
