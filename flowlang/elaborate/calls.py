@@ -635,7 +635,8 @@ def finish_call(
             back.setdefault(formal, actual)
         if not f.given and f is formals[0]:
             rest_frame = {n for n, _ in bound.rest}
-    results = body.elab.result_shape(target, inst, sizes)
+    anchor = body.anchor if body.module.source.library else span
+    results = body.elab.result_shape(target, inst, sizes, anchor)
     if results is not None and results.open_axes:
         first = bindings[formals[0].name]
         arrow = next((i for i in axes if i.arrow is not None), None)

@@ -669,12 +669,14 @@ class Elaborator:
                     )
                 )  # fmt: skip
 
-    def result_shape(self, target: Declared, inst: Instance, sizes: Mapping[str, int]) -> ResultShape | None:
-        """A network's declared single result, with the axes whose sizes only its use can tell."""
+    def result_shape(
+        self, target: Declared, inst: Instance, sizes: Mapping[str, int], anchor: Span | None = None
+    ) -> ResultShape | None:
+        """A network's declared single result, with the axes whose sizes only its use (at `anchor`) can tell."""
         declaration = target.declaration
         if len(declaration.results) != 1:
             return None
-        scratch = Body(self, Region(target.name, target.kind, Graph()), target.module)
+        scratch = Body(self, Region(target.name, target.kind, Graph()), target.module, anchor=anchor)
         scratch.axes.update(sizes)
         for p in parameters_of(inst):
             if not is_tensor_type(p.type):
