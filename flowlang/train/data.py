@@ -49,12 +49,17 @@ class Recipe:
 
 @dataclass
 class Table:
-    """Samples in rows: `x` of shape [n, *data], context arrays [n, *shape] by name."""
+    """Samples in rows: `x` of shape [n, *data], context arrays [n, *shape] by name.
+
+    Where columns are dequantised, `x` has noise and `rounded` the values before it, so that training can draw the
+    noise anew (Theis et al. 2016).
+    """
 
     x: Array
     given: dict[str, Array] = field(default_factory=dict)
     recipe: Recipe = field(default_factory=Recipe)
     notes: list[str] = field(default_factory=list)
+    rounded: Array | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -64,7 +69,12 @@ class Table:
         return self.recipe.columns
 
     def take(self, rows: Any) -> Table:
-        return Table(self.x[rows], {k: v[rows] for k, v in self.given.items()}, self.recipe, self.notes)
+        rounded = self.rounded[rows] if self.rounded is not None else None
+        return Table(self.x[rows], {k: v[rows] for k, v in self.given.items()}, self.recipe, self.notes, rounded)
+
+    def widths(self) -> Array:
+        """The width of the noise of each column; 0 for none."""
+        return np.array([self.recipe.steps.get(c, 0.0) for c in self.columns])
 
 
 @dataclass(frozen=True)
@@ -362,8 +372,10 @@ def from_columns(
     rng = np.random.default_rng(seed)
     notes: list[str] = []
     data: list[Array] = []
+    rounded: list[Array] = []
     for n in recipe.columns:
         v = codes(n, by_name[n], recipe.categories[n]) if n in recipe.categories else to_numbers(n, by_name[n])
+        rounded.append(v)
         if n in recipe.steps:
             v = v + rng.uniform(-0.5, 0.5, len(v)) * recipe.steps[n]
             coded = f" of its categories {', '.join(recipe.categories[n])}" if n in recipe.categories else ""
@@ -380,7 +392,8 @@ def from_columns(
             else:
                 blocks.append(to_numbers(c, by_name[c])[:, None])
         out[name] = np.concatenate(blocks, axis=1)
-    return Table(np.stack(data, axis=1), out, recipe, notes)
+    before = np.stack(rounded, axis=1) if recipe.steps else None
+    return Table(np.stack(data, axis=1), out, recipe, notes, before)
 
 
 # ---- standardisation and splits -----------------------------------------------------------------

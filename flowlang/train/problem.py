@@ -76,6 +76,8 @@ class Likelihood:
         self.given_standard = {k: Standardiser.fit_context(v) for k, v in part.given.items()}
         dtype = flow.like.dtype
         self.x, self.given = self.tensors(part, dtype)
+        self.rounded = torch.as_tensor(part.rounded) if part.rounded is not None else None
+        self.widths = torch.as_tensor(table.widths())
         self.held_x, self.held_given = self.tensors(table.take(held), dtype)
         self.batches = math.ceil(len(self.x) / batch)
         self.offset = -self.standard.log_det
@@ -101,7 +103,16 @@ class Likelihood:
             own = whole[:1]
         shown = ", ".join(str(int(self.rows[i]) + 1) for i in whole[:4])
         words = f"its rows are {shown}{' and others' if len(whole) > 4 else ''}"
-        return (self.x[own], {k: c[own] for k, c in self.given.items()}), weight, words
+        return (self.samples(own, epoch, step, rank, world), {k: c[own] for k, c in self.given.items()}), weight, words
+
+    def samples(self, own: Tensor, epoch: int, step: int, rank: int, world: int) -> Tensor:
+        """Standardised rows. Dequantised columns get fresh noise in every epoch, the same however many processes there are."""
+        if self.rounded is None:
+            return self.x[own]
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, step, 3))
+        noise = torch.rand(self.size, len(self.widths), dtype=torch.float64, generator=generator)[rank::world][: len(own)]
+        x = self.rounded[own] + (noise - 0.5) * self.widths
+        return torch.as_tensor(self.standard.apply(x.numpy())).to(self.x.dtype)
 
     @torch.no_grad()
     def validate(self, move: Move) -> float:

@@ -117,6 +117,27 @@ def test_densities_are_in_the_units_of_the_data(tmp_path: Path) -> None:
     assert torch.allclose(drawn.mean(0), torch.tensor([3.0, -1.0], dtype=torch.float64), atol=0.2)
 
 
+def test_dequantisation_draws_fresh_noise_in_every_epoch_and_one_noise_for_all_processes() -> None:
+    from flowlang.train.data import Recipe
+    from flowlang.train.problem import Likelihood
+
+    rounded = np.random.default_rng(0).integers(0, 9, (200, 2)).astype(float)
+    noisy = rounded + [0.25, 0.0]
+    t = Table(noisy, recipe=Recipe(("a", "b"), steps={"a": 1.0}), rounded=rounded)
+    p = Likelihood(fl.compile(SPEC, seed=0), t, batch=64, validation=0.1, seed=0, standardise=True)
+
+    def seen(epoch: int, rank: int, world: int) -> Any:
+        (x, _), _, _ = p.batch(epoch, 1, rank, world)
+        return p.standard.undo(x.double().numpy())
+
+    whole, later = seen(0, 0, 1), seen(1, 0, 1)
+    assert np.allclose(np.stack([seen(0, 0, 2), seen(0, 1, 2)], 1).reshape(whole.shape), whole)
+    noise = whole[:, 0] - np.round(whole[:, 0])
+    assert np.abs(whole[:, 1] - np.round(whole[:, 1])).max() < 1e-5
+    assert noise.std() == pytest.approx(12**-0.5, rel=0.2)
+    assert not np.isin(noise.round(5), (later[:, 0] - np.round(later[:, 0])).round(5)).any()
+
+
 def test_validation_stops_early_and_the_best_weights_stay(tmp_path: Path) -> None:
     flow = fl.compile(SPEC, seed=0)
     found = train(flow, table(60), tmp_path, options(epochs=300, lr=0.1, schedule="constant", patience=4))
