@@ -122,7 +122,7 @@ def test_dequantisation_draws_fresh_noise_in_every_epoch_and_one_noise_for_all_p
     from flowlang.train.problem import Likelihood
 
     rounded = np.random.default_rng(0).integers(0, 9, (200, 2)).astype(float)
-    noisy = rounded + [0.25, 0.0]
+    noisy = rounded + np.array([0.25, 0.0])
     t = Table(noisy, recipe=Recipe(("a", "b"), steps={"a": 1.0}), rounded=rounded)
     p = Likelihood(fl.compile(SPEC, seed=0), t, batch=64, validation=0.1, seed=0, standardise=True)
 
