@@ -77,8 +77,8 @@ class Bench:
         return evaluate(self.graph, given, self.parameters, [target], self.analyses)[0]
 
     def run(self, *inputs: Tensor) -> Tensor:
-        """The generated module's result; a graph without inputs still takes one that tells the batch."""
-        found = self.module(*inputs) if inputs else self.module(torch.zeros(()))
+        """The generated program's result, without the face's checks; a graph without inputs takes one that tells the batch."""
+        found = self.module._forward(*inputs) if inputs else self.module._forward(torch.zeros(()))
         assert isinstance(found, Tensor)
         return found
 
