@@ -312,7 +312,7 @@ def sample(
         shape = flow.given_shapes.get(name)
         if shape is not None and value.size == int(np.prod(shape)):
             value = value.reshape(shape)
-        context[name] = np.broadcast_to(value, (count, *value.shape))
+        context[name] = np.repeat(value[None], count, axis=0)
     drawn = draw_samples(flow, count, seed, context)
     recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else Recipe()
     write_samples(Path(out), drawn, recipe, raw)
