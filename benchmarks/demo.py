@@ -3,7 +3,9 @@
 Diamonds (53,940 rows, 7 columns). Every model sees the same numbers: dequantised by their printed step, split 80/10/10,
 standardised by the training part. For each of three seeds (noise, split and start of all models) the flow, a Gaussian
 with full covariance and Gaussian mixtures are fitted on the training part; the mixture's size and the flow's epoch are
-chosen on the validation part; densities are compared on the test part, with a bootstrap over its rows.
+chosen on the validation part; densities are compared on the test part, with a bootstrap over its rows. (Training of
+the flow draws the noise anew in each epoch. With 128 components the mixture is no better on validation than with 96:
+5.4585 and 5.4583 nats for the standardised rows of seed 0, so the candidates end there.)
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "specs" / "diamonds.flow"
 STEPS = {"carat": 0.01, "cut": 1.0, "color": 1.0, "clarity": 1.0, "depth": 0.1, "table": 1.0, "price": 1.0}
 SEEDS = (0, 1, 2)
-MIXTURES = (4, 8, 16, 32, 64)
+MIXTURES = (8, 32, 64, 96)
 EPOCHS = 40
 TARGET = 0.1  # nats for each dimension
 
@@ -67,7 +69,8 @@ def fit_flow(csv: Path, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     parts = prepared(csv, seed)
     flow = fl.compile(SPEC, seed=seed)
     options = Options(
-        epochs=epochs, batch=512, lr=3e-3, validation=1 / 9, patience=epochs, seed=seed, progress=False, accelerator="cpu"
+        epochs=epochs, batch=256, lr=8e-3, ema=0.99, validation=1 / 9, patience=epochs, seed=seed, progress=False,
+        accelerator="cpu",
     )  # fmt: skip
     result = train(flow, parts["known"], out, options, {"recipe": vars(parts["table"].recipe)})
     trained = fl.load(out).eval()
