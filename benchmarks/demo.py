@@ -4,8 +4,10 @@ Diamonds (53,940 rows, 7 columns). Every model sees the same numbers: dequantise
 standardised by the training part. For each of three seeds (noise, split and start of all models) the flow, a Gaussian
 with full covariance and Gaussian mixtures are fitted on the training part; the mixture's size and the flow's epoch are
 chosen on the validation part; densities are compared on the test part, with a bootstrap over its rows. (Training of
-the flow draws the noise anew in each epoch. With 128 components the mixture is no better on validation than with 96:
-5.4585 and 5.4583 nats for the standardised rows of seed 0, so the candidates end there.)
+the flow draws the noise anew in each epoch.)
+
+The requirement is 0.1 nat for each dimension better than both. The mixtures still gain a little with more components
+than the candidates have, so a margin over the mixture that is near the requirement must not be read as met for good.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "specs" / "diamonds.flow"
 STEPS = {"carat": 0.01, "cut": 1.0, "color": 1.0, "clarity": 1.0, "depth": 0.1, "table": 1.0, "price": 1.0}
 SEEDS = (0, 1, 2)
-MIXTURES = (8, 32, 64, 96)
-EPOCHS = 40
+MIXTURES = (16, 64, 160)
+EPOCHS = 30
 TARGET = 0.1  # nats for each dimension
 
 
@@ -193,12 +195,28 @@ def table_of(flows: dict[int, Any], mixtures: dict[int, dict[int, Any]], dims: i
     return facts
 
 
-def holds(facts: dict[str, Any]) -> bool:
-    return all(
-        c["mean"] >= TARGET and c["low"] > 0
-        for f in facts.values()
-        for c in f["flow_better_by_nats_per_dimension"].values()
-    )
+def verdict(facts: dict[str, Any]) -> dict[str, bool]:
+    """What holds for all seeds: the required margin over each baseline, and intervals that exclude no difference."""
+    out: dict[str, bool] = {}
+    for name in ("gaussian", "mixture"):
+        found = [f["flow_better_by_nats_per_dimension"][name] for f in facts.values()]
+        out[f"{name}_margin"] = all(c["mean"] >= TARGET for c in found)
+        out[f"{name}_interval_above_0"] = all(c["low"] > 0 for c in found)
+    out["mixture_chosen_below_the_largest"] = all(f["mixture_components"] < max(MIXTURES) for f in facts.values())
+    return out
+
+
+def tell(found: dict[str, bool]) -> None:
+    words = {
+        "gaussian_margin": f"at least {TARGET} nats for each dimension better than the Gaussian",
+        "gaussian_interval_above_0": "better than the Gaussian, interval above 0",
+        "mixture_margin": f"at least {TARGET} nats for each dimension better than the mixture",
+        "mixture_interval_above_0": "better than the mixture, interval above 0",
+        "mixture_chosen_below_the_largest": "the mixture's best size is not the largest that was tried",
+    }
+    print("\nFor all seeds:")
+    for name, holds in found.items():
+        print(f"  {'yes' if holds else 'NO '}  {words[name]}")
 
 
 def draw(out: Path, folder: Path, csv: Path, flows: dict[int, Any]) -> None:
@@ -290,8 +308,8 @@ def main() -> int:
         flows, mixtures = fit_all(csv, out, chosen.epochs, SEEDS)
         report.head("Scores on the test part")
         facts = table_of(flows, mixtures, dims)
-        good = holds(facts)
-        print(f"\n{'Holds' if good else 'Does NOT hold'}: at least {TARGET} nats for each dimension better than both, intervals above 0.")
+        found = verdict(facts)
+        tell(found)
         folder = out / f"seed{SEEDS[0]}"
         report.head("Pictures")
         draw(out, folder, csv, flows)
@@ -301,12 +319,13 @@ def main() -> int:
         onnx = exported(out, folder, csv)
     whole = {
         "rows": data.rows, "columns": list(data.columns), "steps": STEPS, "epochs": chosen.epochs, "seeds": facts,
-        "holds": good, "verify": checks, "standalone_max_error": alone, "onnx": onnx,
+        "verdict": found, "verify": checks, "standalone_max_error": alone, "onnx": onnx,
         "seconds": time.perf_counter() - report.began,
     }  # fmt: skip
     (out / "report.json").write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
     print(f"\nAll of it: {out / 'report.json'}   [{whole['seconds']:.0f} s]")
-    return 0 if good and all(c["ok"] for c in checks) else 1
+    # Fails where something is wrong; how large a margin is, is a finding, told above and in the report.
+    return 0 if all(c["ok"] for c in checks) and alone == 0 else 1
 
 
 if __name__ == "__main__":
