@@ -240,8 +240,9 @@ def judge_at(comp: Compilation, target: Declared, size: int) -> None:
     region = comp.elab.witness_region(target, size)
     if region is None:
         return
-    if not region.broken or target.name not in comp.regions:
-        comp.regions[target.name] = comp.regions.get(target.name, region) if not region.broken else region
+    known = comp.regions.get(target.name)
+    if known is None or known.broken:
+        comp.regions[target.name] = region
     examine(comp, region, target.declaration.name_span)
     if not region.broken:
         check_requirements(comp, region)

@@ -37,6 +37,8 @@ def probes(domain: Domain | None, n: int, shape: tuple[int, ...], generator: tor
     """Points in a domain, some of them near its edges."""
     import torch
 
+    from flowlang.backends.torch.explicit import into
+
     iv = domain.interval if domain is not None else Interval(-math.inf, math.inf, True, True)
     if domain is not None and domain.kind == "int":
         low, high = (int(v) if math.isfinite(v) else d for v, d in ((iv.lo, -8), (iv.hi, 8)))
@@ -45,13 +47,7 @@ def probes(domain: Domain | None, n: int, shape: tuple[int, ...], generator: tor
     z[: n // 4] *= 3
     if n > 4:
         z[0], z[1] = 0.0, 1e-6
-    if iv.finite:
-        return iv.lo + (iv.hi - iv.lo) * torch.sigmoid(z)
-    if iv.lo > -math.inf:
-        return iv.lo + torch.exp(z)
-    if iv.hi < math.inf:
-        return iv.hi - torch.exp(z)
-    return z
+    return into(iv, z)
 
 
 def perturb(flow: Flow, generator: torch.Generator, size: float = 0.1) -> None:

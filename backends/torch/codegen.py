@@ -9,7 +9,7 @@ from typing import Any
 
 from flowlang.backends.torch.emit import ATOM, EMITTERS, Expr, Writer, called, method_name
 from flowlang.backends.torch.files import file_text, runtime_names
-from flowlang.backends.torch.names import RESERVED, Names, class_name
+from flowlang.backends.torch.names import RESERVED, Names, ascii_name, class_name
 from flowlang.backends.torch.polish import folded, reuse_names
 
 from flowlang.analysis.solvers import order
@@ -135,7 +135,7 @@ class Generator:
         for program in region.programs.values():
             bodies += [
                 self.program_face(program),
-                self.write_method(scope, self.program(program, "forward"), f"_{program.name}"),
+                self.write_method(scope, self.program(program, "forward"), f"_{ascii_name(program.name)}"),
             ]
         base = "Flow" if root else "Model" if region.programs else "Net" if alone else "nn.Module"
         lines = [f"class {name}({base}):"]
@@ -192,26 +192,27 @@ class Generator:
         types: dict[str, str] = {}
         for name, program in region.programs.items():
             nodes = [program.graph[i] for i in program.inputs]
-            table[name] = dictionary({str(n.label): repr(n.tensor.shape) for n in nodes})
+            table[ascii_name(name)] = dictionary({str(n.label): repr(n.tensor.shape) for n in nodes})
             types |= {str(n.label): string(str(n.tensor)) for n in nodes}
         lines = [f"programs = {dictionary(table)}", f"types = {dictionary(types)}"]
         return ["", *"\n".join(lines).split("\n")]
 
     def program_face(self, region: Region) -> list[str]:
         """The method that users call for a program: it checks its inputs and broadcasts their batch dimensions."""
-        names = [str(region.graph[i].label) for i in region.inputs]
+        fresh = Names()
+        names = [fresh.fresh(str(region.graph[i].label)) for i in region.inputs]
         results = ", ".join(["Tensor"] * len(region.outputs))
         returns = results if len(region.outputs) == 1 else f"tuple[{results}]"
         inputs = "".join(f", {n}: Tensor" for n in names) or ", shape: Any = ()"
-        head = f"def {region.name}(self{inputs}, generator: torch.Generator | None = None) -> {returns}:"
+        head = f"def {ascii_name(region.name)}(self{inputs}, generator: torch.Generator | None = None) -> {returns}:"
         values = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
         doc = plain(region.doc or f"The program `{region.name}` of the spec.").splitlines()
-        body = f"return self.run({string(region.name)}, {values}, {'()' if names else 'shape'}, generator)"
+        body = f"return self.run({string(ascii_name(region.name))}, {values}, {'()' if names else 'shape'}, generator)"
         return [head, *(f"    {x}" for x in quoted(doc)), f"    {body}"]
 
     def write_method(self, scope: ClassScope, program: Program, method: str) -> list[str]:
         if self.solved_first(program):
-            return self.write_inverse(scope, program, method)
+            return self.write_inverse(program, method)
         writer = Writer(scope, program.graph)
         region = program.region
         names: list[str] = []
@@ -266,7 +267,7 @@ class Generator:
             and not any(n.op == "running" for r in program.region.walk() for n in r.graph)
         )
 
-    def write_inverse(self, scope: ClassScope, program: Program, method: str) -> list[str]:
+    def write_inverse(self, program: Program, method: str) -> list[str]:
         region = program.region
         names = Names(self.reserved)
         arguments = [
@@ -286,7 +287,6 @@ class Generator:
         forward = f"self{'._forward' if prefix else ''}({', '.join([*values, *context, *noise[False]])})"
         log_det = names.fresh("log_det")
         blank = "_" if len(region.outputs) == 1 else "*_"
-        del scope
         return [
             *header(method, signature, len(program.outputs)),
             f"    # {plain(', '.join(f'{a}: {program.graph[i].type}' for a, i in zip(arguments, program.inputs, strict=True)))}",

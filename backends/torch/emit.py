@@ -885,17 +885,14 @@ def _matrix_solve(w: Writer, n: Node) -> Expr:
     matrix, renames = matrix_node(w, n.inputs[0])
     y = n.inputs[1]
     ty = w.type(y)
-    row, col = (renames.get(a, a) for a in matrix.tensor.names[-2:])
+    row, _ = (renames.get(a, a) for a in matrix.tensor.names[-2:])
     transposed = n.attrs["axis"] == row
     given = n.attrs["given"]
-    del col
-    position = ty.position(given)
     last = [a for a in ty.names if a != given] + [given]
     text = moved(w.tensor(y), ty.names, last)
     solved = f"{w.scope.matrix(matrix)}.solve({text}{', transposed=True' if transposed else ''})"
     names = [n.attrs["axis"] if a == given else a for a in last]
     want = [n.attrs["axis"] if a == given else a for a in ty.names]
-    del position
     return Expr(moved(solved, names, want))
 
 
@@ -1000,7 +997,7 @@ def _random(w: Writer, n: Node) -> Expr:
 # ---- calls --------------------------------------------------------------------------------------
 
 
-def _call_arguments(w: Writer, n: Node, region: Region) -> list[str]:
+def _call_arguments(w: Writer, n: Node) -> list[str]:
     """Arguments with lifted axes in front, missing ones broadcast."""
     lifted = [a for a, _ in n.attrs.get("lifted", ())]
     out: list[str] = []
@@ -1020,7 +1017,6 @@ def _call_arguments(w: Writer, n: Node, region: Region) -> list[str]:
             out.append(f"{text}.expand({front}{shape})")
         else:
             out.append(argument(w, i))
-    del region
     return out
 
 
@@ -1065,8 +1061,7 @@ def _method(n: Node) -> str:
 
 @emitter("call")
 def _call(w: Writer, n: Node) -> Expr | None:
-    region: Region = n.attrs["region"]
-    arguments = _call_arguments(w, n, region)
+    arguments = _call_arguments(w, n)
     if w.scope.generator.noisy(*called(n)):
         arguments.append(f"generator={w.generator}")
     child = w.scope.children[n.attrs["child"]]

@@ -157,6 +157,7 @@ class Probe:
 
 
 def into(iv: Interval, z: Tensor) -> Tensor:
+    """Points of the line as points of an open interval."""
     if iv.finite:
         return iv.lo + (iv.hi - iv.lo) * torch.sigmoid(z)
     if iv.lo > -math.inf:

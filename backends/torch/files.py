@@ -89,7 +89,6 @@ def needed_parts(helpers: Iterable[str]) -> list[str]:
 def imports(code: str) -> str:
     """Import lines for the modules that a text uses."""
     used = {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)}
-    used |= {w for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) for w in words(n.value)}
     groups = [[FUTURE]]
     for table in (STANDARD, THIRD_PARTY):
         lines = [line for name, line in table.items() if name in used]
@@ -99,11 +98,6 @@ def imports(code: str) -> str:
             plain = [x for x in lines if x.startswith("import")]
             groups.append([*plain, *merged([x for x in lines if x not in plain])])
     return "\n\n".join("\n".join(g) for g in groups)
-
-
-def words(value: object) -> set[str]:
-    """Annotations under `from __future__` are code already; strings of other kinds name nothing."""
-    return set()
 
 
 def merged(lines: list[str]) -> list[str]:

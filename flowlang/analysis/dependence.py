@@ -17,7 +17,7 @@ REPEAT_ROUNDS = 64  # beyond this many distinct rounds a repeated relation is ta
 class Summaries:
     """Relations of region results on region inputs, computed once for each region."""
 
-    _known: dict[int, list[list[Relation | None]]] = field(default_factory=dict)
+    _known: dict[int, tuple[Region, list[list[Relation | None]]]] = field(default_factory=dict)  # alive with its region
 
     def of(self, region: Region) -> list[list[Relation | None]]:
         """[result][argument] -> relation or None for no dependence; arguments: inputs, then context."""
@@ -25,8 +25,9 @@ class Summaries:
             arguments = [*region.inputs, *region.context]
             results = [*region.outputs, *(e.value for e in region.emissions)]
             per_argument = [Dependence(region.graph, a, self).all(results) for a in arguments]
-            self._known[id(region)] = [[per_argument[k][r] for k in range(len(arguments))] for r in range(len(results))]
-        return self._known[id(region)]
+            table = [[per_argument[k][r] for k in range(len(arguments))] for r in range(len(results))]
+            self._known[id(region)] = (region, table)
+        return self._known[id(region)][1]
 
 
 class Supports:

@@ -30,7 +30,8 @@ class Fields:
     """Growth of regions' results in their arguments, computed once for each region."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, tuple[Growth | None, ...]], list[Growth | None]] = {}
+        # Each entry keeps its region alive, so that no other can take its id.
+        self._known: dict[tuple[int, tuple[Growth | None, ...]], tuple[Region, list[Growth | None]]] = {}
 
     def of(self, region: Region, arguments: tuple[Growth | None, ...]) -> list[Growth | None]:
         """Growth of each result, from that of the arguments (inputs, then context); None: independent."""
@@ -50,8 +51,8 @@ class Fields:
                     values[n] = calls[node.inputs[0]][node.attrs["index"]]
                 else:
                     values[n] = step(node, [values[i] for i in node.inputs], region)
-            self._known[key] = [values[o] for o in region.outputs]
-        return self._known[key]
+            self._known[key] = (region, [values[o] for o in region.outputs])
+        return self._known[key][1]
 
     def call(self, node: Node, operands: list[Growth | None]) -> list[Growth | None]:
         region: Region = node.attrs["region"]

@@ -122,7 +122,7 @@ class _Scheduler:
         """The axis along which the value's degrees tell most, and the degree of each index."""
         assert relation is not None
         found: list[tuple[int, int, str, tuple[int, ...]]] = []
-        for k, row in enumerate(self.graph[n].tensor.axes):
+        for row in self.graph[n].tensor.axes:
             degrees = [0] * row.size
             for part in relation.parts:
                 matrix = relation.matrix(part, row.name, self.axis)
@@ -133,7 +133,6 @@ class _Scheduler:
             found.append(
                 (sum(degrees) * self.size // max(row.size, 1), row.name != self.axis, row.name, tuple(degrees))
             )
-            del k
         if not found:
             return None
         _, _, axis, degrees_ = min(found)

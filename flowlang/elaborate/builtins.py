@@ -332,11 +332,6 @@ def primed(body: Body, id: int, names: tuple[str, ...], where: Span) -> Tensor:
     return Tensor(id, body)
 
 
-def with_licence(fn: Fn) -> Fn:
-    """A reduction whose argument may be an outer product over the axes that it removes."""
-    return fn
-
-
 def along(op: str, **defaults: Any) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
         expect(body, args, op, 1, 1, tuple(defaults))

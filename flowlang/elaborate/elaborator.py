@@ -777,7 +777,7 @@ class Elaborator:
                         value = default_value(scratch, p)
                     if value is not None:
                         scratch.names[p.name] = value
-            for k, p in enumerate(parameters_of(inst)):
+            for p in parameters_of(inst):
                 if not is_tensor_type(p.type) or is_optional(p.type) or p.default is not None:
                     continue
                 assert p.type is not None
@@ -796,7 +796,6 @@ class Elaborator:
                 for a in axes:
                     scratch.axes.setdefault(a.name, a.size)
                 inputs[p.name] = TensorType(tuple(axes), spec.domain.kind)
-                del k
             open_sizes: dict[str, int] = {}
             if declaration.results:
                 shape = self.result_shape(target, inst, scratch.axes)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from flowlang.elaborate.elaborator import Elaborator
 
 
+# What every compiled module has already; a program of that name would replace it.
+MODULE_NAMES = frozenset(["add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "like", "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules", "named_parameters", "origin", "parameters", "programs", "register_backward_hook", "register_buffer", "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "run", "set_extra_state", "set_submodule", "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "types", "xpu", "zero_grad"])
+
+
 class DataInput:
     """An entry of `data` or `given`: its name, type and domain."""
 
@@ -87,6 +91,11 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
             run_one(body, statement, last=False)
     for d in defs:
         if is_program(d, inputs):
+            if d.name in MODULE_NAMES:
+                where = d.name_span or d.span
+                body.report(body.diagnostic("FL0204", f"`{d.name}` is a method of every compiled module, and cannot name a program",
+                                            where, suggestion=f"choose another name, as `{d.name}_step`"))  # fmt: skip
+                continue
             region = build_program(body, d, inputs)
             body.region.programs[d.name] = region
             body.region.broken = body.region.broken or region.broken

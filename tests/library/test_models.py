@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from flowlang.backends.torch.runtime import Model
 
 import flowlang as fl
 from flowlang.diagnostics import FlowError
+from flowlang.elaborate.models import MODULE_NAMES
 
 FLOW_MATCHING = """
 model flow_matching(v: net = mlp(64, 64, act = tanh), path: path = cond_ot) {
@@ -123,3 +125,17 @@ def test_wrong_values_are_told() -> None:
         model.loss(torch.zeros(4, 3))
     assert repr(model).startswith("FlowMatching(")
     assert math.prod(model.sample(7).shape) == 14
+
+
+def test_names_that_every_module_has_cannot_name_programs() -> None:
+    has = {n for n in dir(Model()) if not n.startswith("_")} - {"T_destination"}
+    assert has <= MODULE_NAMES
+    (error,) = fl.check("model m { data x: R[D = 2]\n def train { mean(x) } }").errors
+    assert error.code == "FL0204"
+    assert "`train`" in error.message
+
+
+def test_names_that_python_lacks_get_ascii_spellings() -> None:
+    model = fl.compile("model m { data x': R[D = 2], λ: R\n def loss'(x', λ) { λ * mean(x') } }")
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(model.loss_prime(x, torch.tensor(2.0)), 2 * x.mean())

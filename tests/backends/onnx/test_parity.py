@@ -17,12 +17,22 @@ ROOT = Path(__file__).parents[3]
 SPECS = sorted([*(ROOT / "tests" / "acceptance" / "good").glob("*.flow"), *(ROOT / "specs").glob("**/*.flow")])
 
 SIZES = {"D": 4, "C": 4, "H": 4, "W": 4, "T": 3}
-# Entries that need more than their data: the flow's given inputs, the step, the base.
+# Entries that need more than their data, or other data: the flow's inputs, the steps, the base.
 CASES = {
     "factor_out": ("", "factor_out[C](normal)", "normal"),
     "conditional_planar": ("given c: R[K = 3]\n", "conditional_planar", "normal"),
     "conditional_radial": ("given c: R[K = 3]\n", "conditional_radial", "normal"),
 }
+FORCE = "net force(z: R[D]) { -z }"
+CASES |= {
+    "uniform_dequantise": ("data x: Int(0..17)[D = 4]\n", "uniform_dequantise(17)\n elementwise(logit)", "normal"),
+    "variational_dequantise": (
+        "data x: Int(0..3)[C = 1, H = 2, W = 2]\n", "variational_dequantise(3, net = conv_net(4))\n elementwise(logit)", "normal",
+    ),
+    "logit_transform": ("data x: Interval(-0.05 / 0.9, 1 + 0.05 / 0.9)[D = 3]\n", "logit_transform", "normal"),
+    "hamiltonian_step": ("", "hamiltonian_step(force = force())", "normal"),
+    "langevin_step": ("", "langevin_step(force = force())", "normal"),
+}  # fmt: skip
 # Maps that others are made of: their parameters are values of the flow, and the entries that use them are tested.
 PARTS = {"planar_map", "radial_map"}
 BIJECTORS = [e["name"] for e in entries() if e["kind"] == "bijector" and e["name"] not in PARTS]
@@ -36,14 +46,15 @@ def step_flow(name: str) -> str:
     names = [a.split("=")[0].strip() for a in axes.split(",") if a.strip() != ".."] or ["D"]
     shape = ", ".join(f"{a} = {SIZES.get(a, 3)}" for a in names)
     base = {"Torus": "von_mises(concentration = 2)"}.get(domain, "normal")
-    given, step, base = CASES.get(name, ("", name, base))
-    return f"flow one {{ data x: {domain}[{shape}]\n {given} {step}\n base {base} }}"
+    inputs, step, base = CASES.get(name, ("", name, base))
+    if "data " not in inputs:
+        inputs = f"data x: {domain}[{shape}]\n {inputs}"
+    return f"flow one {{ {inputs}\n {step}\n base {base} }}\n{FORCE if 'force' in step else ''}"
 
 
 def compiled(text: str | Path) -> Compilation:
     comp = analyse(text, sized=True)
-    if not comp.ok:
-        pytest.skip(f"it does not compile: {comp.report.errors[0].message}")
+    assert comp.ok, comp.report.errors[0].message
     return comp
 
 
