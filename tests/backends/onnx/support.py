@@ -179,7 +179,7 @@ def difference(found: np.ndarray, wanted: np.ndarray, exact: np.ndarray) -> floa
     assert told.mean() > 0.5, "most of the inputs are beyond the precision"
     assert np.isfinite(a[told]).all(), "finite on one side only"
     if rows >= 100 and found.dtype == np.float32:  # what a lucky sample is allowed must not hide a loss of precision
-        assert np.quantile(theirs, 0.99) <= max(2 * usual, 1e-6), "less precise against float64 than the module is"
+        assert np.quantile(theirs, 0.99) <= max(2 * usual, 1e-5), "less precise against float64 than the module is"
     return float(np.max(gap[told], initial=0.0))
 
 

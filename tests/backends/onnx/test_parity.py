@@ -30,6 +30,7 @@ CASES |= {
         "data x: Int(0..3)[C = 1, H = 2, W = 2]\n", "variational_dequantise(3, net = conv_net(4))\n elementwise(logit)", "normal",
     ),
     "logit_transform": ("data x: Interval(-0.05 / 0.9, 1 + 0.05 / 0.9)[D = 3]\n", "logit_transform", "normal"),
+    "glow_step": ("data x: R[C = 4, H = 2, W = 2]\n", "glow_step(8)", "normal"),
     "hamiltonian_step": ("", "hamiltonian_step(force = force())", "normal"),
     "langevin_step": ("", "langevin_step(force = force())", "normal"),
 }  # fmt: skip
