@@ -275,8 +275,10 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return x[0] * align(keep.double(), pair, t[0])
         case "gather":
             return gather(x[0], t[0], x[1], t[1], a["axis"], out)
-        case "conv":
+        case "conv" | "conv_transpose":
             return conv(node, t, x)
+        case "max_pool" | "mean_pool":
+            return pool(node, t[0], x[0])
         case "norm_bounded":
             front = [n for n in t[0].names if n not in a["axes"]]
             flat = x[0].permute([dim(n) for n in (*front, *a["axes"])]).reshape(math.prod(t[0].size(n) for n in front), -1)
@@ -312,28 +314,45 @@ def matrix_solve(w: Tensor, tw: TensorType, y: Tensor, ty: TensorType, axis: str
 
 
 def conv(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
-    """Cross-correlation by shifted sums; zeros outside, the kernel centred (left of centre when even)."""
-    a = node.attrs
+    """Sums over every output place and every tap of the window, one by one; zeros outside."""
+    a, out = node.attrs, node.tensor
     order = [n for n in t[0].names if n not in (a["channel"], *a["space"])] + [a["channel"], *a["space"]]
-    value = x[0].permute([t[0].position(n) for n in order])
-    weight, groups, stride, dilation = x[1], a["groups"], a["stride"], a["dilation"]
-    *lead, channels, height, width = value.shape
-    wide = value.reshape(-1, groups, channels // groups, height, width)
-    kernel = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    total = torch.zeros(wide.shape[0], groups, kernel.shape[1], height, width, dtype=value.dtype)
-    for i, j in itertools.product(range(weight.shape[-2]), range(weight.shape[-1])):
-        down = i * dilation - (weight.shape[-2] - 1) * dilation // 2
-        right = j * dilation - (weight.shape[-1] - 1) * dilation // 2
-        moved = torch.zeros_like(wide)
-        rows, cols = max(height - abs(down), 0), max(width - abs(right), 0)
-        moved[..., max(-down, 0) : max(-down, 0) + rows, max(-right, 0) : max(-right, 0) + cols] = (
-            wide[..., max(down, 0) : max(down, 0) + rows, max(right, 0) : max(right, 0) + cols]
-        )  # fmt: skip
-        total = total + torch.einsum("bgchw,gkc->bgkhw", moved, kernel[..., i, j])
-    y = total[..., ::stride, ::stride].reshape(*lead, weight.shape[0], *total[..., ::stride, ::stride].shape[-2:])
+    value = x[0].permute([t[0].position(n) for n in order]) if node.op in ("conv", "conv_transpose") else x[0]
+    made = torch.zeros([out.size(n) for n in order], dtype=value.dtype)
+    groups, n = a["groups"], len(a["space"])
+    transposed = node.op == "conv_transpose"
+    if transposed:  # y[j] += x[i] w at j = i · stride + tap · dilation - before
+        per = x[1].shape[1]
+        weight = x[1].reshape(groups, x[1].shape[0] // groups, per, *x[1].shape[2:]).transpose(1, 2)
+    else:
+        per = x[1].shape[0] // groups
+        weight = x[1].reshape(groups, per, *x[1].shape[1:])
+    into = weight.shape[2]
+    few = value.shape[-n:] if transposed else made.shape[-n:]
+    for g, place, tap in itertools.product(range(groups), itertools.product(*map(range, few)), itertools.product(*map(range, x[1].shape[2:]))):
+        other = [p * s + k * d - b for p, s, k, d, (b, _) in zip(place, a["stride"], tap, a["dilation"], a["padding"], strict=True)]
+        limit = made.shape[-n:] if transposed else value.shape[-n:]
+        if all(0 <= j < m for j, m in zip(other, limit, strict=True)):
+            source, target = (place, tuple(other)) if transposed else (tuple(other), place)
+            part = torch.einsum("...c,kc->...k", value[(..., slice(g * into, (g + 1) * into), *source)], weight[(g, ..., *tap)])
+            made[(..., slice(g * per, (g + 1) * per), *target)] += part
     if len(x) > 2:
-        y = y + x[2][:, None, None]
-    return y.permute([order.index(n) for n in t[0].names])
+        made = made + x[2].reshape(-1, *[1] * n)
+    return made.permute([order.index(k) for k in out.names])
+
+
+def pool(node: Node, t: TensorType, x: Tensor) -> Tensor:
+    """Window by window over the entries that are there."""
+    a, out = node.attrs, node.tensor
+    made = torch.zeros(out.shape, dtype=x.dtype)
+    for place in itertools.product(*(range(out.size(s)) for s in a["space"])):
+        at, to = [slice(None)] * t.rank, [slice(None)] * t.rank
+        for p, s, k, stride, (before, _) in zip(place, a["space"], a["kernel"], a["stride"], a["padding"], strict=True):
+            first = p * stride - before
+            at[t.position(s)], to[t.position(s)] = slice(max(first, 0), first + k), p  # type: ignore[call-overload]
+        dims = [t.position(s) for s in a["space"]]
+        made[tuple(to)] = x[tuple(at)].amax(dims) if node.op == "max_pool" else x[tuple(at)].mean(dims)
+    return made
 
 
 # ---- calls --------------------------------------------------------------------------------------

@@ -490,29 +490,56 @@ def _norm_bounded(w: Lowering, n: Node) -> Value:
     return w.g.const(np.transpose(scaled, [order.index(a) for a in t.names]))
 
 
-@emitter("conv")
-def _conv(w: Lowering, n: Node) -> Value:
+def moving(w: Lowering, n: Node, op: str, own: list[str], *others: Value, **attributes: Any) -> Value:
+    """An op of ONNX on [N, C, *space], its operand brought there and its result back."""
     i = n.inputs[0]
-    t, kernel = w.type(i), w.value(n.inputs[1])
-    stride, dilation = int(n.attrs["stride"]), int(n.attrs["dilation"])
-    spec = [n.attrs["channel"], *n.attrs["space"]]
-    rest = [a for a in t.names if a not in spec]
-    x = w.ordered(w.value(i), t.names, [*rest, *spec])
-    reach = [(k - 1) * dilation for k in kernel.shape[2:] if isinstance(k, int)]
-    front, own = x.shape[:-3], x.shape[-3:]
+    names = w.type(i).names
+    rest = [a for a in names if a not in own]
+    x = w.ordered(w.value(i), names, [*rest, *own])
+    front = x.shape[: len(x.shape) - len(own)]
     merged: Dim = front[0] if len(front) == 1 else 1 if not front else "*".join(map(str, front))
     if all(isinstance(d, int) for d in front):
         merged = math.prod(d for d in front if isinstance(d, int))
-    flat = w.g.reshape(x, (merged, *own))
-    size = tuple((s + stride - 1) // stride for s in own[1:] if isinstance(s, int))
-    inputs = [flat, kernel, *([w.value(n.inputs[2])] if len(n.inputs) > 2 else [])]
-    y = w.g.op(
-        "Conv", *inputs, shape=(merged, kernel.shape[0], *size), kernel_shape=[int(k) for k in kernel.shape[2:]],
-        pads=[r // 2 for r in reach] + [r - r // 2 for r in reach], strides=[stride] * 2, dilations=[dilation] * 2,
-        group=int(n.attrs["groups"]),
+    inner = tuple(n.tensor.size(a) for a in own)
+    pool = own == list(n.attrs["space"])
+    lead: tuple[Dim, ...] = (merged, 1) if pool else (merged,)
+    y = w.g.op(op, w.g.reshape(x, (*lead, *x.shape[len(front) :])), *others, shape=(*lead, *inner), **attributes)
+    return w.ordered(w.g.reshape(y, (*front, *inner)), [*rest, *own], n.tensor.names)
+
+
+def windows(n: Node, kernel: tuple[int, ...]) -> dict[str, Any]:
+    a = n.attrs
+    pads = [p for p, _ in a["padding"]] + [p for _, p in a["padding"]]
+    return {"kernel_shape": list(kernel), "pads": pads, "strides": list(a["stride"])}
+
+
+@emitter("conv")
+def _conv(w: Lowering, n: Node) -> Value:
+    kernel = w.type(n.inputs[1]).shape[2:]
+    others = [w.value(i) for i in n.inputs[1:]]
+    own = [n.attrs["channel"], *n.attrs["space"]]
+    return moving(w, n, "Conv", own, *others, **windows(n, kernel), dilations=list(n.attrs["dilation"]), group=int(n.attrs["groups"]))
+
+
+@emitter("conv_transpose")
+def _conv_transpose(w: Lowering, n: Node) -> Value:
+    a, kernel = n.attrs, w.type(n.inputs[1]).shape[2:]
+    more = tuple(max(-p, -q, 0) for p, q in a["padding"])
+    if any(p < 0 or (q < 0 and m >= max(s, d)) for (p, q), m, s, d in zip(a["padding"], more, a["stride"], a["dilation"], strict=True)):
+        raise Unlowered(n, "ONNX cannot add so many zeros after a transposed convolution", "use a larger window")
+    attributes = windows(n, kernel)
+    attributes["pads"] = [p for p, _ in a["padding"]] + [max(q, 0) for _, q in a["padding"]]
+    others = [w.value(i) for i in n.inputs[1:]]
+    return moving(
+        w, n, "ConvTranspose", [a["channel"], *a["space"]], *others, **attributes, dilations=list(a["dilation"]),
+        output_padding=list(more), group=int(a["groups"]),
     )  # fmt: skip
-    y = w.g.reshape(y, (*front, kernel.shape[0], *size))
-    return w.ordered(y, [*rest, *spec], n.tensor.names)
+
+
+@emitter("max_pool", "mean_pool")
+def _pool(w: Lowering, n: Node) -> Value:
+    op = "MaxPool" if n.op == "max_pool" else "AveragePool"
+    return moving(w, n, op, list(n.attrs["space"]), **windows(n, n.attrs["kernel"]))
 
 
 # ---- noise --------------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ RUNTIME_UNARY = (
 )  # fmt: skip
 
 
-IN_PLACE = ("F.linear(", "torch.addmm(", "conv2d(")  # their backward does not need their result
+IN_PLACE = ("F.linear(", "torch.addmm(", "convolve(")  # their backward does not need their result
 
 
 def _relu(w: Writer, n: Node) -> Expr:
@@ -912,19 +912,29 @@ def _norm_bounded(w: Writer, n: Node) -> Expr:
     return Expr(moved(made, order, t.names))
 
 
-@emitter("conv")
-def _conv(w: Writer, n: Node) -> Expr:
+def moving(w: Writer, n: Node, call: str, own: list[str], arguments: list[str]) -> Expr:
+    """A function over the last dims, with its operand brought there and its result back."""
     x = n.inputs[0]
-    t = w.type(x)
-    spec = [n.attrs["channel"], *n.attrs["space"]]
-    order = [a for a in t.names if a not in spec] + spec
-    text = moved(w.env[x].at(ATOM) if list(t.names) != order else argument(w, x), t.names, order)
+    names = w.type(x).names
+    order = [a for a in names if a not in own] + own
+    text = moved(w.env[x].at(ATOM) if list(names) != order else argument(w, x), names, order)
+    return Expr(moved(f"{w.scope.use(call)}({', '.join([text, *arguments])})", order, names))
+
+
+@emitter("conv", "conv_transpose")
+def _conv(w: Writer, n: Node) -> Expr:
+    a = n.attrs
     bias = argument(w, n.inputs[2]) if len(n.inputs) > 2 else "None"
-    made = (
-        f"{w.scope.use('conv2d')}({text}, {argument(w, n.inputs[1])}, {bias}, {n.attrs['stride']}, {n.attrs['groups']}, "
-        f"{n.attrs['dilation']})"
-    )
-    return Expr(moved(made, order, t.names))
+    numbers = [repr(a[k]) for k in ("stride", "padding", "dilation")] + ([str(a["groups"])] if a["groups"] > 1 else [])
+    call = "convolve" if n.op == "conv" else "convolve_transposed"
+    return moving(w, n, call, [a["channel"], *a["space"]], [argument(w, n.inputs[1]), bias, *numbers])
+
+
+@emitter("max_pool", "mean_pool")
+def _pool(w: Writer, n: Node) -> Expr:
+    a = n.attrs
+    padding = tuple(before for before, _ in a["padding"])
+    return moving(w, n, "pooled", list(a["space"]), [repr(n.op[: -len("_pool")]), repr(a["kernel"]), repr(a["stride"]), repr(padding)])
 
 
 # ---- splines ------------------------------------------------------------------------------------

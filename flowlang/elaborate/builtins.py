@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, apply
+from flowlang.elaborate.convolution import CONVOLUTIONS, POOLS
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean
@@ -28,6 +29,7 @@ from flowlang.elaborate.values import (
     Tuple,
     describe,
 )
+from flowlang.elaborate.weights import SCHEMES, scheme
 from flowlang.ir.distributions import DISTRIBUTIONS, Distribution, categorical, mixture
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Update
@@ -848,7 +850,9 @@ def _table() -> dict[str, Any]:
     table["integrate"] = Builtin("integrate", integrate, options=INTEGRATE_OPTIONS)
     put("mixture", mixture_of, kind="distribution")
     put("categorical", categorical_of, kind="distribution")
-    table.update(NETWORKS)
+    for name in SCHEMES:
+        put(name, scheme(name), kind="start")
+    table.update({**NETWORKS, **CONVOLUTIONS, **POOLS})
     table.update({"true": True, "false": False, "π": math.pi, "pi": math.pi, "none": ABSENT, "inf": math.inf})
     return table
 

@@ -28,6 +28,7 @@ from flowlang.elaborate.values import (
     Option,
     Pending,
     Poison,
+    StartValue,
     Static,
     Tensor,
     Tuple,
@@ -884,7 +885,7 @@ def fits_static(kind: Static, value: Any) -> bool:
         case "bool":
             return isinstance(value, bool)
         case "net" | "fn" | "norm":
-            return isinstance(value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed) and (
+            return isinstance(value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed | StartValue) and (
                 getattr(value, "kind", "net") not in ("bijector", "flow", "distribution")
             )
         case "bijector":

@@ -1,4 +1,4 @@
-"""Networks that make parameters in Python: `linear`, `conv`, `autoregressive_mlp`.
+"""Networks that make parameters in Python: `linear` and `autoregressive_mlp` (`conv` stands in convolution.py).
 
 All others (`mlp`, `transformer`, `conv_net`, ...) are library entries written in the language.
 """
@@ -20,7 +20,7 @@ from flowlang.elaborate.values import (
     Tensor,
     TypeSpec,
 )
-from flowlang.ir.domains import R
+from flowlang.elaborate.weights import Fans, make_param, make_weight, start_of, starts_small
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -81,25 +81,6 @@ def cut(body: Body, id: int, axis: str, pieces: list[Piece], wanted: list[Any], 
     return out
 
 
-def make_param(body: Body, name: str, axes: tuple[tuple[str, int], ...], init: Any, span: Span) -> int:
-    type_ = TensorType.of(*axes)
-    if type_.count > body.elab.parameter_limit:
-        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {body.elab.parameter_limit:,}", span)
-    return body.b.leaf("param", type_, batched=False, span=span, label=name, name=name, domain=R, init=init)
-
-
-def start_of(body: Body, value: Any, fan_in: int, span: Span) -> Any:
-    """The start of a weight: `zeros`, a number (its scale relative to the usual), or the usual uniform."""
-    bound = 1 / math.sqrt(max(fan_in, 1))
-    if value is None:
-        return ("uniform", -bound, bound)
-    if getattr(value, "name", None) == "zeros" or value == 0:
-        return 0.0
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return ("uniform", -bound * value, bound * value)
-    raise body.fail("FL0306", "`weight` is `zeros` or a number that scales the usual start", span)
-
-
 def split_arguments(args: Arguments) -> tuple[list[tuple[Any, Span]], list[tuple[Any, Span]]]:
     pairs = list(zip(args.positional, args.spans, strict=True))
     tensors = [(v, s) for v, s in pairs if isinstance(v, Tensor | Pending | Absent)]
@@ -130,7 +111,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
     """`linear[D -> E](x)`: consumes D, or the only axis absent from the declared result."""
     assert args.span is not None
     span = args.span
-    options = keywords(body, inst, args, ("bias", "weight"))
+    options = keywords(body, inst, args, ("bias", "weight", "start"))
     tensors, rest = split_arguments(args)
     if rest:
         raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1])
@@ -222,12 +203,11 @@ def linear_node(body: Body, inst: Instance, x: int, axis: str, total: int, optio
     if id(inst) not in made or inst.owner is None:
         name = inst.name or body.fresh_child_name("linear")
         fan = t.size(axis)
-        w = make_param(
-            body, f"{name}_weight", ((out, total), (axis, fan)), start_of(body, options.get("weight"), fan, span), span
-        )
+        fans = Fans(fan, total)
+        w = make_weight(body, name, ((out, total), (axis, fan)), out, fans, options, span)
         b = None
         if flag(options.get("bias", True)):
-            start = 0.0 if options.get("weight") is not None else start_of(body, None, fan, span)
+            start = 0.0 if starts_small(options) else start_of(body, None, fans, span)
             b = make_param(body, f"{name}_bias", ((out, total),), start, span)
         made[id(inst)] = (w, b)
     w, b = made[id(inst)]
@@ -328,7 +308,7 @@ class Made:
     ) -> tuple[int, str]:
         self.count += 1
         unit = free_name(self.body.b.type(h), f"H{self.count}")
-        start = start_of(self.body, None, self.body.b.type(h).size(before), self.span)
+        start = start_of(self.body, None, Fans(self.body.b.type(h).size(before), width), self.span)
         name = str(self.count)
         h = self.layer(h, before, ((unit, width),), (own, known), name, strict=False, start=start, bias=start)
         return h, unit
@@ -360,7 +340,7 @@ class Made:
         # The axis comes last, so that each of the `total` values is a contiguous slice.
         y = self.layer(
             h, before, ((per, total), (out, size)), (tuple(range(size)), degrees), "_out", strict=True,
-            start=start_of(body, scale, made.size(before), span), bias=0.0,
+            start=start_of(body, scale, Fans(made.size(before), total), span), bias=0.0,
         )  # fmt: skip
         if not hidden:
             for j, c in enumerate(self.context):
@@ -380,78 +360,11 @@ def add_context(body: Body, h: int, c: int, unit: str, width: int, name: str, sp
         c = body.b.op("expand", c, axes=(("given", 1),))
         own, tc = ["given"], body.b.type(c)
     fan = math.prod(tc.size(n) for n in own)
-    w = make_param(body, name, ((unit, width), *((n, tc.size(n)) for n in own)), start_of(body, None, fan, span), span)
+    w = make_param(body, name, ((unit, width), *((n, tc.size(n)) for n in own)), start_of(body, None, Fans(fan, width), span), span)
     return body.b.op("add", h, body.b.op("contract", c, w, axes=tuple(own), span=span), span=span)
-
-
-# ---- convolution --------------------------------------------------------------------------------
-
-
-def conv(body: Body, inst: Instance, args: Arguments) -> Any:
-    """`conv(x, out, kernel = 3)`: over the last two axes, channels first; pads with zeros to keep the size."""
-    assert args.span is not None
-    span = args.span
-    options = keywords(body, inst, args, ("out", "kernel", "stride", "bias", "weight", "groups", "dilation"))
-    tensors, rest = split_arguments(args)
-    for v, where in rest:
-        if isinstance(v, int) and not isinstance(v, bool) and v > 0:
-            options["out"] = v
-        else:
-            raise body.fail("FL0306", "`conv` takes the number of its output channels", where)
-    items = args.axes or inst.axes
-    if not tensors:
-        return Instance(inst.target, options, span, items, owner=inst.owner, name=inst.name, label=inst.label)
-    for k in ("kernel", "stride", "groups", "dilation", "out"):
-        v = options.get(k, 1)
-        if not isinstance(v, int) or isinstance(v, bool) or v < 1:
-            raise body.fail("FL0306", f"`{k}` of `conv` is a whole number above 0", span)
-    x = body.tensor(*tensors[0])
-    t = body.b.type(x)
-    if t.rank < 3:
-        raise body.fail(
-            "FL0307", f"`conv` takes channels and two axes of space, and this value has {axis_rules.words(t)}", span
-        )
-    channel, *space = [axis_rules.axis_name(body, i) for i in items] if items else list(t.names[-3:])
-    if len(space) != 2:
-        raise body.fail("FL0307", "`conv` takes a channel axis and two axes of space", span)
-    for n in (channel, *space):
-        axis_rules.need_axis(body, t, n, span)
-    stride, kernel = int(options.get("stride", 1)), int(options.get("kernel", 3))
-    groups = int(options.get("groups", 1))
-    if t.size(channel) % groups:
-        raise body.fail("FL0301", f"{t.size(channel)} channels do not split into {groups} groups", span)
-
-    def build(total: int) -> int:
-        name = inst.name or body.fresh_child_name("conv")
-        fan = t.size(channel) // groups * kernel * kernel
-        out = free_name(t, f"{channel}^")
-        if total % groups:
-            raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span)
-        w = make_param(
-            body, f"{name}_weight", ((out, total), (channel, t.size(channel) // groups), ("kh", kernel), ("kw", kernel)),
-            start_of(body, options.get("weight"), fan, span), span,
-        )  # fmt: skip
-        inputs = [x, w]
-        if flag(options.get("bias", True)):
-            start = 0.0 if options.get("weight") is not None else start_of(body, None, fan, span)
-            inputs.append(make_param(body, f"{name}_bias", ((out, total),), start, span))
-        return body.b.op(
-            "conv", *inputs, channel=channel, space=tuple(space), stride=stride, groups=groups,
-            dilation=int(options.get("dilation", 1)), span=span,
-        )  # fmt: skip
-
-    if "out" in options:
-        return Tensor(build(int(options["out"])), body)
-
-    def resolve(wanted: list[Any]) -> list[Any]:
-        pieces, total = pieces_of(body, wanted, set(t.names) - {channel}, span)
-        return cut(body, build(total), channel, pieces, wanted, span)
-
-    return Pending(resolve, span, "conv", lambda: resolve([TensorType(t.axes)])[0])
 
 
 NETWORKS: dict[str, Any] = {
     "linear": BuiltinNet("linear", ("x",), linear, doc="linear[D -> E](x)"),
     "autoregressive_mlp": BuiltinNet("autoregressive_mlp", ("x", "hidden"), autoregressive_mlp),
-    "conv": BuiltinNet("conv", ("x", "out", "kernel"), conv),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowlang import limits
@@ -28,6 +29,7 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
+from flowlang.elaborate.weights import SCHEMES, Fans, scheme_start
 from flowlang.ir.check import after
 from flowlang.ir.distributions import COMBINED, DISTRIBUTIONS
 from flowlang.ir.domains import Domain
@@ -439,7 +441,7 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
             entry.span,
         )
     check_matrix(body, spec.domain, type_, entry)
-    init = initial_value(body, spec.domain, entry)
+    init = initial_value(body, spec.domain, entry, type_)
     start = init if isinstance(init, Tensor) else None
     if start is not None:
         check_first_batch(body, start, type_, spec.domain, entry)
@@ -488,7 +490,7 @@ def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entr
             raise body.fail("FL0311", f"`{domain.name}` is square, and this has {a.size} x {b.size}", entry.span)
 
 
-def initial_value(body: Body, domain: Domain, entry: tree.Entry) -> Any:
+def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorType) -> Any:
     if entry.value is None:
         return default_start(domain)
     if entry.op == "=":
@@ -507,6 +509,13 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry) -> Any:
             return 0.0 if value.name == "zeros" else 1.0
         raise body.fail("FL0305", f"a start is a number or a list, and this is {describe(value)}", entry.value.span)
     name, args = start_call(body, entry.value)
+    if name in SCHEMES and domain.structure is None:
+        shape = type_.shape or (1,)
+        window = prod(shape[2:])
+        into = prod(shape[1:])
+        return scheme_start(name, args[0], Fans(into, shape[0] * window))
+    if name in SCHEMES:
+        args = ()
     return (name, *args)
 
 
@@ -514,12 +523,8 @@ STARTS = {
     "normal": (0.0, 1.0),
     "uniform": (0.0, 1.0),
     "unit_normal": (),
-    "orthogonal": (),
     "identity": (),
-    "kaiming_uniform": (),
-    "kaiming_normal": (),
-    "lecun_normal": (),
-    "xavier_uniform": (),
+    **{name: (gain,) for name, gain in SCHEMES.items()},
 }
 
 
@@ -535,7 +540,8 @@ def start_call(body: Body, expr: tree.Expr) -> tuple[str, tuple[float, ...]]:
     args: list[float] = []
     if isinstance(expr, tree.Call):
         for item in expr.items:
-            value = body.ev(item.left) if item.left is not None else None
+            gain = isinstance(item.left, tree.Name) and item.left.id == "gain" and item.eq is not None
+            value = body.ev(item.eq if gain and item.eq is not None else item.left) if item.left is not None else None
             if not isinstance(value, int | float):
                 raise body.fail("FL0305", "a start takes numbers", item.span)
             args.append(float(value))

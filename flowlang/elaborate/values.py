@@ -169,6 +169,14 @@ class DistributionValue:
 
 
 @dataclass(frozen=True, slots=True)
+class StartValue:
+    """A scheme by which a weight starts, with its gain: `kaiming_normal(gain = 1)`."""
+
+    name: str
+    gain: float
+
+
+@dataclass(frozen=True, slots=True)
 class TypeSpec:
     """An evaluated type: a domain with axes; a size is None where the type leaves it open."""
 
@@ -282,6 +290,8 @@ def describe(value: Value) -> str:
             return f"the result of `{value.name}`, whose size is open"
         case Local():
             return f"the local function `{value.declaration.name}`"
+        case StartValue():
+            return f"the start `{value.name}`"
         case Option():
             return f"the word `{value.word}`"
         case RangeValue():

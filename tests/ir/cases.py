@@ -340,20 +340,44 @@ def matrix_cases() -> Iterator[Case]:
     plain = domain("R")
     for bound in (0.2, 50.0):
         yield Case("norm_bounded", (Operand(real(("E", 3), ("D", 4)), param=plain),), {"axes": ("D",), "bound": bound}, str(bound))
+    yield from window_cases()
+
+
+def window_cases() -> Iterator[Case]:
     image = Operand(real(("C", 4), ("H", 5), ("W", 6)))
-    for note, kernel, attrs in (
-        ("3x3", (2, 4, 3, 3), {}), ("even", (2, 4, 2, 4), {}), ("stride", (2, 4, 3, 3), {"stride": 2}),
-        ("dilated", (2, 4, 3, 3), {"dilation": 2}), ("groups", (4, 2, 3, 1), {"groups": 2}),
+    plain = {"channel": "C", "space": ("H", "W"), "stride": (1, 1), "groups": 1, "dilation": (1, 1), "padding": ((1, 1), (1, 1))}
+
+    def kernel(*shape: int) -> Operand:
+        return Operand(TensorType.of(*zip(("K", "C_in", "kd", "kh", "kw")[: len(shape)], shape, strict=True)), batched=False)
+
+    for note, shape, attrs in (
+        ("3x3", (2, 4, 3, 3), {}), ("even", (2, 4, 2, 4), {"padding": ((0, 1), (1, 2))}), ("stride", (2, 4, 3, 3), {"stride": (2, 2)}),
+        ("strides", (2, 4, 4, 3), {"stride": (2, 3)}), ("dilated", (2, 4, 3, 3), {"dilation": (2, 1), "padding": ((2, 2), (0, 0))}),
+        ("groups", (4, 2, 3, 1), {"groups": 2, "padding": ((1, 1), (0, 0))}),
     ):  # fmt: skip
-        w = Operand(TensorType.of(*zip(("K", "C_in", "kh", "kw"), kernel, strict=True)), batched=False)
-        full = {"channel": "C", "space": ("H", "W"), "stride": 1, "groups": 1, "dilation": 1, **attrs}
-        yield Case("conv", (image, w), full, note)
+        yield Case("conv", (image, kernel(*shape)), {**plain, **attrs}, note)
+    for note, shape, attrs in (
+        ("3x3", (4, 2, 3, 3), {}), ("doubles", (4, 2, 4, 4), {"stride": (2, 2)}), ("odd", (4, 2, 3, 3), {"stride": (2, 2), "padding": ((1, 0), (1, 0))}),
+        ("groups", (4, 2, 3, 2), {"groups": 2, "stride": (1, 2), "padding": ((1, 1), (0, 0))}),
+        ("spread", (4, 2, 2, 1), {"stride": (1, 3), "dilation": (3, 1), "padding": ((1, 2), (0, -2))}),
+    ):  # fmt: skip
+        yield Case("conv_transpose", (image, kernel(*shape)), {**plain, **attrs}, note)
     bias = Operand(real(("K", 2)), batched=False)
-    kernel3 = Operand(real(("K", 2), ("C_in", 4), ("kh", 3), ("kw", 3)), batched=False)
-    base = {"channel": "C", "space": ("H", "W"), "stride": 1, "groups": 1, "dilation": 1}
-    yield Case("conv", (image, kernel3, bias), base, "bias")
+    yield Case("conv", (image, kernel(2, 4, 3, 3), bias), plain, "bias")
+    yield Case("conv_transpose", (image, kernel(4, 2, 3, 3), bias), {**plain, "stride": (2, 1)}, "bias")
     turned_image = Operand(real(("H", 5), ("W", 6), ("C", 4)))
-    yield Case("conv", (turned_image, kernel3), base, "channels_last")
+    yield Case("conv", (turned_image, kernel(2, 4, 3, 3)), plain, "channels_last")
+    line = {**plain, "space": ("T",), "stride": (2,), "dilation": (1,), "padding": ((1, 1),)}
+    yield Case("conv", (Operand(real(("C", 4), ("T", 7))), kernel(2, 4, 3)), line, "1d")
+    yield Case("conv_transpose", (Operand(real(("C", 4), ("T", 4))), kernel(4, 2, 3)), line, "1d")
+    solid = {**plain, "space": ("Z", "H", "W"), "stride": (1, 1, 2), "dilation": (1,) * 3, "padding": ((1, 1),) * 3}
+    yield Case("conv", (Operand(real(("C", 2), ("Z", 3), ("H", 3), ("W", 4))), kernel(2, 2, 3, 3, 3)), solid, "3d")
+    for op in ("max_pool", "mean_pool"):
+        window = Operand(image.type, distinct=op == "max_pool")
+        base = {"space": ("H", "W"), "kernel": (2, 2), "stride": (2, 2), "dilation": (1, 1), "padding": ((0, 0), (0, 0))}
+        yield Case(op, (window,), base, "2x2")
+        yield Case(op, (window,), {**base, "kernel": (3, 3), "padding": ((1, 1), (1, 1))}, "overlapping")
+        yield Case(op, (window,), {**base, "space": ("H",), "kernel": (2,), "stride": (3,), "dilation": (1,), "padding": ((0, 0),)}, "1d")
 
 
 def spline_cases() -> Iterator[Case]:

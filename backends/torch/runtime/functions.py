@@ -156,9 +156,46 @@ def causal_softmax(x: Tensor, dim: int, query: int, log: bool = False) -> Tensor
     return torch.log_softmax(x, dim) if log else torch.softmax(x, dim)
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, dilation: int) -> Tensor:
-    """Convolution over the last two dims with any number of batch dims; zeros keep the size (before striding)."""
-    kh, kw = ((weight.shape[k] - 1) * dilation for k in (-2, -1))
-    padded = F.pad(x.reshape(-1, *x.shape[-3:]), (kw // 2, kw - kw // 2, kh // 2, kh - kh // 2))
-    y = F.conv2d(padded, weight, bias, stride, 0, dilation, groups)
-    return y.reshape(*x.shape[:-3], *y.shape[-3:])
+Window = tuple[int, ...]
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Window, padding: tuple[Window, ...], dilation: Window, groups: int = 1
+) -> Tensor:
+    """Convolution over as many last dims as the window has, with any number of batch dims and zeros outside."""
+    n = weight.dim() - 2
+    flat = x.reshape(-1, *x.shape[-1 - n :])
+    if any(a != b for a, b in padding):
+        flat, padding = F.pad(flat, [p for pair in reversed(padding) for p in pair]), ((0, 0),) * n
+    run = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
+    y = run(flat, weight, bias, stride, [p for p, _ in padding], dilation, groups)
+    return y.reshape(*x.shape[: -1 - n], *y.shape[1:])
+
+
+def convolve_transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Window, padding: tuple[Window, ...], dilation: Window, groups: int = 1
+) -> Tensor:
+    """The transpose of `convolve` in x; `padding` is what is cut off at either end (below 0: zeros are added)."""
+    n = weight.dim() - 2
+    flat = x.reshape(-1, *x.shape[-1 - n :])
+    cut = [min(before, after) if min(before, after) > 0 else 0 for before, after in padding]
+    run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+    more = [a - b if p == b and 0 < a - b < max(s, d) else 0 for (a, b), p, s, d in zip(padding, cut, stride, dilation, strict=True)]
+    y = run(flat, weight, None, stride, [a if m else p for (a, _), p, m in zip(padding, cut, more, strict=True)], more, groups, dilation)
+    rest = [(0, 0) if m else (p - a, p - b) for (a, b), p, m in zip(padding, cut, more, strict=True)]
+    if any(a or b for a, b in rest):
+        y = F.pad(y, [v for pair in reversed(rest) for v in pair])
+    if bias is not None:
+        y = y + bias.reshape(-1, *[1] * n)
+    return y.reshape(*x.shape[: -1 - n], *y.shape[1:])
+
+
+def pooled(x: Tensor, kind: str, kernel: Window, stride: Window, padding: Window) -> Tensor:
+    """The maximum or the mean within windows over the last dims; what lies outside is left out."""
+    n = len(kernel)
+    flat = x.reshape(-1, 1, *x.shape[-n:])
+    if kind == "max":
+        y = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[n - 1](flat, kernel, stride, padding)
+    else:
+        y = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[n - 1](flat, kernel, stride, padding, count_include_pad=False)
+    return y.reshape(*x.shape[:-n], *y.shape[2:])

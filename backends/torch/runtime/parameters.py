@@ -18,7 +18,6 @@ def initial(shape: Sequence[int], kind: str | float, *args: float) -> Tensor:
     if not isinstance(kind, str):
         return torch.full(tuple(shape), float(kind))
     t = torch.empty(tuple(shape))
-    fan = max(math.prod(shape[1:]), 1)
     if kind == "uniform":
         return t.uniform_(args[0], args[1])
     if kind == "normal":
@@ -26,13 +25,8 @@ def initial(shape: Sequence[int], kind: str | float, *args: float) -> Tensor:
     if kind == "unit_normal":
         t.normal_()
         return t / t.norm().clamp_min(1e-12)
-    if kind == "kaiming_uniform":
-        return t.uniform_(-math.sqrt(3 / fan), math.sqrt(3 / fan))
-    if kind in ("kaiming_normal", "lecun_normal"):
-        return t.normal_(0, math.sqrt((2 if kind == "kaiming_normal" else 1) / fan))
-    if kind == "xavier_uniform":
-        bound = math.sqrt(6 / (fan + shape[0]))
-        return t.uniform_(-bound, bound)
+    if kind == "orthogonal_rows":  # of the matrix [out, everything else]; made on the cpu by a QR decomposition
+        return t if t.is_meta else torch.nn.init.orthogonal_(t, args[0])
     raise ValueError(kind)
 
 

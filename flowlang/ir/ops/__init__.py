@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from flowlang.ir.ops import control, elementwise, linear, mixtures, reduce, shape, splines
+from flowlang.ir.ops import control, conv, elementwise, linear, mixtures, reduce, shape, splines
 from flowlang.ir.ops.base import Op
 
 OPS: dict[str, Op] = {}
-for _module in (elementwise, shape, reduce, linear, splines, mixtures, control):
+for _module in (elementwise, shape, reduce, linear, conv, splines, mixtures, control):
     for _op in _module.OPS:
         assert _op.name not in OPS, _op.name
         OPS[_op.name] = _op

@@ -1,20 +1,18 @@
-"""Matrices: masks, structured solves and determinants, convolution."""
+"""Matrices: masks, structured solves and determinants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import TYPE_CHECKING
 
 from flowlang.ir.domains import Domain
-from flowlang.ir.interval import REAL, Interval, point
-from flowlang.ir.ops.base import Attrs, NoTangent, Op, OpProblem
+from flowlang.ir.interval import REAL, point
+from flowlang.ir.ops.base import Attrs, Op
 from flowlang.ir.ops.shape import need
 from flowlang.ir.relation import MAX_BITS, Matrix, Relation, Support, compare, matrix
 from flowlang.ir.types import Axis, TensorType, Type
 
 if TYPE_CHECKING:
-    from flowlang.ir.build import Builder
     from flowlang.ir.graph import Node
 
 OPS: list[Op] = []
@@ -138,59 +136,6 @@ OPS.append(Op(
     "matrix_log_det", _det_infer, _by_name, interval=lambda ivs, types, node: REAL,
     cost=lambda node, types: types[0].axes[-1].size,
     why_not={"invert": "a determinant forgets its matrix", "jvp": "parameters only", "lipschitz": "parameters only"},
-))  # fmt: skip
-
-
-# ---- convolution --------------------------------------------------------------------------------
-
-
-def _conv_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
-    x, w = types[0], types[1]
-    channel, space, stride = attrs["channel"], attrs["space"], attrs["stride"]
-    if need(x, channel) != w.axes[1].size * attrs["groups"]:
-        raise OpProblem(
-            "FL0301", f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {w.axes[1].size}"
-        )
-    out = x.resized(channel, w.axes[0].size)
-    for s in space:
-        out = out.resized(s, (need(x, s) + stride - 1) // stride)
-    return out
-
-
-def _conv_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
-    if slot:
-        return Relation.full(node.tensor.axes, types[slot].axes)
-    space, stride = node.attrs["space"], node.attrs["stride"]
-    extra: dict[tuple[str | None, str | None], Matrix | None] = {}
-    for k, s in enumerate(space):
-        n, m = node.tensor.size(s), types[0].size(s)
-        reach = (types[1].axes[2 + k].size - 1) * node.attrs["dilation"]
-        before = reach // 2
-        if n * m <= MAX_BITS:
-            rows = []
-            for i in range(n):
-                bits = 0
-                for j in range(max(i * stride - before, 0), min(i * stride - before + reach + 1, m)):
-                    bits |= 1 << j
-                rows.append(bits)
-            extra[(s, s)] = matrix(n, m, rows)
-    return Relation.equal(node.tensor.axes, types[0].axes, but=(node.attrs["channel"], *space), extra=extra)
-
-
-def _conv_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
-    return REAL
-
-
-def _conv_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
-    if slot:
-        raise NoTangent
-    return b.op("conv", t, args[1], **dict(node.attrs))
-
-
-OPS.append(Op(
-    "conv", _conv_infer, _conv_depend, interval=_conv_bounds, jvp=_conv_jvp,
-    cost=lambda node, types: 2 * node.tensor.count * prod(a.size for a in types[1].axes[1:]),
-    why_not={"invert": "no structure of the kernel is known", "lipschitz": "no certified bound yet"},
 ))  # fmt: skip
 
 
