@@ -35,7 +35,7 @@ def raw(kind: str, bins: int, scale: float, columns: int = 16) -> list[Tensor]:
 def grid(parameters: list[Tensor], bins: int, index: int) -> Tensor:
     """A dense grid in float32, the joints of one set of bins and their neighbours in floating point."""
     _, ends = R.spline_bins(parameters[min(index, len(parameters) - 1)].double(), 1e-3, -2)
-    joints = ((ends - 0.5) * 2 * B).float()
+    joints = (ends * 2 * B).float()
     up, down = (torch.nextafter(joints, torch.full_like(joints, v)) for v in (math.inf, -math.inf))
     even = torch.linspace(-B, B, 2001).unsqueeze(-1).expand(-1, joints.shape[-1])
     return torch.cat((even, joints, up, down)).clamp(-B, B).contiguous()

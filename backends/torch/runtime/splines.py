@@ -2,8 +2,9 @@
 
 x is [*batch, *axes]; raw parameters are [*batch, K, *axes], with the bins along `dim` in front of x's
 axes: reductions over a leading axis are vectorised, over a short last axis they are not. Inside the
-box everything happens on the unit square, u = x / 2B + 1/2. Values outside (and NaN) take the place
-of its centre first, so that neither they nor their gradients pass through a bin.
+box everything happens on the square [-1/2, 1/2]², u = x / 2B: floating numbers are dense around 0, and
+what a knot's rounding does to the log-slope grows with the number of bins. Values outside (and NaN) take
+the place of the centre first, so that neither they nor their gradients pass through a bin.
 """
 
 from __future__ import annotations
@@ -16,23 +17,30 @@ from torch import Tensor
 
 
 def unit_of(x: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Whether x lies in the box, and its place on the unit interval (the centre where it does not)."""
+    """Whether x lies in the box, and its place on [-1/2, 1/2] (the centre where it does not)."""
     inside = x.abs() < bound
-    return inside, torch.where(inside, x * (0.5 / bound) + 0.5, 0.5)
+    return inside, torch.where(inside, x * (0.5 / bound), 0.0)
 
 
 def from_unit(inside: Tensor, x: Tensor, y: Tensor, slope: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """The value and log-slope in x's own units; the identity outside the box."""
-    return torch.where(inside, (y - 0.5) * (2 * bound), x), torch.where(inside, torch.log(slope), 0.0)
+    return torch.where(inside, y * (2 * bound), x), torch.where(inside, torch.log(slope), 0.0)
 
 
-def spline_bins(logits: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
-    """Shares of the unit interval, each at least `least`, and where they end."""
-    n = logits.shape[dim]
+def spline_bins(logits: Tensor, least: float, dim: int, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """Shares of [-1/2, 1/2], each at least `least`, and where they end. `exact`: rounded once, at the end."""
+    n, dtype = logits.shape[dim], logits.dtype
+    if exact and logits.device.type != "mps":
+        logits = logits.double()
     shares = torch.softmax(logits, dim)
     if least > 0:
         shares = torch.lerp(shares, shares.new_full((), 1 / n), least * n)
-    return shares, torch.cumsum(shares, dim)
+    return shares.to(dtype), (torch.cumsum(shares, dim) - 0.5).to(dtype)
+
+
+def of_weights(x: Tensor, raw: Tensor) -> bool:
+    """Whether parameters are the same for every sample: their tables are small, and cheap to make exactly."""
+    return raw.dim() <= x.dim()
 
 
 def find_bin(u: Tensor, ends: Tensor, dim: int) -> Tensor:
@@ -113,10 +121,10 @@ def rqs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rational-quadratic spline and its log-slope (Durkan et al. 2019); the identity outside [-bound, bound]."""
     inside, u = unit_of(x, bound)
-    bins = spline_bins(widths, min_width, dim)
+    bins = spline_bins(widths, min_width, dim, of_weights(x, widths))
     k = find_bin(u, bins[1], dim)
     x0, w = bin_at(bins, k, dim)
-    y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
+    y0, h = bin_at(spline_bins(heights, min_height, dim, of_weights(x, heights)), k, dim)
     share, slope = rational(in_bin((u - x0) / w), h / w, *inner_slopes(slopes, k, min_slope, dim))
     return from_unit(inside, x, y0 + h * share, slope, bound)
 
@@ -127,10 +135,10 @@ def rqs_inverse(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The inverse of `rqs`, and the log-slope of the forward map there."""
     inside, v = unit_of(y, bound)
-    bins = spline_bins(heights, min_height, dim)
+    bins = spline_bins(heights, min_height, dim, of_weights(y, heights))
     k = find_bin(v, bins[1], dim)
     y0, h = bin_at(bins, k, dim)
-    x0, w = bin_at(spline_bins(widths, min_width, dim), k, dim)
+    x0, w = bin_at(spline_bins(widths, min_width, dim, of_weights(y, widths)), k, dim)
     d0, d1 = inner_slopes(slopes, k, min_slope, dim)
     s = h / w
     t = rational_inverse((v - y0) / h, s, d0, d1)
@@ -142,28 +150,28 @@ def rqs_circular(
     min_width: float = 1e-3, min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rational-quadratic spline on the circle [-bound, bound) (Rezende et al. 2020, 2.1.2)."""
-    u = x * (0.5 / bound) + 0.5
-    bins = spline_bins(widths, min_width, dim)
+    u = x * (0.5 / bound)
+    bins = spline_bins(widths, min_width, dim, of_weights(x, widths))
     k = find_bin(u, bins[1], dim)
     x0, w = bin_at(bins, k, dim)
-    y0, h = bin_at(spline_bins(heights, min_height, dim), k, dim)
+    y0, h = bin_at(spline_bins(heights, min_height, dim, of_weights(x, heights)), k, dim)
     share, slope = rational(in_bin((u - x0) / w), h / w, *tied_slopes(slopes, k, min_slope, dim))
-    return (y0 + h * share - 0.5) * (2 * bound), torch.log(slope)
+    return (y0 + h * share) * (2 * bound), torch.log(slope)
 
 
 def rqs_circular_inverse(
     y: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, bound: float = math.pi,
     min_width: float = 1e-3, min_height: float = 1e-3, min_slope: float = 1e-3, dim: int = -2,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    v = y * (0.5 / bound) + 0.5
-    bins = spline_bins(heights, min_height, dim)
+    v = y * (0.5 / bound)
+    bins = spline_bins(heights, min_height, dim, of_weights(y, heights))
     k = find_bin(v, bins[1], dim)
     y0, h = bin_at(bins, k, dim)
-    x0, w = bin_at(spline_bins(widths, min_width, dim), k, dim)
+    x0, w = bin_at(spline_bins(widths, min_width, dim, of_weights(y, widths)), k, dim)
     d0, d1 = tied_slopes(slopes, k, min_slope, dim)
     s = h / w
     t = rational_inverse((v - y0) / h, s, d0, d1)
-    return (x0 + w * t - 0.5) * (2 * bound), torch.log(rational(t, s, d0, d1)[1])
+    return (x0 + w * t) * (2 * bound), torch.log(rational(t, s, d0, d1)[1])
 
 
 def linear_spline(
@@ -172,9 +180,10 @@ def linear_spline(
     """Piecewise-linear map with bins of equal width (Müller et al. 2019, section 4.1)."""
     n = heights.shape[dim]
     inside, u = unit_of(x, bound)
-    at = torch.floor(u.detach() * n).clamp(0, n - 1)
-    y0, h = bin_at(spline_bins(heights, min_height, dim), at.long().unsqueeze(dim), dim)
-    return from_unit(inside, x, y0 + h * (u * n - at), h * n, bound)
+    place = (u + 0.5) * n
+    at = torch.floor(place.detach()).clamp(0, n - 1)
+    y0, h = bin_at(spline_bins(heights, min_height, dim, of_weights(x, heights)), at.long().unsqueeze(dim), dim)
+    return from_unit(inside, x, y0 + h * (place - at), h * n, bound)
 
 
 def linear_spline_inverse(
@@ -182,10 +191,10 @@ def linear_spline_inverse(
 ) -> tuple[Tensor, Tensor]:
     n = heights.shape[dim]
     inside, v = unit_of(y, bound)
-    bins = spline_bins(heights, min_height, dim)
+    bins = spline_bins(heights, min_height, dim, of_weights(y, heights))
     k = find_bin(v, bins[1], dim)
     y0, h = bin_at(bins, k, dim)
-    return from_unit(inside, y, (k.squeeze(dim) + (v - y0) / h) / n, h * n, bound)
+    return from_unit(inside, y, (k.squeeze(dim) + (v - y0) / h) / n - 0.5, h * n, bound)
 
 
 def quadratic_table(
@@ -198,7 +207,7 @@ def quadratic_table(
     area = ((raw.narrow(dim, 0, n) + raw.narrow(dim, 1, n)) * shares).sum(dim, keepdim=True) / 2
     v = min_slope + (1 - min_slope) * raw / area
     rise = (v.narrow(dim, 0, n) + v.narrow(dim, 1, n)) * shares / 2
-    return shares, ends, v, torch.cumsum(rise, dim)
+    return shares, ends, v, torch.cumsum(rise, dim) - 0.5
 
 
 def quadratic_bin(
@@ -270,9 +279,10 @@ def cubic_spline(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Monotone piecewise-cubic map (Durkan et al. 2019, Cubic-Spline Flows)."""
     inside, u = unit_of(x, bound)
-    shares = spline_bins(widths, min_width, dim)
+    shares = spline_bins(widths, min_width, dim, of_weights(x, widths))
     k = find_bin(u, shares[1], dim)
-    x0, w, y0, h, d0, d1 = cubic_bin(k, shares, spline_bins(heights, min_height, dim), ends, min_slope, dim)
+    rises = spline_bins(heights, min_height, dim, of_weights(x, heights))
+    x0, w, y0, h, d0, d1 = cubic_bin(k, shares, rises, ends, min_slope, dim)
     value, slope = cubic_unit(in_bin((u - x0) / w), d0, d1)
     return from_unit(inside, x, y0 + h * value, slope * (h / w), bound)
 
@@ -283,9 +293,10 @@ def cubic_spline_inverse(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Newton's steps kept in a bracket, every third a halving, without gradient; one more step carries the gradient."""
     inside, v = unit_of(y, bound)
-    rises = spline_bins(heights, min_height, dim)
+    rises = spline_bins(heights, min_height, dim, of_weights(y, heights))
     k = find_bin(v, rises[1], dim)
-    x0, w, y0, h, d0, d1 = cubic_bin(k, spline_bins(widths, min_width, dim), rises, ends, min_slope, dim)
+    shares = spline_bins(widths, min_width, dim, of_weights(y, widths))
+    x0, w, y0, h, d0, d1 = cubic_bin(k, shares, rises, ends, min_slope, dim)
     goal = (v - y0) / h
     with torch.no_grad():
         lo, hi = torch.zeros_like(goal), torch.ones_like(goal)
