@@ -100,9 +100,9 @@ def compile_source(
             examine(comp, region, alone.declaration.name_span)
     for target in module.declared():
         if target.kind == "flow":
-            check_flow(comp, target)
+            at_fitting_size(comp, target, check_flow)
         elif target.kind == "model":
-            check_model(comp, target)
+            at_fitting_size(comp, target, check_model)
     for target in sorted(module.declared(), key=lambda d: not sized_by_itself(d)):
         if target.kind in CHECKED_KINDS:
             comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, report)
@@ -152,6 +152,29 @@ def flow_arguments(comp: Compilation, target: Declared) -> dict[str, Any] | None
             return None
         arguments = {**witness, **arguments}
     return arguments
+
+
+def at_fitting_size(comp: Compilation, target: Declared, check: Callable[[Compilation, Declared], None]) -> None:
+    """Checks a flow or a model; one with axes of open size at the first witness size that divides as it asks."""
+    main, elab = comp.report, comp.elab
+    unfit: Report | None = None
+    for size in (WITNESS_SIZES[0], *DIVISIBLE_SIZES):
+        elab.witness = size
+        guessed = len(elab.witnessed)
+        comp.report = elab.report = Report(told=set(main.told))
+        check(comp, target)
+        found, comp.report, elab.report = comp.report, main, main
+        if len(elab.witnessed) == guessed or not any(d.code in UNFIT for d in found.errors):
+            break
+        unfit = unfit or found
+        broken = comp.regions.get(target.name)
+        elab.regions = {k: r for k, r in elab.regions.items() if r is not broken}
+    else:
+        assert unfit is not None
+        found = unfit
+    elab.witness = WITNESS_SIZES[0]
+    main.extend(found)
+    main.told |= found.told
 
 
 def check_flow(comp: Compilation, target: Declared) -> None:
@@ -216,22 +239,25 @@ def check_unused(comp: Compilation, target: Declared) -> None:
     for size in (*WITNESS_SIZES, *DIVISIBLE_SIZES):
         if fitting == len(WITNESS_SIZES):
             break
-        comp.report = comp.elab.report = Report()
+        comp.report = comp.elab.report = Report(told=set(main.told))
         judge_at(comp, target, size)
         found, comp.report, comp.elab.report = comp.report, main, main
-        if any(d.code == "FL0312" for d in found.errors) and not sized_by_itself(target):
+        if any(d.code in UNFIT for d in found.errors) and not sized_by_itself(target):
             unfit = unfit or found  # an axis of this size does not divide as wanted: others may
             continue
         main.extend(found)
+        main.told |= found.told
         fitting += 1
         if not found.ok:
             break
     if not fitting and unfit is not None:
         main.extend(unfit)
+        main.told |= unfit.told
     comp.elab.witness = WITNESS_SIZES[0]
 
 
 DIVISIBLE_SIZES = (4, 8, 32, 64)  # for declarations that cut axes into groups
+UNFIT = ("FL0301", "FL0312")  # another size may fit, where a declaration leaves it open
 
 
 def judge_at(comp: Compilation, target: Declared, size: int) -> None:
@@ -521,6 +547,8 @@ def require_log_det(comp: Compilation, statement: tree.Require, condition: tree.
 def require_parameters(comp: Compilation, statement: tree.Require, condition: tree.Binary, left: tree.Call) -> None:
     name = left.items[0].left
     region = comp.regions.get(name.id) if isinstance(name, tree.Name) else None
+    if region is not None and region.broken:
+        return
     if region is None or not isinstance(condition.right, tree.Number):
         comp.report.add(
             Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span)

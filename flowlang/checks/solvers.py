@@ -103,6 +103,14 @@ def step_rule(declaration: tree.Declaration) -> StepRule:
 def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
     names = {p.name for ps in declaration.parameters for p in ps}
     missing = [n for n in RULE_PARAMETERS if n not in names]
+    if missing and any(p.type is not None for p in declaration.parameters[-1]):
+        report.add(
+            Diagnostic(
+                "FL0902", f"`{declaration.name}` steps values of other types than `R`, which has no meaning yet",
+                declaration.name_span or declaration.span, severity="warning",
+            )
+        )  # fmt: skip
+        return {}
     if missing:
         raise FlowError(
             Diagnostic(

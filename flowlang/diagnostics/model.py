@@ -57,6 +57,7 @@ class Report:
 
     _items: list[Diagnostic] = field(default_factory=list)
     _seen: set[tuple[object, ...]] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)  # names of later versions: each is told once
 
     def add(self, diagnostic: Diagnostic) -> None:
         s = diagnostic.span

@@ -103,7 +103,7 @@ def split(body: Body, x: Tensor, name: str, parts: tuple[tree.Item, ...], span: 
         open_parts = [n for n, s in sizes if s is None]
     if known <= 0 or total % known or (not open_parts and known != total):
         raise body.fail(
-            "FL0301",
+            "FL0312",
             f"axis `{name}` of size {total} does not split into parts of {known}",
             span,
             suggestion="choose sizes whose product is the axis's size",

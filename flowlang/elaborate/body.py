@@ -9,12 +9,15 @@ from flowlang import limits
 from flowlang.diagnostics import Diagnostic, Label
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import apply, make_call
+from flowlang.elaborate.later import introduced_axes, is_place, later_family
 from flowlang.elaborate.paths import FUNCTIONS
 from flowlang.elaborate.scope import ModuleScope, did_you_mean
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import (
     ABSENT,
+    LATER,
     POISON,
+    WITNESS,
     Absent,
     AppliedBuiltin,
     Bracketed,
@@ -23,6 +26,7 @@ from flowlang.elaborate.values import (
     Declared,
     DistributionValue,
     Instance,
+    Later,
     Local,
     LogProb,
     Option,
@@ -91,6 +95,8 @@ class Body:
         self.chain_value: Tensor | Poison | None = None  # what the steps of a chain have made so far
         self.outer_axes: set[str] | None = None  # shared axes that an enclosing reduction removes; None: no licence
         self.outer_typed = False
+        self.data_failed: set[str] = set()  # entries of a model's `data` that are in error
+        self.lost: set[str] = set()  # axes whose sizes an error has hidden
         self.depth = 0
 
     # ---- errors ---------------------------------------------------------------------------------
@@ -128,6 +134,21 @@ class Body:
             self.region.broken = True
         self.elab.report.add(diagnostic)
 
+    def not_yet(self, name: str, message: str, span: Span) -> Exception:
+        """What to raise for something that a later version brings; each name is told once."""
+        self.region.broken = True
+        if name in self.elab.report.told:
+            return Later()
+        self.elab.report.told.add(name)
+        return self.fail("FL0902", message, span)
+
+    def lose(self, node: Any) -> None:
+        """The axes that a statement in error would have named have unknown sizes."""
+        self.lost |= introduced_axes(node) - self.axes.keys()
+
+    def is_lost(self, axis: str) -> bool:
+        return axis in self.lost or (self.parent is not None and self.parent.is_lost(axis))
+
     # ---- names ----------------------------------------------------------------------------------
 
     def lookup(self, name: str, span: Span) -> Any:
@@ -145,6 +166,12 @@ class Body:
         value = self.elab.constant_value(self.elab.global_name(name))
         if value is not None:
             return value
+        if self.is_lost(name):
+            self.region.broken = True
+            raise Poisoned
+        family = later_family(name)
+        if family is not None:
+            raise self.not_yet(name, f"`{name}` has no meaning yet: it is among the {family} of a later version", span)
         raise self.fail(
             "FL0201",
             f"unknown name `{name}`",
@@ -273,7 +300,9 @@ class Body:
             return self._ev(expr)
         except Fail as e:
             self.report(e.diagnostic)
-            return POISON
+            return LATER if e.diagnostic.code == "FL0902" else POISON
+        except Later:
+            return LATER
         except Poisoned:
             return POISON
         except OpProblem as e:
@@ -323,6 +352,8 @@ class Body:
         if isinstance(value, Pending):
             if value.fallback is not None:
                 return self.tensor(value.fallback(), span)
+            if value.name == WITNESS:  # another network may have a size of its own
+                raise Poisoned
             raise self.fail(
                 "FL0304",
                 f"the output size of `{value.name}` is open",
@@ -519,7 +550,7 @@ class Body:
     def attribute(self, expr: tree.Attribute) -> Any:
         value = self.ev(expr.value)
         if isinstance(value, Poison):
-            return POISON
+            return value
         if isinstance(value, Tensor):
             t = value.type
             if t.has(expr.name):
@@ -547,6 +578,11 @@ class Body:
             return self.path_function(value, expr)
         if isinstance(value, Instance) and expr.name in value.arguments:
             return value.arguments[expr.name]
+        target = value.target if isinstance(value, Instance) else value
+        if isinstance(target, Declared) and is_place(target.declaration, expr.name):
+            raise self.not_yet(
+                f"{target.kind}.{expr.name}", f"reading `{expr.name}` from a {target.kind} has no meaning yet", expr.span
+            )
         raise self.fail("FL0306", f"{describe(value)} has no part `{expr.name}`", expr.span)
 
     def path_function(self, value: Declared | Instance, expr: tree.Attribute) -> PathFunction:
@@ -566,7 +602,9 @@ class Body:
     def brackets(self, expr: tree.Brackets) -> Any:
         value = self.ev(expr.value)
         if isinstance(value, Poison):
-            return POISON
+            return value
+        if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
+            return apply(self, Bracketed(value, expr.items, expr.span), [], {}, expr.span)
         if isinstance(value, Pending):
             value = Tensor(self.tensor(value, expr.value.span), self)
         if isinstance(value, Tensor):
@@ -673,10 +711,13 @@ class Body:
 
     def typed(self, expr: tree.Expr, types: list[tree.Expr]) -> list[Any]:
         """The value of an expression whose result types are written."""
-        specs = [evaluate_type(self, t) for t in types]
-        for s, t in zip(specs, types, strict=True):
+        specs: list[TypeSpec | Static] = []
+        for t in types:
+            s = evaluate_type(self, t)
             if isinstance(s, Static):
                 raise self.fail("FL0306", f"`{s.name}` is not a tensor type", t.span)
+            self.record_axes(s)  # `W: R[K = 8, D], b: R[K]`: later types may read the sizes of earlier ones
+            specs.append(s)
         wanted = [s for s in specs if isinstance(s, TypeSpec)]
         saved = self.outer_typed
         self.outer_typed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
@@ -347,6 +348,9 @@ def along(op: str, **defaults: Any) -> Fn:
 def softmax(op: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
         expect(body, args, op, 1, 1, ("causal",))
+        opened = args.positional[0]
+        if isinstance(opened, Pending):  # it keeps its axes: what sizes the result sizes the network
+            return body.later(opened, lambda v: call(body, replace(args, positional=[v])))
         x = operand(body, args)
         t = body.b.type(x)
         axis = one_axis(body, args, t, op)
@@ -404,6 +408,11 @@ def join(body: Body, args: Arguments) -> Any:
         axis = next(t.names[0] for t in types if t.rank == 1)
     else:
         raise body.fail("FL0307", "`join` needs its axis", span(args), suggestion="as in `join[D](a, b)`")
+    if not names:  # vectors of different names: along the first one's axis
+        for k, t in enumerate(types):
+            if t.rank == 1 and t.names[0] != axis:
+                ids[k] = body.b.op("rename", ids[k], pairs=((t.names[0], axis),))
+                types[k] = body.b.type(ids[k])
     frame: dict[str, int] = {}
     for t, (_, s) in zip(types, present, strict=True):
         for a in t.axes:
@@ -420,12 +429,6 @@ def join(body: Body, args: Arguments) -> Any:
         order.append(axis)
     out: list[int] = []
     for i, t in zip(ids, types, strict=True):
-        if not t.has(axis) and t.rank == 1 and len(frame) == 1 and t.names[0] in frame and lead.rank == 1:
-            # Vectors of different names: join along the first one's axis.
-            i = body.b.op("rename", i, pairs=((t.names[0], axis),))
-            frame.pop(t.names[0], None)
-            order = [n for n in order if n == axis or n in frame]
-            t = body.b.type(i)
         full = tuple((n, t.size(n) if t.has(n) else (1 if n == axis else frame[n])) for n in order)
         i = body.b.op("expand", i, axes=full)
         out.append(body.b.op("order", i, names=tuple(order)))
@@ -698,7 +701,7 @@ def stop(body: Body, args: Arguments) -> Any:
 
 def not_yet(name: str, what: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
-        raise body.fail("FL0902", f"`{name}` has no meaning yet: {what}", span(args))
+        raise body.not_yet(name, f"`{name}` has no meaning yet: {what}", span(args))
 
     return call
 
@@ -796,9 +799,9 @@ def categorical_of(body: Body, args: Arguments) -> Any:
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = {}
 
-    def put(name: str, fn: Fn, *, step: bool = False, kind: str = "function") -> None:
+    def put(name: str, fn: Fn, *, step: bool = False, kind: str = "function", later: bool = False) -> None:
         assert name not in table, name
-        table[name] = Builtin(name, fn, kind, step)
+        table[name] = Builtin(name, fn, kind, step, later=later)
 
     for name in UNARY:
         put(name, unary(name))
@@ -844,7 +847,7 @@ def _table() -> dict[str, Any]:
         "derivative": "derivatives of functions", "ema": "copies of networks", "frozen": "copies of networks",
         "copy": "copies of networks", "surrogate": "custom gradients", "onehot": "integer values", "resize": "images",
     }.items():  # fmt: skip
-        put(name, not_yet(name, what))
+        put(name, not_yet(name, what), later=True)
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")
     table["integrate"] = Builtin("integrate", integrate, options=INTEGRATE_OPTIONS)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate.later import ARGUMENTS
 from flowlang.elaborate.paths import call_path
 from flowlang.elaborate.scope import close_names, did_you_mean, item_name
 from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words, static_size
 from flowlang.elaborate.values import (
     ABSENT,
+    LATER,
     POISON,
     Absent,
     AppliedBuiltin,
@@ -61,7 +63,11 @@ class Arguments:
 
 
 def make_call(body: Body, expr: tree.Call) -> Any:
-    fn = body.ev(expr.fn)
+    fn = called(body, expr.fn)
+    if fn is LATER:
+        return LATER  # what is given to it may have a form of its own
+    if isinstance(fn, Builtin) and fn.later:
+        return fn.fn(body, Arguments(span=expr.span))
     axes: tuple[tree.Item, ...] = ()
     if isinstance(fn, Bracketed):
         fn, axes = fn.fn, fn.items
@@ -77,6 +83,15 @@ def make_call(body: Body, expr: tree.Call) -> Any:
     if isinstance(fn, Poison) or args.poisoned:
         return POISON
     return dispatch(body, fn, args)
+
+
+def called(body: Body, expr: tree.Expr) -> Any:
+    """What stands before the parentheses; `zeros[D = 2]` alone would be a value already."""
+    if isinstance(expr, tree.Brackets) and isinstance(expr.value, tree.Name):
+        fn = body.ev(expr.value)
+        if isinstance(fn, Builtin):
+            return Bracketed(fn, expr.items, expr.span)
+    return body.ev(expr)
 
 
 def apply(
@@ -213,6 +228,8 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
         p = by_name.get(name)
         if p is None:
             where = args.keyword_spans[name]
+            if name in ARGUMENTS.get(inst.target.name, ()):
+                raise body.fail("FL0902", f"`{name}` of `{inst.target.name}` has no meaning yet", where)
             raise body.fail(
                 "FL0202",
                 f"`{inst.target.name}` has no argument `{name}`",

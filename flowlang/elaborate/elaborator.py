@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flowlang import limits
@@ -25,12 +26,14 @@ from flowlang.elaborate.values import (
     Declared,
     DistributionValue,
     Instance,
+    Local,
     Option,
     Pending,
     Poison,
     StartValue,
     Static,
     Tensor,
+    WITNESS,
     Tuple,
     TypeSpec,
     describe,
@@ -533,6 +536,8 @@ class Elaborator:
                 suggestion=f"as in `{p.name} = [64, 64]`",
             )  # fmt: skip
         for v in values:
+            if isinstance(v, Local) and kind.name in ("net", "fn"):
+                raise body.not_yet("def as net", f"the local function `{v.declaration.name}` as a network has no meaning yet", span)
             if not fits_static(kind, v):
                 raise body.fail(
                     "FL0306",
@@ -593,6 +598,11 @@ class Elaborator:
             self.end_chain(body)
             return
         type_ = inputs.get("x")
+        if type_ is None and declaration.kind in ("net", "norm"):
+            raise body.fail(
+                "FL0902", f"a {declaration.kind} of static values alone, as `{declaration.name}`, has no meaning yet",
+                declaration.name_span or span, suggestion=f"give it a tensor, as in `{declaration.kind} {declaration.name}(x: R[D]) {{ .. }}`",
+            )  # fmt: skip
         if type_ is None:
             raise body.fail("FL0203", f"`{declaration.name}` is a chain and needs a value to map", span)
         id_ = body.b.leaf("input", type_, batched=True, span=span, label="x", name="x", role="map")
@@ -833,7 +843,10 @@ class Elaborator:
                 return True
             case "net":
                 target = self.global_name("mlp")
-                return Instance(target, {"hidden": [8]}, span) if isinstance(target, Declared) else None
+                if not isinstance(target, Declared):
+                    return None
+                guess = Declared(replace(target.declaration, name=WITNESS), target.module)
+                return Instance(guess, {"hidden": [8]}, span)
             case "bijector":
                 target = self.global_name("affine_elementwise")
                 return Instance(target, {}, span) if isinstance(target, Declared) else None

@@ -16,6 +16,7 @@ from flowlang.elaborate.values import (
     Poison,
     Tensor,
     Transition,
+    Tuple,
     TypeSpec,
     describe,
 )
@@ -53,7 +54,7 @@ def integrate(body: Body, args: Arguments) -> Any:
     start, stop = times(body, args, span)
     solver = args.keywords.get("solver", args.positional[2] if len(args.positional) == 3 else None)
     method = solver_attributes(body, solver, span)
-    x = Tensor(body.tensor(args.positional[1], args.spans[1]), body)
+    x = state_of(body, args.positional[1], args.spans[1])
     inner = field_body(body, args.positional[0], x.type, (min(start, stop), max(start, stop)), span)
     if inner is None:
         return POISON
@@ -68,6 +69,13 @@ def integrate(body: Body, args: Arguments) -> Any:
     }  # fmt: skip
     node = body.graph.add("integrate", (x.id, *inner.captures.keys()), x.type, attrs, span=span)
     return Tensor(node.id, body)
+
+
+def state_of(body: Body, value: Any, span: Span) -> Tensor:
+    """What is integrated: one tensor."""
+    if isinstance(value, Tuple):
+        raise body.not_yet("integrate of several", "integrating several values at once has no meaning yet", span)
+    return Tensor(body.tensor(value, span), body)
 
 
 def times(body: Body, args: Arguments, span: Span) -> tuple[float, float]:

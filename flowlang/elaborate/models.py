@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.body import Body, Fail, Poisoned
+from flowlang.elaborate.later import walk
 from flowlang.elaborate.statements import NOTHING, check_new, run_one, run_statements
 from flowlang.elaborate.types import evaluate_type
-from flowlang.elaborate.values import DistributionValue, Instance, Local, Poison, Static, Tensor, Tuple, TypeSpec
+from flowlang.elaborate.values import POISON, DistributionValue, Instance, Local, Poison, Static, Tensor, Tuple, TypeSpec
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import TensorType
@@ -41,6 +42,7 @@ class ProgramBody(Body):
         super().__init__(model.elab, region, model.module, parent=model, anchor=model.anchor)
         self.model = model
         self.data_type = inputs[0].type if inputs else None
+        self.data_failed = model.data_failed
         region.children = model.region.children
         self.reserved = model.reserved
         self._copies: dict[int, int] = {}
@@ -66,6 +68,8 @@ class ProgramBody(Body):
         arguments = distribution_arguments(self, dist)
         spec = evaluate_type(self, target.type) if target.type is not None else None
         if spec is None and not arguments:
+            if self.data_type is None and self.data_failed:
+                raise Poisoned
             if self.data_type is None:
                 raise self.fail("FL0310", f"`{target.name}` has no type, and the model has no `data` to take one from", span,
                                 suggestion=f"write it, as in `{target.name}: R[D = 2] ~ {dist.name}`")  # fmt: skip
@@ -90,7 +94,7 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
         else:
             run_one(body, statement, last=False)
     for d in defs:
-        if is_program(d, inputs):
+        if is_program(d, {i.name for i in inputs} | body.data_failed):
             if d.name in MODULE_NAMES:
                 where = d.name_span or d.span
                 body.report(body.diagnostic("FL0204", f"`{d.name}` is a method of every compiled module, and cannot name a program",
@@ -122,15 +126,21 @@ def declare_data(body: Body, statement: tree.Declare) -> list[DataInput]:
                 axes.append((n, size))
                 body.axes.setdefault(n, size)
             out.append(DataInput(entry.name, TensorType.of(*axes, kind=spec.domain.kind), spec.domain, entry.span))
+            continue
         except Fail as e:
             body.report(e.diagnostic)
         except Poisoned:
             body.region.broken = True
+        body.data_failed.add(entry.name)
+        body.names[entry.name] = POISON
+        for item in (n for n in walk(entry.type) if isinstance(n, tree.Item)):
+            if isinstance(item.left, tree.Name) and isinstance(item.eq, tree.Number) and isinstance(item.eq.value, int):
+                body.axes.setdefault(item.left.id, item.eq.value)
+        body.lose(entry)
     return out
 
 
-def is_program(d: tree.Declaration, inputs: list[DataInput]) -> bool:
-    data = {i.name for i in inputs}
+def is_program(d: tree.Declaration, data: set[str]) -> bool:
     return all(p.type is not None or p.name in data for ps in d.parameters for p in ps)
 
 
@@ -161,17 +171,43 @@ def feed(body: ProgramBody, d: tree.Declaration, inputs: list[DataInput]) -> Non
     """Inputs of a program: its parameters, and the data it reads."""
     data = {i.name: i for i in inputs}
     for p in (p for ps in d.parameters for p in ps):
+        if p.type is None and p.name in body.data_failed:
+            body.names[p.name] = POISON
+            continue
         if p.type is None:
             found = data[p.name]
             add_input(body, p.name, found.type, found.domain, p.span)
             continue
-        spec = evaluate_type(body, p.type)
-        if not isinstance(spec, TypeSpec) or spec.rest or not spec.sized:
-            raise body.fail("FL0306", f"`{p.name}` of a program is a tensor of known size", p.span)
-        add_input(body, p.name, spec.tensor(), spec.domain, p.span)
+        if not feed_typed(body, p):
+            body.names[p.name] = POISON
     for i in inputs:
         if i.name not in body.names:
             add_input(body, i.name, i.type, i.domain, i.span)
+
+
+def feed_typed(body: ProgramBody, p: tree.Parameter) -> bool:
+    """A parameter with a type of its own; False after an error."""
+    assert p.type is not None
+    try:
+        spec = evaluate_type(body, p.type)
+        if isinstance(spec, TypeSpec) and not spec.rest and any(s is None and body.is_lost(n) for n, s in spec.axes):
+            raise Poisoned
+        if not isinstance(spec, TypeSpec):
+            raise body.fail("FL0902", f"a static parameter of a program, as `{p.name}`, has no meaning yet", p.span)
+        if spec.rest or not spec.sized:
+            raise body.fail(
+                "FL0902", f"`{p.name}` has an axis of open size, which has no meaning in a program yet", p.span,
+                suggestion="write its sizes, as in `R[D = 2]`",
+            )  # fmt: skip
+    except Fail as e:
+        body.report(e.diagnostic)
+    except Poisoned:
+        body.region.broken = True
+    else:
+        add_input(body, p.name, spec.tensor(), spec.domain, p.span)
+        return True
+    body.lose(p.type)
+    return False
 
 
 def add_input(body: Body, name: str, type_: TensorType, domain: Domain, span: Span) -> None:

@@ -128,6 +128,9 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
         first = source or (body.b.type(x).names[0] if body.b.type(x).rank else "D")
         formal = Formal("x", [(first, tree.Item(None, span=span))], False, "real", False, False)
         x = join_inputs(body, formal, x, tensors[1:], {first: first}, span, "linear")
+    if source is None and not body.b.type(x).rank:  # a number, as a time: an axis of size 1
+        source = "one"
+        x = body.b.op("expand", x, axes=((source, 1),), span=span)
     t = body.b.type(x)
     if source is not None:
         axis_rules.need_axis(body, t, source, span)

@@ -14,6 +14,7 @@ from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import (
     ABSENT,
     POISON,
+    WITNESS,
     AppliedBuiltin,
     Bracketed,
     Builtin,
@@ -22,6 +23,7 @@ from flowlang.elaborate.values import (
     DistributionValue,
     Instance,
     Local,
+    Pending,
     Poison,
     Static,
     Tensor,
@@ -66,6 +68,7 @@ def run_one(body: Body, statement: tree.Statement, *, last: bool) -> Any:
         body.region.broken = True
     except OpProblem as e:
         body.report(body.diagnostic(e.code, e.message, statement.span, suggestion=e.suggestion, notes=e.notes))
+    body.lose(statement)
     for name in bound_names(statement):
         body.names[name] = POISON
         body.used.add(name)
@@ -187,6 +190,8 @@ def bind(body: Body, statement: tree.Bind) -> Any:
                 values = [POISON] * len(targets)
             elif isinstance(value, Tuple | list):
                 values = list(value.items) if isinstance(value, Tuple) else list(value)
+            elif isinstance(value, Pending) and value.name == WITNESS:
+                raise_poison()
             else:
                 raise body.fail("FL0308", f"{len(targets)} names for {describe(value)}", statement.span)
     else:
@@ -195,6 +200,8 @@ def bind(body: Body, statement: tree.Bind) -> Any:
             values.extend(body.typed(e, [types[k]]) if types is not None and k < len(types) else [body.ev(e)])
     if len(values) != len(targets):
         raise body.fail("FL0308", f"{len(targets)} names for {len(values)} values", statement.span)
+    if any(isinstance(v, Poison) for v in values):
+        body.lose(statement)
     for t, v in zip(targets, values, strict=True):
         bind_name(body, t, v, statement.op)
     return values[0] if len(values) == 1 else Tuple(tuple(values))
@@ -223,7 +230,8 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     target = statement.targets[0]
     dist = distribution(body, statement.values[0])
     if dist is None:
-        return POISON
+        raise_poison()
+    assert dist is not None
     drawn = body.draw(target, dist, statement.span)
     if drawn is not None:
         bind_name(body, target, drawn, "=")
@@ -359,6 +367,7 @@ def declare(body: Body, statement: tree.Declare) -> None:
                 declare_param(body, statement.word, entry)
         except Fail as e:
             body.report(e.diagnostic)
+            body.lose(entry)
             body.names[entry.name] = POISON
             if statement.word == "data" and body.region.kind == "flow":
                 body.chain_value = POISON

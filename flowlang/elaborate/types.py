@@ -157,6 +157,8 @@ def axis_spec(body: Body, item: tree.Item, before: list[str]) -> tuple[str, int 
             raise body.fail("FL0302", f"`{left.name}` has no size here", item.span)
         return left.name, size
     if not isinstance(left, tree.Name):
+        if isinstance(left, tree.Brackets):
+            raise body.not_yet("A[..]", "a family of axes, as `A[0..N]`, has no meaning yet", item.span)
         raise body.fail("FL0307", "an axis is a name, as in `R[D]` or `R[D = 2]`", item.span)
     if item.eq is not None:
         if isinstance(item.eq, tree.Name) and item.eq.id == "ragged":
@@ -179,6 +181,12 @@ def known_size(body: Body, name: str) -> int | None:
 
 def static_size(body: Body, expr: tree.Expr) -> int:
     """The size of an axis, as written."""
+    value = body.ev(expr)
+    if isinstance(value, float) and not value.is_integer():
+        raise body.fail(
+            "FL0312", f"an axis would have the size {value:g}", expr.span,
+            suggestion="choose sizes that divide", 
+        )  # fmt: skip
     return checked_size(body, body.static_int(expr), expr.span)
 
 

@@ -26,10 +26,16 @@ class Poison:
 
 
 POISON = Poison()
+WITNESS = "some network"  # stands for a network parameter where a declaration is judged by itself
+LATER = Poison()  # in error because a later version brings its meaning: what is given to it is not read
 
 
 class Poisoned(Exception):
     """A value that is already in error was needed."""
+
+
+class Later(Poisoned):
+    """The same for a value that a later version brings, once that is told."""
 
 
 class Absent:
@@ -114,6 +120,7 @@ class Builtin:
     step: bool = False  # may stand alone in a chain and is applied to the chain's value
     signature: str = ""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()  # keyword arguments that take a word of a list
+    later: bool = False  # a name without a meaning in this version
 
 
 @dataclass(frozen=True)
