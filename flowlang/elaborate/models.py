@@ -13,7 +13,17 @@ from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.later import walk
 from flowlang.elaborate.statements import NOTHING, check_new, run_one, run_statements
 from flowlang.elaborate.types import evaluate_type
-from flowlang.elaborate.values import POISON, DistributionValue, Instance, Local, Poison, Static, Tensor, Tuple, TypeSpec
+from flowlang.elaborate.values import (
+    POISON,
+    DistributionValue,
+    Instance,
+    Local,
+    Poison,
+    Static,
+    Tensor,
+    Tuple,
+    TypeSpec,
+)
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import TensorType
