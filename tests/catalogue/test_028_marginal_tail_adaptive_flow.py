@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -203,9 +204,10 @@ def test_the_baselines_train(name: str, df: float) -> None:
 
 def test_parameters_of_the_presets() -> None:
     """Counted from the layers: LU factors, W2, a masked network, a degree of freedom for each heavy marginal."""
+
     def expected(dims: int, light: int, layers: int, hidden: list[int]) -> int:
         widths = [dims, *hidden, 2 * dims]
-        net = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+        net = sum((a + 1) * b for a, b in pairwise(widths))
         heavy = dims - light
         return layers * (net + 2 * light**2 + 2 * heavy**2 + light * heavy) + heavy
 
