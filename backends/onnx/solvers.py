@@ -33,7 +33,7 @@ def body_of(w: Lowering, n: Node, outer: list[int]) -> Callable[[Value], list[Va
 
 @emitter("scan_solve")
 def _scan(w: Lowering, n: Node) -> Value:
-    """One `Loop`: incremental where the body has a schedule, else round t takes slice t from the whole body."""
+    """One `Loop`: incremental where the body has a schedule, else each round takes its slices from the whole body."""
     target, *outer = n.inputs
     body: Program = n.attrs["body"]
     outer = [target, *outer] if len(body.inputs) == len(n.inputs) + 1 else outer
@@ -49,15 +49,15 @@ def _scan(w: Lowering, n: Node) -> Value:
         except NotStatic:
             g.undo(mark)
     step = body_of(w, n, outer)
-    index = g.const(np.arange(size).reshape([size if k == position else 1 for k in range(t.rank)]), INT)
+    levels = np.array(n.attrs["levels"])
+    index = g.const(levels.reshape([size if k == position else 1 for k in range(t.rank)]), INT)
 
     def round_(i: Value, values: list[Value]) -> tuple[None, list[Value]]:
-        at = g.binary("Sub", g.const(size - 1, INT), i, INT) if n.attrs["reverse"] else i
-        here = g.binary("Equal", index, at, BOOL)
+        here = g.binary("Equal", index, i, BOOL)
         return None, [g.where(here, step(values[0])[0], values[0])]
 
     start = g.filled(float(n.attrs["placeholder"]), (*w.leads, *t.shape))
-    return g.loop(size, [start], round_, hint)[0]
+    return g.loop(int(levels.max(initial=-1)) + 1, [start], round_, hint)[0]
 
 
 def place(g: Builder, t: Value, lo: float, hi: float) -> tuple[Value, Value | None]:

@@ -1212,6 +1212,17 @@ def _bracket(w: Writer, n: Node) -> Expr:
     return Expr(f"{w.scope.use('bracket_solve')}({f}, {w.tensor(target)}, {lo}, {hi}, {bool(n.attrs['increasing'])})")
 
 
+def stage_list(n: Node) -> str:
+    """The rounds of a scan in which its slices become right: their number if that is their order, else one of each."""
+    levels = n.attrs["levels"]
+    size = len(levels)
+    if levels == tuple(range(size)):
+        return str(size)
+    if levels == tuple(reversed(range(size))):
+        return f"-{size}"
+    return repr(levels)
+
+
 @emitter("scan_solve")
 def _scan(w: Writer, n: Node) -> Expr:
     target, *outer = n.inputs
@@ -1222,7 +1233,7 @@ def _scan(w: Writer, n: Node) -> Expr:
     plan = schedule(body, n.attrs["axis"], bool(n.attrs["reverse"]))
     if plan is None:
         return Expr(
-            f"{w.scope.use('scan_solve')}({f}, {w.tensor(target)}, {d}, {bool(n.attrs['reverse'])}, {n.attrs['placeholder']!r})"
+            f"{w.scope.use('scan_solve')}({f}, {w.tensor(target)}, {d}, {stage_list(n)}, {n.attrs['placeholder']!r})"
         )
     from flowlang.backends.torch.incremental import write_loop
 

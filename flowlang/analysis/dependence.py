@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from flowlang.analysis.constants import Constants, holds, support_of
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.ops import OPS
 from flowlang.ir.relation import Relation, Support
@@ -35,6 +36,7 @@ class Supports:
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.constants = Constants(graph)
         self._known: dict[int, Support | None] = {}
 
     def of(self, id: int) -> Support | None:
@@ -45,11 +47,33 @@ class Supports:
         return self._known[id]
 
     def evaluate(self, node: Node) -> Support | None:
+        constant = self.constants.support(node.id)
+        if constant is not None:
+            return constant
+        if node.op == "where":
+            return self.chosen(node)
         op = OPS.get(node.op)
         if op is None or op.support is None:
             return None
         types = [self.graph[i].tensor for i in node.inputs]
         return op.support(node, types, [self._known[i] for i in node.inputs])
+
+
+    def chosen(self, node: Node) -> Support | None:
+        """A choice by a constant condition: what may be other than 0 in either branch, where that branch is taken."""
+        condition, *branches = node.inputs
+        table = self.constants.of(condition)
+        if table is None or not 1 <= len(table.axes) <= 2:
+            return None
+        taken = ([bool(v) for v in table.values], [not v for v in table.values])
+        zeros = [(c := self.constants.of(i)) is not None and not any(c.values) for i in branches]
+        inner = [self._known[i] for i in branches]
+        if any(zeros):
+            k = zeros.index(False) if False in zeros else 0
+            return support_of(table.axes, taken[k] if False in zeros else [False] * len(taken[0])).meet(inner[k])
+        held = [[x and y for x, y in zip(t, holds(s, table.axes), strict=True)] for t, s in zip(taken, inner, strict=True)]
+        either = [x or y for x, y in zip(*held, strict=True)]
+        return None if all(either) else support_of(table.axes, either)
 
 
 class Dependence:

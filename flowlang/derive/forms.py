@@ -1,7 +1,8 @@
 """Equal forms of a region, tried when the one as written does not yield to the search.
 
 `split_causal` (ANALYSIS.md A5): a cumulative sum or a triangular product along an axis is its strict part plus
-its diagonal, so that a scan can assume the one and solve through the other.
+its diagonal, and a convolution whose kernel looks one way is its taps elsewhere plus the one at the place itself,
+so that a scan can assume the one and solve through the other.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from flowlang.analysis.constants import Constants
 from flowlang.ir.build import Builder
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.interval import POSITIVE
+from flowlang.ir.ops import OPS
 from flowlang.ir.types import TensorType
 
 Rewrite = Callable[["Builder", Graph, Node, dict[int, int]], "int | None"]
@@ -82,6 +85,8 @@ def split_causal(b: Builder, graph: Graph, node: Node, env: dict[int, int]) -> i
     if node.op == "cumsum" and not node.attrs.get("exclusive"):
         x = env[node.inputs[0]]
         return b.add(b.op("cumsum", x, **{**node.attrs, "exclusive": True}), x)
+    if node.op == "conv":
+        return split_conv(b, graph, node, env)
     if node.op == "contract" and len(node.attrs["axes"]) == 1:
         for slot in (0, 1):
             found = triangular(graph, graph[node.inputs[slot]])
@@ -127,3 +132,71 @@ def split_product(
         own = b.mul(diagonal, own)
     total = b.add(strict, own)
     return total if b.type(total).names == node.tensor.names else b.op("order", total, names=node.tensor.names)
+
+
+# ---- a convolution as the tap at the place itself and all others --------------------------------
+
+
+def split_conv(b: Builder, graph: Graph, node: Node, env: dict[int, int]) -> int | None:
+    """K * x = (K without its tap at the place itself) * x + that tap's matrix · x.
+
+    The rest is strictly causal where a constant mask or the padding makes it so; the matrix is solved for at each
+    place (CInC and FInC flows, Inverse-Flow, emerging convolutions).
+    """
+    attrs = node.attrs
+    kernel = graph[node.inputs[1]].tensor
+    out, channel = kernel.names[:2]
+    windows = list(zip(kernel.axes[2:], attrs["padding"], attrs["dilation"], strict=True))
+    moved_by = any(s != 1 for s in attrs["stride"]) or attrs["groups"] != 1 or kernel.axes[0].size != kernel.axes[1].size
+    if moved_by or any(before % d or before // d >= a.size for a, (before, _), d in windows):
+        return None
+    at = {a.name: before // d for a, (before, _), d in windows}
+    tap = Taps(b, graph, env).at(node.inputs[1], tuple(sorted(at.items())))
+    if tap is None or b.const_value(tap) == 0 or node.tensor != graph[node.inputs[0]].tensor:
+        return None
+    x, *bias = env[node.inputs[0]], *(env[i] for i in node.inputs[2:])
+    elsewhere: int | None = None
+    for a in kernel.axes[2:]:
+        other = b.op("ne", b.op("index", axis=a.name, size=a.size), b.const(at[a.name]))
+        elsewhere = other if elsewhere is None else b.op("or", elsewhere, other)
+    assert elsewhere is not None
+    rest = b.op("order", b.op("where", elsewhere, env[node.inputs[1]], b.const(0.0)), names=kernel.names)
+    tap = b.expand(tap, TensorType(kernel.axes[:2])) if b.type(tap).rank < 2 else tap
+    if channel != attrs["channel"]:
+        tap = b.op("rename", tap, pairs=((channel, attrs["channel"]),))
+    own = b.op("contract", tap, x, axes=(attrs["channel"],))
+    own = b.op("order", b.op("rename", own, pairs=((out, attrs["channel"]),)), names=node.tensor.names)
+    return b.add(b.op("conv", x, rest, *bias, **attrs), own)
+
+
+class Taps:
+    """Values of the region at fixed indices of some axes, simplified where constant masks choose."""
+
+    def __init__(self, b: Builder, graph: Graph, env: dict[int, int]):
+        self.b, self.graph, self.env = b, graph, env
+        self.constants = Constants(graph)
+
+    def at(self, n: int, where: tuple[tuple[str, int], ...]) -> int | None:
+        b, node = self.b, self.graph[n]
+        where = tuple((a, i) for a, i in where if node.tensor.has(a))
+        if not where:
+            return self.env[n]
+        table = self.constants.of(n)
+        if table is not None and len(table.axes) == len(where):
+            value = table.at(dict(where))
+            return b.const(bool(value) if node.tensor.kind == "bool" else value)
+        if node.op in ("order", "expand"):
+            return self.at(node.inputs[0], where)
+        if OPS[node.op].elementwise:
+            parts = [self.at(i, where) for i in node.inputs]
+            if node.op == "where" and parts[0] is not None and (chosen := b.const_value(parts[0])) is not None:
+                return parts[1] if chosen else parts[2]
+            if node.op == "mul" and any(p is not None and b.const_value(p) == 0 for p in parts):
+                return b.const(0.0)
+            if any(p is None for p in parts):
+                return None
+            return b.copy(node, [p for p in parts if p is not None])
+        value = self.env[n]
+        for axis, index in where:
+            value = b.op("pick", value, axis=axis, index=index)
+        return value

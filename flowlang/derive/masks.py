@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flowlang.analysis.constants import FOLD, Constants
 from flowlang.derive.forms import moved
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region
@@ -16,12 +17,6 @@ from flowlang.ir.types import TensorType
 
 Part = int | float  # a value of the new graph, or a number that fills the part
 Parts = tuple[Part, Part]
-
-FOLD = {
-    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "mod": lambda x, y: x % y,
-    "lt": lambda x, y: float(x < y), "le": lambda x, y: float(x <= y), "gt": lambda x, y: float(x > y),
-    "ge": lambda x, y: float(x >= y), "eq": lambda x, y: float(x == y),
-}  # fmt: skip
 
 
 def split_by_mask(region: Region) -> Region | None:
@@ -35,19 +30,8 @@ def split_by_mask(region: Region) -> Region | None:
 
 def constants(graph: Graph) -> dict[int, tuple[float, ...]]:
     """Values of nodes that are numbers or constant along one axis."""
-    out: dict[int, tuple[float, ...]] = {}
-    for node in graph:
-        if node.op == "const" and not node.tensor.axes:
-            out[node.id] = (float(node.attrs["value"]),)
-        elif node.op == "index":
-            out[node.id] = tuple(map(float, range(int(node.attrs["size"]))))
-        elif node.op in FOLD and all(i in out for i in node.inputs) and node.tensor.rank <= 1:
-            x, y = (out[i] for i in node.inputs)
-            size = max(len(x), len(y))
-            if node.op != "mod" or 0.0 not in y:
-                wide = [v * size if len(v) == 1 else v for v in (x, y)]
-                out[node.id] = tuple(FOLD[node.op](p, q) for p, q in zip(*wide, strict=True))
-    return out
+    tables = Constants(graph)
+    return {n.id: t.values for n in graph if (t := tables.of(n.id)) is not None and len(t.axes) <= 1}
 
 
 class _Splitter:

@@ -74,6 +74,7 @@ class Scan:
     domain: Interval
     dropped: tuple[int, ...]  # what reads earlier slices only
     region: tuple[int, ...]  # everything between entry and exits
+    levels: tuple[int, ...]  # for each slice in the order, the round that makes it right: those of one round are independent
 
     @property
     def axes(self) -> str:

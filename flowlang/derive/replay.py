@@ -381,7 +381,8 @@ class Replay:
         found = flatten(body.b, inner.value(step.entry), step.order)
         node = self.b.graph.add(
             "scan_solve", (self.shaped(step, flat), *body.outer), flat,
-            {"body": body.program([found]), "axis": axis, "reverse": body.reverse, "placeholder": placeholder(step.domain), "domain": step.domain},
+            {"body": body.program([found]), "axis": axis, "reverse": body.reverse, "placeholder": placeholder(step.domain), "domain": step.domain,
+             "levels": step.levels},
             span=self.source[step.exits[0]].span,
         )  # fmt: skip
         self.bind(u, unflatten(self.b, node.id, u.tensor, step.order))

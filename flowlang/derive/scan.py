@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence
@@ -15,6 +16,8 @@ from flowlang.ir.types import TensorType
 
 if TYPE_CHECKING:
     from flowlang.derive.search import Inverter
+
+MAX_LEVELLED = 1 << 20  # pairs of slices looked at for independence; beyond it, one slice a round
 
 
 def scan(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Scan | None:
@@ -127,7 +130,8 @@ def scan_along(
         p.conditions.extend(inner.conditions)
         p.notes.extend(inner.notes)
         return None
-    return Scan(u, exits, order, tuple(inner.steps), inv.interval(u), tuple(sorted(dropped)), tuple(region))
+    levels = rounds(graph[u].tensor, order, [(carriers[n], r) for n in sorted(dropped) if n in carriers and (r := dependence.of(n))])
+    return Scan(u, exits, order, tuple(inner.steps), inv.interval(u), tuple(sorted(dropped)), tuple(region), levels)
 
 
 def reads_nothing(relation: Relation | None) -> bool:
@@ -137,3 +141,54 @@ def reads_nothing(relation: Relation | None) -> bool:
 
 def drops(relation: Relation | None, rows: tuple[str, ...], order: Order) -> bool:
     return relation is not None and strict(relation, rows, order)
+
+
+# ---- which slices are independent ---------------------------------------------------------------
+
+
+def rounds(t: TensorType, order: Order, read: Sequence[tuple[tuple[str, ...], Relation]]) -> tuple[int, ...]:
+    """For each slice, numbered along the order, the round in which all that it reads is known.
+
+    A minimum lag k lets k slices go at once, and what reads above and to the left goes by anti-diagonals.
+    `read` has the dropped values: the axes that carry the order's, and the relation on the entry.
+    """
+    axes = [axis for axis, _ in order]
+    sizes = [t.size(axis) for axis in axes]
+    count = prod(sizes)
+    kinds = {
+        tuple(relation.pairs(part, row, axis, n) for row, axis, n in zip(rows, axes, sizes, strict=True))
+        for rows, relation in read
+        for part in relation.parts
+    }
+    direction = [reverse for _, reverse in order]
+    steps = [[m.bits() if m is not None else ((1 << n) - 1,) * n for m, n in zip(kind, sizes, strict=True)] for kind in kinds]
+    work = sum(prod(sum(b.bit_count() for b in bits) for bits in kind) for kind in steps)
+    if work > MAX_LEVELLED:
+        return one_by_one(count, order)
+    places = list(itertools.product(*(range(n)[::-1] if r else range(n) for n, r in zip(sizes, direction, strict=True))))
+    level: dict[tuple[int, ...], int] = {}
+    for place in places:
+        here = 0
+        for kind in steps:
+            sources = [indices(bits[i]) for bits, i in zip(kind, place, strict=True)]
+            for source in itertools.product(*sources):
+                if source not in level:
+                    return one_by_one(count, order)  # wider than the order by the axes taken alone
+                here = max(here, level[source] + 1)
+        level[place] = here
+    # A single axis keeps its own indices; several are merged in the order's direction.
+    return tuple(level[p] for p in (sorted(places) if len(order) == 1 else places))
+
+
+def one_by_one(count: int, order: Order) -> tuple[int, ...]:
+    forward = tuple(range(count))
+    return forward[::-1] if len(order) == 1 and order[0][1] else forward
+
+
+def indices(bits: int) -> list[int]:
+    out = []
+    while bits:
+        low = bits & -bits
+        out.append(low.bit_length() - 1)
+        bits ^= low
+    return out

@@ -97,7 +97,7 @@ class _Scheduler:
         result = self.degrees[self.result][1]
         if any(d > self.place(i) for i, d in enumerate(result)):
             return None
-        steps = sorted(set(result))
+        steps = self.steps(result)
         made = Schedule(len(steps), self.entry, self.result)
         for n, (axis, degrees) in self.degrees.items():
             made.rows[n] = rows_of(axis, degrees, steps)
@@ -108,6 +108,16 @@ class _Scheduler:
             if not self.read_operands(made, graph[n]):
                 return None
         return made
+
+    def steps(self, result: Sequence[int]) -> list[int]:
+        """How many leading entries are known before each stage: a stage takes all that read no others, so that a
+        minimum lag of k makes k entries a stage."""
+        in_order = [result[self.place(k)] for k in range(self.size)]
+        steps, known = [], 0
+        while known < self.size:
+            steps.append(known)
+            known = next((k for k in range(known, self.size) if in_order[k] > known), self.size)
+        return steps
 
     def cuts_rows(self, made: Schedule, node: Node) -> bool:
         """Whether a split cuts the axis whose rows come stage by stage: its sizes hold for the whole axis alone."""

@@ -16,7 +16,7 @@ from flowlang.source import Span
 if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
 
-OPTIONS = ("out", "kernel", "stride", "padding", "dilation", "groups", "bias", "weight", "start")
+OPTIONS = ("out", "kernel", "stride", "padding", "dilation", "groups", "bias", "weight", "start", "causal")
 KERNEL_AXES = ("kd", "kh", "kw")
 
 
@@ -63,11 +63,28 @@ def times_stride(kernel: tuple[int, ...], dilation: tuple[int, ...], stride: tup
     return tuple((max(r - r // 2, 0), r // 2 if r >= 0 else r) for r in spare)
 
 
+def looking_back(
+    body: Body, op: str, options: dict[str, Any], space: list[str], padding: tuple[tuple[int, int], ...], span: Span
+) -> tuple[tuple[int, int], ...]:
+    """`causal = "H W"`: along these axes all zeros stand before the first entry, so that no later one is read."""
+    told = options["causal"]
+    names = told.split() if isinstance(told, str) else []
+    if op != "conv" or not names or any(n not in space for n in names):
+        raise body.fail("FL0307", "`causal` of `conv` names axes of space", span,
+                        suggestion=f'as in `conv(x, causal = "{" ".join(space)}")`')  # fmt: skip
+    if "padding" in options:
+        raise body.fail("FL0306", "`causal` says where zeros stand; `padding` says it twice", span)
+    return tuple((sum(p), 0) if s in names else p for s, p in zip(space, padding, strict=True))
+
+
 def convolution(op: str) -> Any:
     transposed = op == "conv_transpose"
 
     def call(body: Body, inst: Instance, args: Arguments) -> Any:
-        """`conv(x, out, kernel = 3)`: pads with zeros to keep the size; `conv_transpose` makes it stride times as large."""
+        """`conv(x, out, kernel = 3)`: pads with zeros to keep the size; `conv_transpose` makes it stride times as large.
+
+        `causal = "H W"` puts the zeros of a `conv` before the first entry along these axes.
+        """
         assert args.span is not None
         span = args.span
         options = keywords(body, inst, args, OPTIONS)
@@ -96,6 +113,8 @@ def convolution(op: str) -> Any:
             padding = tuple((p, p) for p in numbers(body, op, "padding", options["padding"], n, 0, span))
         else:
             padding = times_stride(kernel, dilation, stride) if transposed else same(kernel, dilation)
+        if options.get("causal") is not None:
+            padding = looking_back(body, op, options, space, padding, span)
         size = t.size(channel)
         if size % groups:
             raise body.fail("FL0301", f"{size} channels do not split into {groups} groups", span)
@@ -132,7 +151,10 @@ def convolution(op: str) -> Any:
 
 
 class GivenWeight:
-    """A kernel that the author computes: its axes are the unit's, the inputs' and the window's, in this order."""
+    """A kernel that the author computes: its axes are the unit's, the inputs' and the window's, in this order.
+
+    With axes `C'` and `C` these are the unit's and the inputs', wherever they stand, as in a matrix product.
+    """
 
     def __init__(self, id: int, t: TensorType, transposed: bool, groups: int):
         self.id, self.kernel = id, t.shape[2:]
@@ -144,6 +166,12 @@ def weight_given(body: Body, value: Any, transposed: bool, groups: int, span: Sp
         return None
     id = body.tensor(body.capture(value), span)
     t = body.b.type(id)
+    primed = [n for n in t.names if t.has(f"{n}'")]
+    if len(primed) == 1:
+        pair = [f"{primed[0]}'", primed[0]]
+        names = (*(reversed(pair) if transposed else pair), *(n for n in t.names if n not in pair))
+        id = body.b.op("order", id, names=names, span=span)
+        t = body.b.type(id)
     if not 3 <= t.rank <= 5 or body.graph[id].batched:
         raise body.fail("FL0307", f"a kernel has two axes of channels and those of the window, and is one for all samples; this is `{t}`", span)
     return GivenWeight(id, t, transposed, groups)

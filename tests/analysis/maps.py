@@ -33,6 +33,9 @@ class Map:
 
 
 HALVES = "a, b = halves[D](x)\n"
+KERNEL = "param L: UnitLowerTriangular[C', C]\nparam K: R[C', C, i = 3, j = 3] ~ normal(0, 0.2)\n"
+CORNER = "corner = index[i](K) == 2 and index[j](K) == 2\n"
+IMAGE = ("scan", "R[C, H, W]", "R[C = 2, H = 3, W = 3]")
 UNIT_VECTOR = "param w: Sphere[D]\ns = sum[D](w * x)\n"
 
 NOT_BIJECTIVE: tuple[Map, ...] = (
@@ -87,6 +90,13 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("triangular product read again", "A5", "param L: LowerTriangular[D', D]\ny = sum[D](L * x)\ny * x", "scan"),
     Map("square in a scan", "A5", "x ^ 2 + shift[D](x, 1)", "scan"),
     Map("mean of earlier and own", "A5", "param W: LowerTriangular[D', D]\nx - 3 * tanh(sum[D](W * x))", "scan"),
+    # A5: convolutions
+    Map("convolution of one's own kernel", "A5", KERNEL + 'conv(x, weight = K, causal = "H W")', *IMAGE),
+    Map("convolution without a tap at the place itself", "A5", KERNEL + CORNER + 'conv(x, weight = where(corner, 0, K), causal = "H W")', *IMAGE),
+    Map("convolution that looks both ways", "A5", KERNEL + CORNER + "conv(x, weight = where(corner, L, K))", *IMAGE),
+    Map("convolution causal along one axis alone", "A5", KERNEL + CORNER + 'conv(x, weight = where(corner, L, K), causal = "H")', *IMAGE),
+    Map("mask that leaks one later tap", "A5", KERNEL + "here = index[i](K) == 1 and index[j](K) == 1\nseen = index[i](K) < 1 or (index[i](K) == 1 and index[j](K) <= 2)\nconv(x, weight = where(here, L, where(seen, K, 0)))", *IMAGE),
+    Map("mask off the tap that is triangular", "A5", KERNEL + "corner = index[i](K) == 2 and index[j](K) == 1\nconv(x, weight = where(corner, L, K), causal = \"H W\")", *IMAGE),
     # A6: scalar maps
     Map("square", "A6", "x ^ 2", "scalar"),
     Map("fourth power", "A6", "x ^ 4", "scalar"),
@@ -195,6 +205,14 @@ BIJECTIVE: tuple[Map, ...] = (
     Map("earlier rows, and earlier in the row", "A5", "x * exp(tanh(sum[D](shift[T](x, 1)) + shift[D](x, 1)))", "scan", "R[T, D]", "R[T = 3, D = 3]"),
     Map("scalar inside a scan", "A5", "x + 0.5 * sin(x + shift[D](x, 1))", "scan"),
     Map("causal attention of what came before", "A5", "h = shift[T](x, 1)\ns = sum[D](h * h[T -> S])\na: R[T, S] = softmax[S](s, causal = \"T\")\nx + sum[S](a * h[T -> S])", "scan", "R[T, D]", "R[T = 3, D = 2]"),
+    Map("every other entry", "A5", "h = shift[D](x, 2)\nx * exp(tanh(h)) + h", "scan"),
+    Map("corner convolution", "A5", KERNEL + CORNER + 'conv(x, weight = where(corner, L, K), causal = "H W")', *IMAGE),
+    Map("corner convolution backwards", "A5", KERNEL + CORNER + 'reverse[H](conv(reverse[H](x), weight = where(corner, L, K), causal = "H W"))', *IMAGE),
+    Map("corner convolution by a mask of a wide kernel", "A5", "param L: Invertible[C', C]\nparam K: R[C', C, i = 5, j = 5] ~ normal(0, 0.2)\n" + CORNER + "seen = index[i](K) <= 2 and index[j](K) <= 2\nconv(x, weight = where(corner, L, where(seen, K, 0)))", *IMAGE),
+    Map("causal convolution in time", "A5", "param L: LowerTriangular[C', C]\nparam K: R[C', C, k = 3] ~ normal(0, 0.2)\nconv[C, T](x, weight = where(index[k](K) == 2, L, K), causal = \"T\", dilation = 2)", "scan", "R[C, T]", "R[C = 2, T = 6]"),
+    Map("raster convolution", "A5", KERNEL + "here = index[i](K) == 1 and index[j](K) == 1\nseen = index[i](K) < 1 or (index[i](K) == 1 and index[j](K) < 1)\nconv(x, weight = where(here, L, where(seen, K, 0)))", *IMAGE),
+    Map("strict convolution and a channel matrix", "A5", KERNEL + CORNER + 'conv(x, weight = where(corner, 0, K), causal = "H W") + sum[C](L * x)', *IMAGE),
+    Map("conditioned by a strict convolution", "A5", KERNEL + CORNER + 'h = conv(x, weight = where(corner, 0, K), causal = "H W")\nx * exp(tanh(h)) + h', *IMAGE),
     Map("sine", "A6", "x + 0.9 * sin(x)", "scalar"),
     Map("bounded coefficient", "A6", "param a: Interval(-0.9, 3)[D]\nx + a * tanh(x)", "scalar"),
     Map("sum of increasing", "A6", "x ^ 3 + asinh(x) + x", "scalar"),

@@ -65,17 +65,24 @@ def bracket_solve(
     return x - torch.where(torch.isfinite(step) | torch.isnan(y), step, torch.zeros_like(step))
 
 
-def scan_solve(step: Callable[[Tensor], Tensor], like: Tensor, dim: int, reverse: bool, placeholder: float) -> Tensor:
-    """Solves slice after slice along `dim`: in each round `step` is right at the next slice."""
+def scan_solve(
+    step: Callable[[Tensor], Tensor], like: Tensor, dim: int, order: int | Sequence[int], placeholder: float
+) -> Tensor:
+    """Solves slice after slice along `dim`: in each round `step` is right at the next slices.
+
+    `order` is the round of each slice; a number n stands for one after the other, -n for that backwards.
+    """
     n = like.shape[dim]
+    rounds = list(order) if isinstance(order, Sequence) else list(range(n)) if order >= 0 else list(range(n))[::-1]
     shape = [1] * like.dim()
     shape[dim] = n
-    index = torch.arange(n, device=like.device).view(shape)
+    round_of = torch.tensor(rounds, device=like.device).view(shape)
+    count = max(rounds, default=-1) + 1
     with torch.no_grad():
         u = torch.full_like(like, placeholder)
-        for t in range(n - 1, -1, -1) if reverse else range(n):
-            u = torch.where(index == t, step(u), u)
-    return implicit_scan(step, u, n)
+        for t in range(count):
+            u = torch.where(round_of == t, step(u), u)
+    return implicit_scan(step, u, count)
 
 
 def implicit_scan(step: Callable[[Tensor], Tensor], u: Tensor, rounds: int) -> Tensor:

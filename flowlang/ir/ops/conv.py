@@ -64,8 +64,29 @@ def _transpose_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     return out
 
 
-def _seen(node: Node, types: Sequence[TensorType], k: int, *, transposed: bool) -> Matrix | None:
-    """Which indices of the operand each index of the result reads, along the k-th axis of space."""
+def live_taps(kernel: TensorType, support: Support | None) -> list[list[int]]:
+    """Boxes that hold every tap of a kernel which may be other than 0: for each axis of space, a set of places."""
+    space = [a.name for a in kernel.axes[2:]]
+    sets = [(1 << a.size) - 1 for a in kernel.axes[2:]]
+    if support is None:
+        return [sets]
+    found = support.constraints(space, space)
+    for k, n in enumerate(space):
+        alone = found.get((n, None))
+        if alone is not None:
+            sets[k] &= sum(1 << i for i, r in enumerate(alone.bits()) if r)
+    pair = found.get((space[0], space[1])) if len(space) >= 2 else None
+    if pair is None:
+        return [sets]
+    boxes: dict[int, int] = {}  # what the rows have in common -> the rows
+    for i, r in enumerate(pair.bits()):
+        if sets[0] >> i & 1 and r & sets[1]:
+            boxes[r & sets[1]] = boxes.get(r & sets[1], 0) | 1 << i
+    return [[rows, cols, *sets[2:]] for cols, rows in boxes.items()]
+
+
+def _seen(node: Node, types: Sequence[TensorType], k: int, taps: int, *, transposed: bool) -> Matrix | None:
+    """Which indices of the operand each index of the result reads through some taps, along the k-th axis of space."""
     axis = node.attrs["space"][k]
     n, m = node.tensor.size(axis), types[0].size(axis)
     if n * m > MAX_BITS:
@@ -76,7 +97,7 @@ def _seen(node: Node, types: Sequence[TensorType], k: int, *, transposed: bool) 
     for i in range(few):
         for tap in range(window_of(types, node.attrs)[k]):
             j = i * stride + tap * dilation - before
-            if 0 <= j < many:
+            if taps >> tap & 1 and 0 <= j < many:
                 if transposed:
                     rows[j] |= 1 << i
                 else:
@@ -85,14 +106,23 @@ def _seen(node: Node, types: Sequence[TensorType], k: int, *, transposed: bool) 
 
 
 def _depend(transposed: bool, lost: bool):  # type: ignore[no-untyped-def]
+    """A place reads those that the window's taps reach; taps that a constant mask makes 0 reach nothing."""
+
     def rule(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+        rows, cols = node.tensor.axes, types[slot].axes
         if slot:
-            return Relation.full(node.tensor.axes, types[slot].axes)
+            return Relation.full(rows, cols)
         space = node.attrs["space"]
-        found = {(s, s): _seen(node, types, k, transposed=transposed) for k, s in enumerate(space)}
-        extra = {pair: bits for pair, bits in found.items() if bits is not None}
-        but = (node.attrs["channel"], *space) if lost else tuple(space)
-        return Relation.equal(node.tensor.axes, types[0].axes, but=but, extra=extra)
+        every = [(1 << n) - 1 for n in window_of(types, node.attrs)]
+        total = Relation.empty(rows, cols)
+        for box in live_taps(types[1], supports[1]) if lost else [every]:
+            extra: dict[tuple[str | None, str | None], Matrix | None] = {
+                (s, s): _seen(node, types, k, box[k], transposed=transposed) for k, s in enumerate(space)
+            }
+            but = (node.attrs["channel"], *space) if lost else tuple(space)
+            found = Relation.equal(rows, cols, but=but, extra=extra)
+            total = found if total.is_empty() else total if found.is_empty() else total.union(found)
+        return total
 
     return rule
 
