@@ -173,7 +173,7 @@ def compile_from(comp: Compilation, flow: str | None = None, *, seed: int | None
 def verify_rules(comp: Compilation, name: str, module: Any = None) -> None:
     """Compares the hand-given rules in a flow with its map, in float64; raises FlowError (FL0412) where one is wrong."""
     region = comp.regions[name]
-    if not any(r.rules for r in region.walk()):
+    if not any(r.has_map_rules for r in region.walk()):
         return
     from flowlang.backends.torch.explicit import wrong_rules
 

@@ -289,7 +289,7 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
         if region.broken:
             bad.add(id(region))
             continue
-        for v in comp.analyses.violations(region):
+        for v in comp.analyses.violations(region) if region.kind != "step" else ():  # judged where it is scanned
             bad.add(id(region))
             tell_violation(comp, region, v, anchors)
             break

@@ -184,6 +184,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return x[0].clamp(a["lo"], a["hi"])
         case "pow":
             return x[0] ** a["exponent"] if "exponent" in a else align(x[0], t[0], out) ** align(x[1], t[1], out)
+        case "surrogate":
+            value, gradient = (align(v.to(torch.float64), s, out) for v, s in zip(x, t, strict=True))
+            return value.detach() + (gradient - gradient.detach())
         case "where":
             return torch.where(*(align(v, s, out) for v, s in zip(x, t, strict=True)))
         case "sum" | "mean":

@@ -11,7 +11,7 @@ from flowlang.backends.onnx import special
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Dim, Value, broadcast
 from flowlang.backends.onnx.lower import EMITTERS, Lowering, Result, Unlowered, emitter, results_of
 
-from flowlang.ir.graph import Node, Region
+from flowlang.ir.graph import Node, Region, result_types
 from flowlang.ir.types import TensorType
 
 # ---- leaves -------------------------------------------------------------------------------------
@@ -585,6 +585,50 @@ def _call(w: Lowering, n: Node) -> Result:
 def _get(w: Lowering, n: Node) -> Value:
     found = w.env[n.inputs[0]]
     return found[n.attrs["index"]] if isinstance(found, list) else found
+
+
+@emitter("choose")
+def _choose(w: Lowering, n: Node) -> Result:
+    """A deployed model is one for inference."""
+    return [w.value(i) for i in n.inputs[len(n.inputs) // 2 :]]
+
+
+@emitter("scan")
+def _scan(w: Lowering, n: Node) -> Result:
+    g, axis, count, reverse = w.g, n.attrs["axis"], int(n.attrs["count"]), bool(n.attrs["reverse"])
+    if axis == "B":
+        raise Unlowered(n, "a scan over the batch is no function of a sample", "write what inference does under `if not training`")
+    carried, sliced = int(n.attrs["carried"]), int(n.attrs["sliced"])
+    child, weights = n.attrs["child"], w.weights.child(n.attrs["child"])
+    start = [w.full(w.number(w.value(i)), w.type(i).rank) for i in n.inputs[:carried]]
+    slices, context = n.inputs[carried : carried + sliced], [w.value(i) for i in n.inputs[carried + sliced :]]
+
+    def step(i: Value, now: list[Value]) -> tuple[None, list[Value]]:
+        at = g.binary("Sub", g.const(count - 1, INT), i, INT) if reverse else i
+        parts = [slice_at(w, s, w.dim(s, axis), at) for s in slices]
+        found = w.call(n, weights, [*now, *parts, *context], child)
+        rest = zip(found[carried:], result_types(n.type)[carried:], strict=True)
+        return None, [*found[:carried], *(w.full(v, t.rank - 1) for v, t in rest)]
+
+    found = g.loop(count, start, step, child)
+    out = found[:carried]
+    for v, t in zip(found[carried:], result_types(n.type)[carried:], strict=True):
+        v = g.transpose(v, [*range(1, v.rank - t.rank + 1), 0, *range(v.rank - t.rank + 1, v.rank)])
+        out.append(g.flip(v, -t.rank) if reverse else v)
+    return out
+
+
+def slice_at(w: Lowering, n: int, dim: int, at: Value) -> Value:
+    """One slice along an axis, which goes; the index is known when the model runs."""
+    x = w.value(n)
+    axis = dim % x.rank
+    shape = tuple(d for k, d in enumerate(x.shape) if k != axis)
+    return w.g.op("Gather", x, at, shape=shape, kind=x.kind, axis=axis)
+
+
+@emitter("surrogate")
+def _surrogate(w: Lowering, n: Node) -> Value:
+    return w.full_axes(w.number(w.aligned(n.inputs[0], n.tensor)), n.tensor.axes)
 
 
 @emitter("repeat")

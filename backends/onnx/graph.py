@@ -518,7 +518,10 @@ class Builder:
         run: Callable[[Value, list[Value]], tuple[Value | None, list[Value]]],
         hint: str,
     ) -> list[Value]:
-        """`Loop` of at most `rounds` rounds: `run(i, values)` gives whether to go on, and the new values."""
+        """`Loop` of at most `rounds` rounds: `run(i, values)` gives whether to go on, and the new values.
+
+        Values that it gives beyond those carried come out stacked along a new first axis.
+        """
         level = len(self.stack)
         i = Value((), INT, level=level, name="")
         go = Value((), BOOL, level=level, name="")
@@ -528,7 +531,7 @@ class Builder:
         go_on, results = run(i, inside)
         if go_on is None:
             go_on = self.op("Identity", go, shape=(), kind=BOOL)
-        results = [self.expand(r, c.shape) for r, c in zip(results, carried, strict=True)]
+        results = [*(self.expand(r, c.shape) for r, c in zip(results, carried, strict=False)), *results[len(carried) :]]
         # A loop's results are nodes of its body.
         body.outputs = [
             v if v.level == level and v.node is not None else self._here("Identity", v) for v in [go_on, *results]
@@ -543,6 +546,9 @@ class Builder:
         here = len(self.stack) - 1
         node = Node("Loop", [count, None, *carried], [], {}, "/".join(self.scopes), hint, {"body": body})
         node.outputs = [Value(v.shape, v.kind, level=here, node=node) for v in carried]
+        for r in results[len(carried) :]:
+            assert isinstance(rounds, int)
+            node.outputs.append(Value((rounds, *r.shape), r.kind, level=here, node=node))
         self.stack[-1].nodes.append(node)
         return node.outputs
 

@@ -232,7 +232,9 @@ def needed(graph: Graph, outputs: Sequence[int]) -> set[int]:
         i = stack.pop()
         if i not in seen:
             seen.add(i)
-            if graph[i].op not in SETTLED:
+            if graph[i].op == "choose":
+                stack.extend(graph[i].inputs[len(graph[i].inputs) // 2 :])
+            elif graph[i].op not in SETTLED:
                 stack.extend(graph[i].inputs)
     return seen
 

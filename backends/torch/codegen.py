@@ -114,6 +114,9 @@ class Generator:
             if (name, value_only) in found[id(region)]:
                 continue
             found[id(region)].add((name, value_only))
+            if name == "forward" and "backward" in region.rules:
+                todo += [(region, p, False) for p in OWN_GRADIENT]
+                continue
             if is_map(region) and region is not self.root:  # so that every part is a module that can be called
                 todo += [(region, "forward", False), (region, "inverse", False)]
             if not value_only and self.solved_first(self.program(region, name)):
@@ -131,7 +134,13 @@ class Generator:
         scope = ClassScope(self, region)
         alone = region is self.root and region.kind in ("net", "norm")
         prefix = "_" if root or alone else ""
-        bodies = [self.write_method(scope, self.program(region, p, v), prefix + method_name(p, v)) for p, v in asked]
+        bodies: list[list[str]] = []
+        for p, v in asked:
+            program, method = self.program(region, p, v), prefix + method_name(p, v)
+            if p == "forward" and "backward" in region.rules:
+                bodies.append(self.write_own_gradient(program, method))
+                continue
+            bodies.append(self.write_method(scope, program, f"_{p}" if p in OWN_GRADIENT else method))
         for program in region.programs.values():
             bodies += [
                 self.program_face(program),
@@ -234,7 +243,7 @@ class Generator:
         if sampling or named or self.noisy(region, program.name, value_only):
             signature.append("generator: torch.Generator | None = None")
             writer.generator = "generator"
-        results = writer.run(program.outputs)
+        results = writer.run(program.outputs, program.effects)
         final: list[str] = []
         for k, o in enumerate(program.outputs):
             node = program.graph[o]
@@ -248,12 +257,27 @@ class Generator:
                     text = f"{writer.env[o].at(ATOM)}.expand({shape})"
             final.append(text)
         shown = ", ".join(f"{n}: {program.graph[i].type}" for n, i in zip(names, program.inputs, strict=True))
+        if program.effects:
+            final = writer.write_effects(program.effects, final, program.name in OWN_GRADIENT)
         body = reuse_names(names, [*writer.lines, f"return {', '.join(final)}"], self.reserved | RESERVED)
         body = [x for line in body for x in folded(line, LINE_WIDTH - 8)]
         return [
             *header(method, signature, len(final)),
             *([f"    # {plain(shown)}"] if shown else []),
             *(f"    {x}" for x in body),
+        ]
+
+    def write_own_gradient(self, program: Program, method: str) -> list[str]:
+        """The forward method of a region with a backward pass of its own, which holds while training."""
+        fresh = Names(self.reserved)
+        names = [fresh.fresh(program.graph[i].label or "x") for i in program.inputs]
+        count = len(program.outputs)
+        self.helpers.add("OwnGradient")
+        return [
+            *header(method, ["self", *(f"{n}: Tensor" for n in names)], count),
+            "    if self.training:",
+            f"        return OwnGradient.apply(self._trained, self._backward, {count}, {', '.join(names)})",
+            f"    return self._plain({', '.join(names)})",
         ]
 
     def solved_first(self, program: Program) -> bool:
@@ -298,7 +322,8 @@ class Generator:
 
 SOLVERS = ("scan_solve", "bracket_solve", "fixed_point_solve")
 PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob", "initialise")
-RUNS = ("call", "repeat", "integrate")  # ops that run a program of a child
+OWN_GRADIENT = ("plain", "trained", "backward")  # of a region with a hand-given backward pass
+RUNS = ("call", "repeat", "integrate", "scan")  # ops that run a program of a child
 
 
 def program_rank(name: str) -> int:
@@ -422,6 +447,8 @@ class ClassScope:
         value = self.start(init, shape)
         comment = f"  # {plain(str(node.type))}" if shape else ""
         if node.op == "state":
+            if node.tensor.kind == "int":
+                value += ".long()"
             self.lines.append(f'self.register_buffer("{name}", {value}){comment}')
             return
         made = self.parametrised(domain, shape, init, value)

@@ -50,48 +50,77 @@ class Writer:
         self.results: set[int] = set()
         self.numbers: dict[int, float | int | bool | None] = {}
         self.pairs: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self.replaced: set[str] = set()  # states that the program writes
+        self.needed: set[int] = set()
         self.alias: dict[int, Node] = {}  # body inputs that stand for parameters outside
 
     # ---- driving --------------------------------------------------------------------------------
 
-    def run(self, outputs: Sequence[int]) -> list[str]:
+    def run(self, outputs: Sequence[int], effects: Sequence[tuple[str, int]] = ()) -> list[str]:
         self.results = set(outputs)
-        needed = self.graph.reachable(list(outputs))
-        later = self.in_training_only(outputs)
+        self.replaced = {name for name, _ in effects}
+        self.needed = needed = self.graph.reachable([*outputs, *(n for _, n in effects)])
+        later = needed - self.always(outputs)
         for n in needed:
             node = self.graph[n]
             weight = 2 if "body" in node.attrs else 1
             for i in node.inputs:
                 self.uses[i] = self.uses.get(i, 0) + weight
-        for o in outputs:
+        for o in [*outputs, *(n for _, n in effects)]:
             self.uses[o] = self.uses.get(o, 0) + 1
         for n in sorted(needed - later):
             if n not in self.env:
                 self.emit(self.graph[n])
         return [self.env[o].text for o in outputs]
 
-    def in_training_only(self, outputs: Sequence[int]) -> set[int]:
-        """What only running states read: written where they are, under `if self.training`."""
+    def always(self, outputs: Sequence[int]) -> set[int]:
+        """What the results need in training and at inference; the rest is written where the mode is asked for."""
         seen: set[int] = set()
         stack = list(outputs)
         while stack:
             n = stack.pop()
             if n not in seen:
                 seen.add(n)
-                if self.graph[n].op != "running":
+                if self.graph[n].op not in ("running", "choose"):
                     stack.extend(self.graph[n].inputs)
-        return self.graph.reachable(list(outputs)) - seen
+        return seen
+
+    def write_effects(self, effects: Sequence[tuple[str, int]], results: Sequence[str], trained: bool) -> list[str]:
+        """States take their new values when the results are made; gives the results as names.
+
+        `trained`: the program runs in training alone.
+        """
+        kept = []
+        for text in results:
+            if not text.isidentifier():
+                name = self.names.fresh("y")
+                self.lines.append(f"{name} = {text}")
+                text = name
+            kept.append(text)
+        lines, values = self.blocks([n for _, n in effects])
+        for (name, n), value in zip(effects, values, strict=True):
+            state = f"self.{self.scope.attributes[name]}"
+            lines.append(f"{state}.{'fill_' if self.is_number(n) else 'copy_'}({value})")
+        lines = ["with torch.no_grad():", *(f"    {x}" for x in lines)]
+        self.lines += lines if trained else ["if self.training:", *(f"    {x}" for x in lines)]
+        return kept
 
     def block(self, value: int) -> tuple[list[str], str]:
         """The statements that make a value, apart from the others, and the value."""
+        made, (text,) = self.blocks([value])
+        return made, text
+
+    def blocks(self, values: Sequence[int]) -> tuple[list[str], list[str]]:
+        """The statements that make values, apart from the others, and the values."""
         known, lines = dict(self.env), self.lines
         self.lines = []
-        for n in sorted(self.graph.reachable([value])):
+        always = self.always([v for v in values if v not in self.env])
+        for n in sorted(always):
             if n not in self.env:
                 self.emit(self.graph[n])
-        made, text = self.lines, self.env[value].text
+        made, texts = self.lines, [self.env[v].text for v in values]
         self.env, self.lines = known, lines
-        return made, text
+        return made, texts
 
     def emit(self, node: Node) -> None:
         if node.op == "get" and node.id in self.env:
@@ -336,9 +365,30 @@ def _const(w: Writer, n: Node) -> Expr:
     return Expr(w.scope.buffer("constant", f"torch.tensor({value!r})"))
 
 
-@emitter("param", "state")
+@emitter("param")
 def _param(w: Writer, n: Node) -> Expr:
     return Expr(w.scope.parameter(n))
+
+
+@emitter("state")
+def _state(w: Writer, n: Node) -> Expr:
+    if n.attrs["name"] not in w.replaced:
+        return Expr(w.scope.parameter(n))
+    return Expr(w.assign(n, f"{w.scope.parameter(n)}.clone()"))  # it is replaced before the backward pass
+
+
+@emitter("choose")
+def _choose(w: Writer, n: Node) -> Expr | None:
+    half = len(n.inputs) // 2
+    read = {u.attrs["index"]: u for u, _ in w.graph.users(n.id) if u.op == "get" and u.id in w.needed}
+    names = {k: w.names.fresh(read[k].label or "h") for k in sorted(read)}
+    for head, first in (("if self.training:", 0), ("else:", half)):
+        lines, values = w.blocks([n.inputs[first + k] for k in names])
+        made = [f"{name} = {value}" for name, value in zip(names.values(), values, strict=True) if name != value]
+        w.lines += [head, *(f"    {x}" for x in [*lines, *made] or ["pass"])]
+    for k, name in names.items():
+        w.env[read[k].id] = Expr(name)
+    return None
 
 
 @emitter("running")
@@ -552,6 +602,12 @@ def _fraction(w: Writer, n: Node) -> Expr:
 def _rotate(w: Writer, n: Node) -> Expr:
     a, b = (w.aligned(i, n.tensor) for i in n.inputs)
     return Expr(f"{w.scope.use('rotate')}({a.text}, {b.text})")
+
+
+@emitter("surrogate")
+def _surrogate(w: Writer, n: Node) -> Expr:
+    value, gradient = (w.aligned(i, n.tensor) for i in n.inputs)
+    return Expr(f"{w.scope.use('surrogate')}({value.text}, {gradient.text})")
 
 
 @emitter("where")
@@ -1132,6 +1188,64 @@ def _repeat(w: Writer, n: Node) -> Expr | None:
     else:
         w.env[n.id] = Expr(names[0])
     return None
+
+
+@emitter("scan")
+def _scan(w: Writer, n: Node) -> Expr | None:
+    """A loop over slices: carried values in, slices in, context in; carried values out, the others stacked."""
+    carried, sliced, over_batch = int(n.attrs["carried"]), int(n.attrs["sliced"]), n.attrs["axis"] == "B"
+    axis, count, types = n.attrs["axis"], int(n.attrs["count"]), result_types(n.type)
+    region: Region = n.attrs["region"]
+    names = [x if x != "_" or k >= carried else w.names.fresh("h") for k, x in enumerate(_results(w, n))]
+    for name, i in zip(names[:carried], n.inputs, strict=False):
+        w.lines.append(f"{name} = {_carried_start(w, i, over_batch)}")
+    slices, context = n.inputs[carried : carried + sliced], n.inputs[carried + sliced :]
+    items, sources = [], []
+    for i in slices:
+        items.append(w.names.fresh(f"{w.graph[i].label or 'x'}_{'n' if over_batch else axis.lower()}"))
+        if over_batch:
+            sizes = ", ".join(str(a.size) for a in w.type(i).axes)
+            sources.append(f"{w.tensor(i)}.reshape({f'-1, {sizes}' if sizes else '-1'}).unbind(0)")
+        else:
+            sources.append(f"{w.tensor(i)}.unbind({w.dim(i, axis)})")
+    reverse = bool(n.attrs["reverse"])
+    if reverse:
+        sources = [f"reversed({x})" for x in sources]
+    arguments = [*names[:carried], *items, *(w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in context)]
+    stacked = {k: w.names.fresh(f"{x}_steps") for k, x in enumerate(names) if k >= carried and x != "_"}
+    step = {k: w.names.fresh(f"{names[k]}_step") for k in stacked}
+    w.lines += [f"{x}: list[Tensor] = []" for x in stacked.values()]
+    if sum(map(len, sources)) > 60:
+        for k, (item, source) in enumerate(zip(items, sources, strict=True)):
+            sources[k] = w.names.fresh(f"{item}_slices")
+            w.lines.append(f"{sources[k]} = {source}")
+    loop = f"zip({', '.join(sources)}, strict=True)" if len(sources) > 1 else sources[0] if sources else f"range({count})"
+    results = [names[k] if k < carried else step.get(k, "_") for k in range(len(names))]
+    w.lines.append(f"for {', '.join(items) or '_'} in {loop}:")
+    if w.scope.generator.noisy(*called(n)):
+        arguments.append(f"generator={w.generator}")
+    w.lines.append(f"    {', '.join(results)} = self.{w.scope.children[n.attrs['child']]}({', '.join(arguments)})")
+    w.lines += [f"    {x}.append({step[k]})" for k, x in stacked.items()]
+    for k, x in stacked.items():
+        order = f"{x}[::-1]" if reverse else x
+        t = types[k]
+        if over_batch:
+            shape = ", ".join([f"*{w.batch}", *(str(a.size) for a in t.axes)])
+            text = f"torch.stack({order}).reshape({shape})"
+        else:
+            text = f"torch.stack({order}, {-t.rank})"
+            if not region.graph[region.outputs[k]].batched:
+                text += f".expand({w.batch_text()}, {', '.join(str(a.size) for a in t.axes)})"
+        w.lines.append(f"{names[k]} = {text}  # [{', '.join(t.names)}]")
+    _bind_results(w, n, names)
+    return None
+
+
+def _carried_start(w: Writer, i: int, over_batch: bool) -> str:
+    if over_batch or w.graph[i].batched:
+        return w.as_tensor(i) if w.is_number(i) else w.tensor(i)
+    sizes = ", ".join([w.batch_text(), *(str(a.size) for a in w.type(i).axes)])
+    return w.full(f"({sizes},)" if not w.type(i).axes else f"({sizes})", i) if w.is_number(i) else f"{w.tensor(i)}.expand({sizes})"
 
 
 # ---- differential equations ---------------------------------------------------------------------

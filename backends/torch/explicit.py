@@ -32,7 +32,7 @@ def wrong_rules(root: Region, flow: nn.Module, analyses: Analyses) -> list[Diagn
     classes = Generator(root, analyses, "").classes
     out: list[Diagnostic] = []
     for region in root.walk():
-        if not region.rules:
+        if not region.has_map_rules:
             continue
         held = next((m for m in flow.modules() if type(m).__name__ == classes[id(region)]), None)
         if held is None:

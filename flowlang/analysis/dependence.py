@@ -107,7 +107,7 @@ class Dependence:
                 continue
             if node.op == "get":
                 return self.call_result(self.graph[node.inputs[0]], node.attrs["index"])
-            if node.op in ("call", "repeat"):
+            if node.op in ("call", "repeat", "scan", "choose"):
                 if not isinstance(node.type, TensorType):
                     return Relation.full((), self.cols)  # a marker: results are read by `get`
                 return self.call_result(node, 0)
@@ -146,9 +146,13 @@ def local_relation(graph: Graph, node: Node, slot: int, supports: Sequence[Suppo
 
 def call_relation(graph: Graph, node: Node, index: int, slot: int, summaries: Summaries) -> Relation | None:
     """The local relation of a call's result on an argument: the callee's summary, lifted axes equal."""
-    region: Region = node.attrs["region"]
     result = result_axes(node.type, index)
     argument = graph[node.inputs[slot]].tensor.axes
+    if node.op == "scan":
+        return Relation.full(result, argument)
+    if node.op == "choose":
+        return Relation.equal(result, argument) if slot % (len(node.inputs) // 2) == index else None
+    region: Region = node.attrs["region"]
     if node.attrs.get("method", "forward") != "forward":
         return Relation.full(result, argument)
     if node.op == "repeat":

@@ -80,7 +80,10 @@ class Ranges:
                 inner = known[node.inputs[0]]
                 return inner if isinstance(inner, Interval) else inner[node.attrs["index"]]
         operands = [b if isinstance(b := known[i], Interval) else b[0] for i in node.inputs]
-        if node.op in ("call", "repeat") or "body" in node.attrs:
+        if node.op == "choose":
+            half = len(operands) // 2
+            return tuple(a.union(b) for a, b in zip(operands[:half], operands[half:], strict=True))
+        if node.op in ("call", "repeat", "scan") or "body" in node.attrs:
             found = self.call_bounds(node, operands)
             return found[0] if len(found) == 1 else found
         op = OPS[node.op]

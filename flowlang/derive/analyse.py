@@ -30,7 +30,7 @@ from flowlang.derive.plan import (
 from flowlang.derive.programs import Program, build, is_map
 from flowlang.derive.search import Inverter
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region
+from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update
 from flowlang.ir.interval import POSITIVE, REAL, Interval
 from flowlang.ir.lipschitz import constant
 from flowlang.ir.ops import OPS
@@ -89,6 +89,11 @@ class Analyses:
         if region.base is not None:
             laws.append(region.base)
         found = [v for law in laws for v in self.argument_violations(region, law)]
+        found += self.update_violations(region, region.updates)
+        for rule in (r for r in region.rules.values() if r.updates):
+            found += self.update_violations(region, rule.updates)
+            for o in rule.outputs:
+                ranges.bounds(o)
         return [*ranges.violations, *self._violations[self.key(region)], *found]
 
     def argument_violations(self, region: Region, law: Emission | Draw | BaseDistribution) -> list[Violation]:
@@ -125,6 +130,8 @@ class Analyses:
             if isinstance(domain, Domain) and not iv.within(domain.interval):
                 sink.append(Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), iv, graph))
                 operands = [domain.interval if j == k else o for j, o in enumerate(operands)]
+        if node.op == "scan":
+            return self.scan_bounds(graph, node, operands, sink)
         if node.op == "repeat":
             return self.repeat_bounds(region, int(node.attrs["carried"]), operands)
         return self.region_bounds(region, operands).outputs
@@ -143,11 +150,47 @@ class Analyses:
         now = list(operands)
         for _ in range(REPEAT_BOUND_ROUNDS):
             found = self.region_bounds(region, now).outputs
-            wider = [a.union(b) for a, b in zip(now[:carried], found, strict=True)]
+            wider = [a.union(b) for a, b in zip(now[:carried], found, strict=False)]
             if wider == now[:carried]:
                 return tuple(found)
             now[:carried] = wider
-        return (REAL,) * carried
+        now[:carried] = [REAL] * carried
+        return tuple(REAL if k < carried else b for k, b in enumerate(self.region_bounds(region, now).outputs))
+
+    def scan_bounds(
+        self, graph: Graph, node: Node, operands: Sequence[Interval], sink: list[Violation]
+    ) -> tuple[Interval, ...]:
+        """Bounds of a scan's results. What is carried under a state's name must stay in the state's domain."""
+        region: Region = node.attrs["region"]
+        carried = int(node.attrs["carried"])
+        domains = [region.graph[i].attrs.get("domain") for i in region.inputs[:carried]]
+        now = [d.interval if isinstance(d, Domain) else iv for d, iv in zip(domains, operands, strict=False)]
+        now += operands[carried:]
+        for _ in range(REPEAT_BOUND_ROUNDS):
+            found = self.region_bounds(region, now)
+            wider = [a.union(b) if d is None else a for d, a, b in zip(domains, now, found.outputs, strict=False)]
+            if wider == now[:carried]:
+                break
+            now[:carried] = wider
+        else:
+            now[:carried] = [REAL if d is None else iv for d, iv in zip(domains, now, strict=False)]
+            found = self.region_bounds(region, now)
+        sink.extend(v if v.graph is not None else Violation(node, v.need, v.found, graph) for v in found.violations)
+        for k, domain in enumerate(domains):
+            if isinstance(domain, Domain) and not found.outputs[k].within(domain.interval):
+                sink.append(Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), found.outputs[k], graph))
+        return (*now[:carried], *found.outputs[carried:])
+
+    def update_violations(self, region: Region, updates: Sequence[Update]) -> list[Violation]:
+        """States whose new value may leave their domain."""
+        out: list[Violation] = []
+        for u in updates:
+            state = region.graph[u.state]
+            domain, found = state.attrs["domain"], self.ranges(region).interval(u.new)
+            if u.live is None and not found.within(domain.interval):
+                use = Node(-1, "state", (u.state,), state.type, span=region.graph[u.new].span or state.span)
+                out.append(Violation(use, Need(0, domain.interval, words=f"values in `{domain}`"), found, region.graph))
+        return out
 
     def program_call_bounds(
         self, graph: Graph, node: Node, region: Region, method: str, operands: Sequence[Interval], sink: list[Violation]

@@ -134,6 +134,8 @@ class ForwardMode:
             if (call, index) in self.parts:
                 self.tangents[node.id] = self.parts[call, index]
             return
+        if node.op in ("scan", "choose"):
+            raise NoDerivative(node.id)
         args = [self.values[i] for i in node.inputs]
         out = self.values[node.id] = self.b.copy(node, args)
         if node.tensor.kind != "real":

@@ -25,7 +25,7 @@ def draws_noise(region: Region, method: str) -> bool:
 def prune(program: Program) -> Program:
     """Drops what no result needs; ids are renumbered in order."""
     graph = program.graph
-    needed = graph.reachable([*program.outputs, *program.inputs])
+    needed = graph.reachable([*program.outputs, *program.inputs, *(n for _, n in program.effects)])
     new = Graph()
     env: dict[int, int] = {}
     for n in sorted(needed):
@@ -43,6 +43,7 @@ def prune(program: Program) -> Program:
     program.graph = new
     program.inputs = [env[i] for i in program.inputs]
     program.outputs = [env[o] for o in program.outputs]
+    program.effects = [(name, env[n]) for name, n in program.effects]
     if Checks.on:
         check_program(f"{program.name} of {program.region.name}", new, program.inputs, program.outputs)
     return program

@@ -7,25 +7,62 @@ log p(x) = log p_base(z) + weight; `generate` samples what had left.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flowlang.derive.plan import Plan
 from flowlang.derive.program import Program, draws_noise, is_map, is_random, prune
 from flowlang.derive.replay import Replay
-from flowlang.ir.graph import Region
+from flowlang.ir.graph import Region, Update
 
 
 def build(region: Region, plan: Plan | None, name: str) -> Program:
     """The program `name` of a region: forward (nets and maps), inverse, score, generate; for flows also
-    log_prob, sample, sample_and_log_prob."""
+    log_prob, sample, sample_and_log_prob; of a net with its own backward pass: plain (inference), trained, backward."""
     if not is_map(region):
         r = Replay(region, None, "forward")
-        for i in region.inputs:
+        for i in region.inputs if name != "backward" else ():
             r.feed(i)
+        r.program.name = name
+        r.training = {"plain": False, "trained": True, "backward": True}.get(name)
+        if name == "backward":
+            return backward_program(region, r)
         r.feed_context()
-        return r.finish([r.value(o) for o in region.outputs], log_det=False)
+        outputs = [r.value(o) for o in region.outputs]
+        if name == "trained":
+            outputs += [r.value(n) for n in saved(region)]
+        if name != "plain":
+            update(r, region.updates)
+        return r.finish(outputs, log_det=False)
     assert plan is not None
     if name in ("forward", "score", "log_prob", "initialise"):
         return forward_program(region, plan, name)
     return inverse_program(region, plan, name)
+
+
+def saved(region: Region) -> list[int]:
+    """What a hand-given backward pass reads of the forward one; states it reads as they are when it runs."""
+    rule, graph = region.rules["backward"], region.graph
+    begin = min(rule.inputs)  # the backward pass's nodes are made after the forward pass's
+    roots = [*rule.outputs, *(u.new for u in rule.updates)]
+    read = {i for n in graph.reachable(roots) if n >= begin for i in graph[n].inputs} | set(roots)
+    return sorted(n for n in read if n < begin and graph[n].op not in ("const", "state", "index"))
+
+
+def backward_program(region: Region, r: Replay) -> Program:
+    """The gradients of the inputs from those of the results and what the forward pass kept."""
+    rule = region.rules["backward"]
+    for n in (*rule.inputs, *saved(region)):
+        r.feed(n)
+    outputs = [r.value(o) for o in rule.outputs]
+    update(r, rule.updates)
+    return r.finish(outputs, log_det=False)
+
+
+def update(r: Replay, updates: Sequence[Update]) -> None:
+    """What training puts into states when the program has run; running values do so where they are read."""
+    for u in updates:
+        if u.live is None:
+            r.program.effects.append((str(r.source[u.state].attrs["name"]), r.value(u.new)))
 
 
 def forward_program(region: Region, plan: Plan, name: str) -> Program:
@@ -42,6 +79,7 @@ def forward_program(region: Region, plan: Plan, name: str) -> Program:
             r.b.graph.relabel(r.env[d.value], r.source[d.value].label or "")
         r.program.random = True
     outputs = [r.value(o) for o in region.outputs]
+    update(r, region.updates)
     emissions = [] if score else [r.value(e.value) for e in region.emissions]
     for e in region.emissions:
         if score and e.distribution is not None:

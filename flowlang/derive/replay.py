@@ -51,8 +51,9 @@ class Replay:
         self.lazy: dict[int, Any] = {}  # emissions that are sampled when first needed
         self.score = name in ("score", "generate")
         self.initialising = name == "initialise"
+        self.training: bool | None = None  # the mode, where the program is for one alone
         forward = name in ("forward", "score", "initialise")
-        self.live = {u.state: u for u in region.updates} if forward else {}
+        self.live = {u.state: u for u in region.updates if u.live is not None} if forward else {}
         self.starts = {s.param: s for s in region.starts} if self.initialising else {}
 
     # ---- inputs and outputs ---------------------------------------------------------------------
@@ -115,7 +116,11 @@ class Replay:
             return () if live is None else (live,)
         if n in self.starts:
             return (self.starts[n].value,)
-        return self.source[n].inputs
+        node = self.source[n]
+        if node.op == "choose" and self.training is not None:
+            half = len(node.inputs) // 2
+            return node.inputs[:half] if self.training else node.inputs[half:]
+        return node.inputs
 
     def leaf(self, n: int) -> None:
         """A state in training, or a parameter at its start."""
@@ -156,6 +161,12 @@ class Replay:
     def evaluate(self, node: Node) -> None:
         if node.id in self.live or node.id in self.starts:
             self.leaf(node.id)
+            return
+        if node.op == "choose" and self.training is not None:
+            self.env[node.id] = -1  # its results are those of the mode
+            return
+        if node.op == "get" and self.training is not None and self.source[node.inputs[0]].op == "choose":
+            self.env[node.id] = self.env[self.operands(node.inputs[0])[node.attrs["index"]]]
             return
         if node.op == "get":
             self.env[node.id] = self.b.op_get(self.env[node.inputs[0]], node.attrs["index"], node.span)

@@ -230,7 +230,8 @@ class Inverter:
         if node.op in ("call", "repeat"):
             return self.call_inverse(p, node)
         if node.op == "get":
-            return self.call_inverse(p, self.graph[node.inputs[0]])
+            source = self.graph[node.inputs[0]]
+            return source.op not in ("scan", "choose") and self.call_inverse(p, source)
         if node.op == "integrate":
             return self.integrate_back(p, node)
         slots = self.unknown_slots(p, node)

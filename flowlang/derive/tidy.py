@@ -48,12 +48,14 @@ class _Tidy:
             self.visit(self.source[n])
         outputs = [self.env[o] for o in self.program.outputs]
         made = replace(
-            self.program, graph=self.b.graph, inputs=[self.env[i] for i in self.program.inputs], outputs=outputs
-        )
+            self.program, graph=self.b.graph, inputs=[self.env[i] for i in self.program.inputs], outputs=outputs,
+            effects=[(name, self.env[n]) for name, n in self.program.effects],
+        )  # fmt: skip
         return prune(made)
 
     def needed(self) -> set[int]:
-        return self.source.reachable([*self.program.outputs, *self.program.inputs])
+        effects = [n for _, n in self.program.effects]
+        return self.source.reachable([*self.program.outputs, *self.program.inputs, *effects])
 
     def results_read(self, needed: set[int]) -> dict[int, set[int]]:
         """For each call with several results, the indices that are read."""

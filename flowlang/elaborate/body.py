@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang import limits
 from flowlang.diagnostics import Diagnostic, Label
 from flowlang.elaborate import axes as axis_rules
-from flowlang.elaborate.calls import apply, make_call
+from flowlang.elaborate.calls import Arguments, apply, make_call
 from flowlang.elaborate.later import introduced_axes, is_place, later_family
 from flowlang.elaborate.paths import FUNCTIONS
 from flowlang.elaborate.scope import ModuleScope, did_you_mean
@@ -98,6 +98,7 @@ class Body:
         self.data_failed: set[str] = set()  # entries of a model's `data` that are in error
         self.lost: set[str] = set()  # axes whose sizes an error has hidden
         self.depth = 0
+        self.states: dict[str, int] = {}  # states declared here, by name
 
     # ---- errors ---------------------------------------------------------------------------------
 
@@ -611,6 +612,8 @@ class Body:
             return axis_rules.index_tensor(self, self.capture(value), expr.items)
         if isinstance(value, list):
             return self.index_list(value, expr)
+        if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
+            return value.fn(self, Arguments(axes=expr.items, span=expr.span))
         if isinstance(value, Declared | Instance | Builtin | BuiltinNet | AppliedBuiltin):
             return Bracketed(value, expr.items, expr.span)
         raise self.fail("FL0306", f"brackets do not apply to {describe(value)}", expr.span)

@@ -184,6 +184,16 @@ def where(body: Body, args: Arguments) -> Any:
     return body.node("where", a, b, c, span=span(args))
 
 
+def surrogate(body: Body, args: Arguments) -> Any:
+    """`surrogate(value = z > 0.5, gradient = s)`: the one's value with the other's gradient."""
+    names = ("value", "gradient")
+    expect(body, args, "surrogate", 0, 2, names)
+    given = {**dict(zip(names, args.positional, strict=False)), **args.keywords}
+    if set(given) != set(names):
+        raise body.fail("FL0203", "`surrogate` takes `value` and `gradient`", span(args))
+    return body.node("surrogate", *(body.tensor(given[n], span(args)) for n in names), span=span(args))
+
+
 def binary(name: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
         expect(body, args, name, 2)
@@ -809,6 +819,7 @@ def _table() -> dict[str, Any]:
     put("elu", slope_function("elu", "alpha", 1.0))
     put("clamp", clamp)
     put("where", where)
+    put("surrogate", surrogate)
     put("mod", binary("mod"))
     put("rotate", rotate)
     put("min", extremum("min"))
@@ -845,7 +856,7 @@ def _table() -> dict[str, Any]:
         "grad": "gradients of functions",
         "jvp": "derivatives of functions", "vjp": "derivatives of functions", "divergence": "derivatives of functions",
         "derivative": "derivatives of functions", "ema": "copies of networks", "frozen": "copies of networks",
-        "copy": "copies of networks", "surrogate": "custom gradients", "onehot": "integer values", "resize": "images",
+        "copy": "copies of networks", "onehot": "integer values", "resize": "images",
     }.items():  # fmt: skip
         put(name, not_yet(name, what), later=True)
     for name in DISTRIBUTIONS:

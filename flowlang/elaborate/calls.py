@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -358,8 +358,8 @@ def partial(body: Body, inst: Instance, statics: dict[str, Any], args: Arguments
     )
 
 
-def call_local(body: Body, fn: Local, args: Arguments) -> Any:
-    """A `def`: its body is evaluated here, with its owner's names in sight."""
+def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None] | None = None) -> Any:
+    """A `def`: its body is evaluated here, with its owner's names in sight; `finish` is run while they are."""
     from flowlang.elaborate.statements import run_statements
 
     assert args.span is not None
@@ -389,6 +389,8 @@ def call_local(body: Body, fn: Local, args: Arguments) -> Any:
     try:
         body.names.update(values)
         result = run_statements(body, declaration.body or ())
+        if finish is not None:
+            finish()
     finally:
         body.names = saved
         body.elab.leave()

@@ -13,6 +13,7 @@ from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, parameters_of
 from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
+from flowlang.elaborate.scans import finish_states
 from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
@@ -490,7 +491,8 @@ class Elaborator:
         value = run_statements(body, declaration.body or ())
         body.b.span = declaration.span
         self.finish(body, declaration, value, span)
-        if declaration.kind == "bijector" and not body.region.broken and body.region.outputs:
+        if not body.region.broken and body.region.outputs:
+            finish_states(body)
             explicit_rules(body)
         self.warn_unused(body)
 

@@ -6,14 +6,16 @@ log-det reads the mapped inputs. Both close over the owner's parameters and cont
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, call_local
+from flowlang.elaborate.scans import conform, state_updates
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import Local, Poison, Tensor, Tuple, TypeSpec
-from flowlang.ir.graph import Rule
+from flowlang.ir.graph import Rule, Update
 from flowlang.ir.types import TensorType, same_axes
 from flowlang.syntax import tree
 
@@ -23,20 +25,28 @@ if TYPE_CHECKING:
 EXACTNESS = {"estimate": "unbiased", "bound": "lower bound", "ratio": "ratio"}
 
 
+RULES = {"inverse": ("bijector",), "log_det": ("bijector",), "backward": ("net", "norm")}
+
+
 def explicit_rules(body: Body) -> None:
-    """Adds the rules that the body of a bijector defines to its region; reports what does not fit."""
-    for name in ("inverse", "log_det"):
+    """Adds the rules that a body defines to its region; reports what does not fit."""
+    for name, kinds in RULES.items():
         local = body.names.get(name)
         if isinstance(local, Local) and local.body is body:
             from flowlang.elaborate.body import Fail, Poisoned
 
             try:
+                if body.region.kind not in kinds:
+                    raise body.fail(
+                        "FL0106", f"`def {name}` belongs in a {kinds[0]}, and this is a {body.region.kind}",
+                        local.declaration.span,
+                    )  # fmt: skip
                 if any(r.draws or r.emissions for r in body.region.walk()):
                     raise body.fail(
                         "FL0902", f"`def {name}` beside draws or emissions has no meaning yet", local.declaration.span,
                         suggestion="draw and emit in a bijector of its own",
                     )  # fmt: skip
-                body.region.rules[name] = inverse(body, local) if name == "inverse" else log_det(body, local)
+                body.region.rules[name] = MAKE[name](body, local)
             except Fail as e:
                 body.report(e.diagnostic)
             except Poisoned:
@@ -114,6 +124,41 @@ def log_det(body: Body, local: Local) -> Rule:
     return Rule(tuple(region.inputs), (values[0],), exactness, header(declaration))
 
 
+def backward(body: Body, local: Local) -> Rule:
+    """`def backward(dy) {..}`: the gradient of each tensor parameter from that of each result, while training.
+
+    It sees the forward pass's names and may update states, which it reads as they are when it runs.
+    """
+    declaration, region = local.declaration, body.region
+    owner = next((r for r in region.walk() if any(n.op == "param" for n in r.graph)), None)
+    if owner is not None:
+        raise body.fail(
+            "FL0902", f"`def backward` gives no gradient to the parameters of `{owner.name}`", declaration.span,
+            suggestion="keep parameters in a net around this one",
+        )  # fmt: skip
+    leaves = [
+        body.b.leaf("input", t, batched=True, span=declaration.span, label=p.name, name=p.name, role="result")
+        for t, p in zip(region.output_types(), parameters(body, declaration, len(region.outputs)), strict=True)
+    ]
+    before = {n: v for n in body.states if isinstance(v := body.names[n], Tensor)}
+    updates: list[Update] = []
+    values = evaluate(body, local, leaves, lambda: updates.extend(state_updates(body, before)))
+    if len(values) != len(region.inputs):
+        raise body.fail(
+            "FL0308", f"`backward` gives {len(values)} values, and `{region.name}` takes {len(region.inputs)}", declaration.span
+        )
+    outputs = []
+    for v, t in zip(values, region.input_types(), strict=True):
+        have = body.b.type(v)
+        if not set(have.axes) <= set(t.axes):
+            raise body.fail("FL0308", f"`backward` gives `{have}`, and the value is `{t}`", declaration.span)
+        outputs.append(conform(body, v, t))
+    return Rule(tuple(leaves), tuple(outputs), span=header(declaration), updates=tuple(updates))
+
+
+MAKE = {"inverse": inverse, "log_det": log_det, "backward": backward}
+
+
 def parameters(body: Body, declaration: tree.Declaration, count: int) -> list[tree.Parameter]:
     """The parameters that stand for values; those with a context's name are the context."""
     context = {body.graph[c].label for c in body.region.context}
@@ -126,7 +171,10 @@ def parameters(body: Body, declaration: tree.Declaration, count: int) -> list[tr
     return found
 
 
-def evaluate(body: Body, local: Local, arguments: list[int]) -> list[int]:
+def evaluate(
+    body: Body, local: Local, arguments: list[int], finish: Callable[[], None] | None = None
+) -> list[int]:
+    """The values of a rule's body; `finish` is run while its names are in sight."""
     declaration = local.declaration
     named = iter(arguments)
     context = {body.graph[c].label: c for c in body.region.context}
@@ -136,7 +184,7 @@ def evaluate(body: Body, local: Local, arguments: list[int]) -> list[int]:
         spec = evaluate_type(body, p.type) if p.type is not None else None
         values[p.name] = axis_rules.conform(body, value, spec, p.span) if isinstance(spec, TypeSpec) else value
     body.b.span = declaration.span
-    found = call_local(body, local, Arguments(keywords=values, span=declaration.span))
+    found = call_local(body, local, Arguments(keywords=values, span=declaration.span), finish)
     if isinstance(found, Poison):
         from flowlang.elaborate.body import Poisoned
 

@@ -110,8 +110,11 @@ def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
         case tree.Require():
             body.elab.requirements.setdefault(id(body.region), []).append((statement, body))
         case tree.If():
-            if isinstance(statement.condition, tree.Name) and statement.condition.id == "training":
-                raise body.fail("FL0902", "`if training` has no meaning yet", statement.condition.span)
+            from flowlang.elaborate.scans import run_by_mode, training_first
+
+            first = training_first(statement.condition)
+            if first is not None:
+                return run_by_mode(body, statement, first)
             branch = statement.then if body.static_bool(statement.condition) else statement.orelse
             if body.chain_value is not None:
                 run_statements(body, branch)
@@ -125,7 +128,9 @@ def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
             body.names[statement.name] = Local(statement, body)
             body.used.add(statement.name)
         case tree.Scan():
-            raise body.fail("FL0902", "`scan` has no meaning yet", statement.span)
+            from flowlang.elaborate.scans import run_scan
+
+            return run_scan(body, statement)
         case tree.Tableau():
             raise body.fail("FL0902", "a tableau has no meaning yet", statement.span)
         case tree.Import():
@@ -459,6 +464,8 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
         "param" if word == "param" else "state", type_, batched=False, span=entry.span, label=entry.name,
         name=entry.name, domain=spec.domain, init=init,
     )  # fmt: skip
+    if word == "state":
+        body.states[entry.name] = id
     if start is not None:
         body.region.starts.append(Start(id, start.id))
     for n, s in axes:
@@ -766,8 +773,12 @@ def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
             return
 
 
-def new_input(body: Body, name: str, type_: TensorType, batched: bool, span: Span) -> Tensor:
-    return Tensor(body.b.leaf("input", type_, batched=batched, span=span, label=name, name=name, role="map"), body)
+def new_input(
+    body: Body, name: str, type_: TensorType, batched: bool, span: Span, domain: Domain | None = None
+) -> Tensor:
+    known = {} if domain is None else {"domain": domain}
+    id = body.b.leaf("input", type_, batched=batched, span=span, label=name, name=name, role="map", **known)
+    return Tensor(id, body)
 
 
 def repeat_node(body: Body, inner: Body, carried: list[int], count: int, span: Span) -> list[int]:
@@ -815,6 +826,7 @@ def repeat_body(body: Body, statement: tree.Repeat, count: int) -> Any:
         if inner.region.broken:
             body.region.broken = True
             return NOTHING
+        finish_inner(inner)
         after = [inner.names[n] for n in tensors]
         if all(isinstance(v, Tensor) and v.type == before[n].type for n, v in zip(tensors, after, strict=True)):
             inner.region.outputs = [v.id for v in after]
@@ -831,6 +843,12 @@ def repeat_body(body: Body, statement: tree.Repeat, count: int) -> Any:
         if body.region.broken:
             break
     return result
+
+
+def finish_inner(inner: Body) -> None:
+    from flowlang.elaborate.scans import finish_states
+
+    finish_states(inner)
 
 
 def updated_names(statements: tuple[tree.Statement, ...]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from flowlang.ir.graph import Graph, Node
+from flowlang.ir.graph import Graph, Node, result_batched
 from flowlang.ir.ops import OPS
 from flowlang.ir.types import Axis, TensorType, TupleType, Type
 from flowlang.source import Span
@@ -86,8 +86,9 @@ class Builder:
             return self._known[key]
         if OPS[node.op].made:
             return self.graph.add(
-                node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label
-            ).id
+                node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label,
+                batched=node.batched,
+            ).id  # fmt: skip
         new = self.op(node.op, *inputs, span=node.span, label=node.label, **dict(node.attrs))
         if node.label:
             self.graph.relabel(new, node.label)
@@ -99,7 +100,10 @@ class Builder:
         if key not in self._known:
             type_ = self.graph[call].type
             assert isinstance(type_, TupleType)
-            self._known[key] = self.graph.add("get", (call,), type_.items[index], {"index": index}, span=span).id
+            batched = result_batched(self.graph, self.graph[call], index)
+            self._known[key] = self.graph.add(
+                "get", (call,), type_.items[index], {"index": index}, span=span, batched=batched
+            ).id
         return self._known[key]
 
     # Shorthands that rules use a lot.

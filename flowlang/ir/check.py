@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flowlang.ir.graph import Child, Graph, Node, Region, result_types
+from flowlang.ir.graph import Child, Graph, Node, Region, result_batched, result_types
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import TensorType, TupleType, Type
@@ -16,7 +16,7 @@ from flowlang.ir.types import TensorType, TupleType, Type
 PLAIN = (str, int, float, bool, type(None))
 KINDS = ("real", "int", "bool")
 # Whether these vary from sample to sample is not a matter of their operands.
-OWN_BATCH = {"random_like", "running", "start", "batch_mean", "batch_var"}
+OWN_BATCH = {"random_like", "running", "start", "batch_mean", "batch_var", "scan"}
 
 
 class BadGraph(Exception):
@@ -146,6 +146,9 @@ def batch_problems(graph: Graph, node: Node) -> Iterator[str]:
     if not node.inputs or node.op in OWN_BATCH:
         if node.op in ("param", "state", "const", "index") and node.batched:
             yield "does not vary from sample to sample"
+    elif node.op == "get":
+        if node.batched != result_batched(graph, graph[node.inputs[0]], node.attrs["index"]):
+            yield "varies with the samples otherwise than the result it reads"
     elif node.batched != any(graph[i].batched for i in node.inputs):
         yield "varies with the samples otherwise than its operands"
 

@@ -208,6 +208,7 @@ class Rule:
     outputs: tuple[int, ...]
     exactness: str = "exact"  # exact | estimate | bound | ratio
     span: Span | None = None
+    updates: tuple[Update, ...] = ()  # states that a backward pass replaces
 
 
 @dataclass(eq=False)
@@ -258,6 +259,11 @@ class Region:
         """Whether a parameter here or below begins at a statistic of the first batch."""
         return any(r.starts for r in self.walk())
 
+    @property
+    def has_map_rules(self) -> bool:
+        """Whether an inverse or a log-det is given by hand; a backward pass is what the author wants, right or not."""
+        return any(name in self.rules for name in ("inverse", "log_det"))
+
     def walk(self) -> Iterator[Region]:
         """This region and every distinct one below it, children first."""
         seen: set[int] = set()
@@ -271,6 +277,15 @@ class Region:
             yield region
 
         yield from visit(self)
+
+
+def result_batched(graph: Graph, node: Node, index: int) -> bool:
+    """Whether one of several results varies with the sample."""
+    if node.op == "choose":
+        return any(graph[i].batched for i in node.inputs[index :: len(node.inputs) // 2])
+    if node.op == "scan" and node.attrs["axis"] == "B":  # what the last sample leaves is one for the batch
+        return index >= int(node.attrs["carried"])
+    return node.batched
 
 
 def result_types(type: Type) -> tuple[TensorType, ...]:

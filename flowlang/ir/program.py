@@ -23,6 +23,7 @@ class Program:
     context: int = 0
     random: bool = False
     log_det: bool = False  # the last output is a log-det or weight for each sample
+    effects: list[tuple[str, int]] = field(default_factory=list)  # states by name, and what training puts there
 
     def output_types(self) -> list[TensorType]:
         return [self.graph[o].tensor for o in self.outputs]

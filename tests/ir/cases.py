@@ -230,6 +230,8 @@ def binary_cases() -> Iterator[Case]:
         yield Case(op, tuple(Operand(t, closed(0, 1)) for t in bits))
     yield Case("where", (Operand(bits[0], closed(0, 1)), Operand(full), Operand(other)), note="same")
     yield Case("where", (Operand(bits[1], closed(0, 1)), Operand(full), Operand(row, batched=False)), note="broadcast")
+    yield Case("surrogate", (Operand(bits[0], closed(0, 1)), Operand(full)), note="same")
+    yield Case("surrogate", (Operand(bits[1], closed(0, 1)), Operand(full)), note="broadcast")
 
 
 def reduction_cases() -> Iterator[Case]:

@@ -36,7 +36,7 @@ LEAVES = {"input", "param", "state", "const", "index"}
 CONTROL = {op.name for op in control.OPS}
 # Moving a value about costs no arithmetic.
 FREE = LEAVES | {
-    "identity", "within", "stop", "slice", "pick", "join", "stack", "reverse", "shift", "permute", "rename", "order", "split", "merge",
+    "identity", "within", "stop", "surrogate", "slice", "pick", "join", "stack", "reverse", "shift", "permute", "rename", "order", "split", "merge",
     "expand", "gather",
 }  # fmt: skip
 RULES = ("interval", "jvp", "invert", "lipschitz")

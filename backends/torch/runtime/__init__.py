@@ -12,6 +12,7 @@ from flowlang.backends.torch.runtime.flow import (
     FlowDistribution,
 )
 from flowlang.backends.torch.runtime.functions import (
+    OwnGradient,
     batch_mean,
     batch_var,
     broadcast,
@@ -34,6 +35,7 @@ from flowlang.backends.torch.runtime.functions import (
     shift_along,
     sigmoid_slope,
     softplus_inverse,
+    surrogate,
     take_aligned,
     take_along,
     tanh_slope,
@@ -127,6 +129,7 @@ __all__ = [
     "LowerMatrix",
     "Model",
     "Net",
+    "OwnGradient",
     "PluMatrix",
     "Positive",
     "Rotation",
@@ -207,6 +210,7 @@ __all__ = [
     "spline_bins",
     "stage_rows",
     "standard_noise",
+    "surrogate",
     "take_aligned",
     "take_along",
     "tanh_slope",

@@ -6,11 +6,38 @@ Values are laid out `[*batch, *axes]`; dims are negative.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def surrogate(value: Tensor, gradient: Tensor) -> Tensor:
+    """The one's value with the other's gradient; exact where `gradient` is finite."""
+    return value.to(gradient.dtype).detach() + (gradient - gradient.detach())
+
+
+class OwnGradient(torch.autograd.Function):
+    """A function with a backward pass of its own. `run` gives `results` values and what `back` reads after them."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], back: Callable[..., Any], results: int, *inputs: Tensor) -> Any:
+        found = run(*inputs)
+        values = found if isinstance(found, tuple) else (found,)
+        ctx.back = back
+        ctx.save_for_backward(*values[results:])
+        return values[0] if results == 1 else values[:results]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        found = ctx.back(*gradients, *ctx.saved_tensors)
+        return (None, None, None, *(found if isinstance(found, tuple) else (found,)))
+
 
 # ---- elementwise --------------------------------------------------------------------------------
 

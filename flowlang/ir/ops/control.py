@@ -35,7 +35,9 @@ WHY = {
 # call: an instance applied to tensors; repeat: equal copies one after the other; get: one of several results;
 # scan_solve: slice after slice along an axis; bracket_solve: a monotone scalar equation for each entry;
 # fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction;
-# running(live, new): a state's value in training, and what replaces it after; start(value): a parameter put there.
+# running(live, new): a state's value in training, and what replaces it after; start(value): a parameter put there;
+# scan: a region's copy for each slice along `axis` (`B`: for each sample), `carried` values handed on, others stacked;
+# choose: two lists of values, one for training and one for inference.
 for _name in (
     "call",
     "repeat",
@@ -48,5 +50,7 @@ for _name in (
     "running",
     "start",
     "integrate",
+    "scan",
+    "choose",
 ):
     OPS.append(Op(_name, _made, _full, pure=_name in ("get",), made=True, why_not=WHY))

@@ -1102,3 +1102,9 @@ OPS.append(Op(
     lipschitz=lambda node, types, slot, ivs: None if slot == 0 else broadcast_cost(node, types[slot]),
     why_not={"invert": "`where` shows only one of its branches"},
 ))  # fmt: skip
+OPS.append(Op(
+    "surrogate", lambda types, attrs: aligned(types, "real"), depend, elementwise=True, interval=lambda ivs, t, n: ivs[0],
+    jvp=lambda b, node, args, out, slot, t: None if slot == 0 else b.expand(t, b.type(out)),
+    continuous=lambda slot: slot != 0, cost=flops(0),
+    why_not={"invert": "the gradient of a surrogate is another function's", "lipschitz": "its value may jump"},
+))  # fmt: skip
