@@ -135,7 +135,8 @@ def test_a_flow_may_condition_on_a_network_that_scans() -> None:
     x = data(5, 4)
     z, log_det = flow(x)
     back, other = flow.inverse(z)
-    assert torch.allclose(back, x) and torch.allclose(log_det, -other)
+    assert torch.allclose(back, x)
+    assert torch.allclose(log_det, -other)
 
 
 # ---- training, inference, states ----------------------------------------------------------------
