@@ -22,6 +22,7 @@ from flowlang.version import __version__
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
+    from flowlang.ir.graph import Region
 
 
 def source_of(spec: str | Path) -> tuple[Source, Path | None]:
@@ -231,14 +232,15 @@ origins: weakref.WeakKeyDictionary[type, tuple[Compilation, str]] = weakref.Weak
 
 
 def export_onnx(
-    flow: Any, path: str | Path, programs: Sequence[str] = ("log_prob", "sample"), *, opset: int | None = None,
+    flow: Any, path: str | Path, programs: Sequence[str] | None = None, *, opset: int | None = None,
     seed: int | None = None,
 ) -> dict[str, Path]:  # fmt: skip
     """Writes ONNX models of a compiled flow, one file for each program; gives their paths.
 
     `flow` is what `compile` gave, or a trained flow, whose standardisation is then part of the models. One program
     goes to `path`, several to `FILE.PROGRAM.onnx`. Programs: log_prob, forward, inverse, sample,
-    sample_and_log_prob. Noise is an input of the sampling programs, unless `seed` asks for a random op inside.
+    sample_and_log_prob; by default log_prob and sample. A network has `forward` alone. Noise is an input of the
+    sampling programs, unless `seed` asks for a random op inside.
     """
     from flowlang.backends.onnx.files import export_files
     from flowlang.backends.torch.standard import Standardised
@@ -251,10 +253,14 @@ def export_onnx(
         )
     comp, name = origins[type(module)]
     return export_files(
-        comp, name, module, path, list(programs), opset=opset, seed=seed,
+        comp, name, module, path, list(programs or default_programs(comp.regions[name])), opset=opset, seed=seed,
         standard=whole.standard() if whole is not None else None,
         given_standard=whole.given_standard() if whole is not None else None,
     )  # fmt: skip
+
+
+def default_programs(region: Region) -> tuple[str, ...]:
+    return ("forward",) if region.kind in ("net", "norm") else ("log_prob", "sample")
 
 
 def save(flow: Flow, path: str | Path, **meta: Any) -> None:

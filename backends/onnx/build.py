@@ -165,6 +165,10 @@ class Model:
 
     def output_names(self, program: Program) -> list[str]:
         data = self.region.graph[self.region.inputs[0]].label or "x"
+        if self.region.kind in ("net", "norm"):
+            labels = [program.graph[o].label for o in program.outputs]
+            given = {program.graph[i].label for i in program.inputs}
+            return [self.fresh(n if n is not None and n not in given else "y") for n in labels]
         match self.name:
             case "log_prob":
                 return [self.fresh("log_prob")]

@@ -73,6 +73,9 @@ def export_files(
     from flowlang.backends.onnx.build import DEFAULT_OPSET, Options, Standard, Unlowered, export
 
     check_options(programs, opset)
+    if comp.regions[name].kind in ("net", "norm") and set(programs) != {"forward"}:
+        other = next(p for p in programs if p != "forward")
+        raise FlowError(Diagnostic("FL0804", f"`{other}` is no program of a network", suggestion="export `forward`"))
 
     def kept(s: Any) -> Standard | None:
         if s is None or ((s.mean == 0).all() and (s.scale == 1).all()):

@@ -99,7 +99,7 @@ class Generator:
         if self.root.kind == "model":
             return []
         if not is_map(self.root):
-            return [("forward", "forward")]
+            return [(n, n) for n in ("forward", *(["initialise"] if self.root.has_starts else []))]
         extra = [("score", "score"), ("generate", "generate")] if is_random(self.root) else []
         return [("forward", "forward"), ("inverse", "inverse"), *extra]
 
@@ -533,7 +533,7 @@ class ClassScope:
 
     def constructor(self) -> list[str]:
         """Lines of `__init__`; none where it would only call the base's."""
-        root = self.region is self.generator.root and self.region.kind == "flow"
+        root = self.region is self.generator.root and self.region.kind in ("flow", "net", "norm")
         if root and self.region.has_starts:
             self.lines.append('self.register_buffer("initialised", torch.tensor(False))')
         shared = "".join(f", {name}: nn.Module" for _, name in self.shared)

@@ -35,8 +35,7 @@ def export(
     from flowlang.cli.common import load_ok
 
     need_onnx()
-    chosen = programs or ("log_prob", "sample")
-    check_options(chosen, opset)
+    check_options(programs or ("forward",), opset)
     if weights is None:
         made: Any = compile_from(load_ok(spec, sets, False, sized=True), flow, seed=0)
         module = made
@@ -47,7 +46,7 @@ def export(
         module = made
     if double:
         module.double()
-    for program, file in export_onnx(made, out, chosen, opset=opset, seed=seed).items():
+    for program, file in export_onnx(made, out, programs or None, opset=opset, seed=seed).items():
         click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")
     if weights is None:
         click.echo("fresh weights: give trained ones with --weights")

@@ -19,7 +19,7 @@ def build(region: Region, plan: Plan | None, name: str) -> Program:
     """The program `name` of a region: forward (nets and maps), inverse, score, generate; for flows also
     log_prob, sample, sample_and_log_prob; of a net with its own backward pass: plain (inference), trained, backward."""
     if not is_map(region):
-        r = Replay(region, None, "forward")
+        r = Replay(region, None, name if name == "initialise" else "forward")
         for i in region.inputs if name != "backward" else ():
             r.feed(i)
         r.program.name = name
@@ -32,6 +32,9 @@ def build(region: Region, plan: Plan | None, name: str) -> Program:
             outputs += [r.value(n) for n in saved(region)]
         if name != "plain":
             update(r, region.updates)
+        if name == "initialise":
+            for s in region.starts:
+                r.value(s.param)
         return r.finish(outputs, log_det=False)
     assert plan is not None
     if name in ("forward", "score", "log_prob", "initialise"):

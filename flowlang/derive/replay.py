@@ -203,9 +203,10 @@ class Replay:
         inputs = [self.value(i) for i in node.inputs]
         method = node.attrs.get("method", "forward")
         if node.id not in self.weighed:
-            new = self.b.graph.add(
-                node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label
-            )
+            attrs = dict(node.attrs)
+            if self.initialising and region.has_starts and region.kind in ("net", "norm") and method == "forward":
+                attrs["method"] = "initialise"
+            new = self.b.graph.add(node.op, tuple(inputs), node.type, attrs, span=node.span, label=node.label)
             self.env[node.id] = new.id
             return
         inner = self.map_method(region, method)

@@ -23,6 +23,7 @@ from flowlang.elaborate.values import (
     Builtin,
     Declared,
     DistributionValue,
+    FirstBatch,
     Instance,
     Pending,
     Poison,
@@ -666,6 +667,15 @@ def lipschitz(body: Body, args: Arguments) -> Any:
     )  # fmt: skip
 
 
+def first_batch(body: Body, args: Arguments) -> FirstBatch:
+    """`param g: R[D] = first_batch(1 / std[B](x), 1)`: the start by the first batch, and what holds before it."""
+    expect(body, args, "first_batch", 2, 2)
+    value, before = args.positional
+    if not isinstance(before, int | float) or isinstance(before, bool):
+        raise body.fail("FL0305", f"what holds before the first batch is a number, and this is {describe(before)}", args.spans[1])
+    return FirstBatch(Tensor(body.tensor(value, args.spans[0]), body), float(before))
+
+
 def running(body: Body, args: Arguments) -> Any:
     """`running(mean[B](x), momentum)`: the batch's statistic when training, its running mean after.
 
@@ -851,6 +861,7 @@ def _table() -> dict[str, Any]:
     put("inverse", inverse)
     put("stop", stop)
     put("running", running)
+    put("first_batch", first_batch)
     put("lipschitz", lipschitz)
     for name, what in {
         "grad": "gradients of functions",

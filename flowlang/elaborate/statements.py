@@ -21,6 +21,7 @@ from flowlang.elaborate.values import (
     BuiltinNet,
     Declared,
     DistributionValue,
+    FirstBatch,
     Instance,
     Local,
     Pending,
@@ -456,10 +457,10 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
         )
     check_matrix(body, spec.domain, type_, entry)
     init = initial_value(body, spec.domain, entry, type_)
-    start = init if isinstance(init, Tensor) else None
+    start = init.value if isinstance(init, FirstBatch) else init if isinstance(init, Tensor) else None
     if start is not None:
         check_first_batch(body, start, type_, spec.domain, entry)
-        init = default_start(spec.domain)
+        init = init.before if isinstance(init, FirstBatch) else default_start(spec.domain)
     id = body.b.leaf(
         "param" if word == "param" else "state", type_, batched=False, span=entry.span, label=entry.name,
         name=entry.name, domain=spec.domain, init=init,
@@ -519,7 +520,7 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorTy
             return float(value)
         if isinstance(value, list):
             return ("values", tuple(value))
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | FirstBatch):
             return value
         if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
             return 0.0 if value.name == "zeros" else 1.0

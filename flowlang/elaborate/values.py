@@ -184,6 +184,14 @@ class StartValue:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstBatch:
+    """Where a parameter goes when the first batch comes, and what it is before."""
+
+    value: Tensor
+    before: float
+
+
+@dataclass(frozen=True, slots=True)
 class TypeSpec:
     """An evaluated type: a domain with axes; a size is None where the type leaves it open."""
 

@@ -20,6 +20,17 @@ class Face(nn.Module):
         # Has the dtype and the device of the module, also when it has no parameters.
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
+    def _to_initialise(self, force: bool) -> bool:
+        """Whether parameters that start from data are to be set now; if so, they count as set from here on."""
+        done = getattr(self, "initialised", None)
+        if done is None or (bool(done) and not force):
+            return False
+        done.fill_(True)
+        return True
+
+    def _initialise(self, *values: Tensor) -> Any:
+        raise NotImplementedError
+
     def _common(self, batches: dict[str, Any]) -> tuple[int, ...]:
         shapes = list(batches.values())
         if all(s == shapes[0] for s in shapes):

@@ -51,12 +51,10 @@ class Flow(Face):
         state dict (`initialised`), and later calls change nothing unless `force`. Returns whether anything was
         set. Nothing needs it: without it those parameters begin at their defaults.
         """
-        done = getattr(self, "initialised", None)
-        if done is None or (bool(done) and not force):
+        if not self._to_initialise(force):
             return False
         (x,), context = self._fit([("data", x, self.data_shape)], given)
         self._initialise(x, *context)
-        done.fill_(True)
         return True
 
     def rsample(self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor) -> Tensor:

@@ -17,12 +17,23 @@ class Net(Face):
 
     def forward(self, *values: Tensor) -> Any:
         """The network's result; values may have any number of leading batch dimensions."""
+        return self._forward(*self._fit(values))
+
+    @torch.no_grad()
+    def initialise(self, *values: Tensor, force: bool = False) -> bool:
+        """Puts the parameters that start from data where this batch says, layer after layer; see `Flow.initialise`."""
+        if not self._to_initialise(force):
+            return False
+        self._initialise(*self._fit(values))
+        return True
+
+    def _fit(self, values: tuple[Tensor, ...]) -> list[Tensor]:
         if len(values) != len(self.inputs):
             expected = ", ".join(f"`{k}`: {self.types.get(k, v)}" for k, v in self.inputs.items())
             raise bad_input(f"{len(values)} values were given", f"this network takes {expected}")
         checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(self.inputs.items(), values, strict=True)]
         batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
-        return self._forward(*(v.expand(batch + s) for _, v, s in checked))
+        return [v.expand(batch + s) for _, v, s in checked]
 
     def _forward(self, *values: Tensor) -> Any:
         raise NotImplementedError
