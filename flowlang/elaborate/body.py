@@ -413,13 +413,28 @@ class Body:
         value = self.ev(e)
         left_span = e.span
         for node in reversed(chain):
-            right = self.ev(node.right)
             try:
+                word = self.word_beside(node, value)
+                right = self.ev(node.right) if word is None else word
                 value = self.binary_values(node, value, right, left_span)
             except Poisoned:
                 value = POISON
             left_span = node.span
         return value
+
+    def word_beside(self, expr: tree.Binary, left: Any) -> Option | None:
+        """The word that a choice is compared with: `kind == rows`. Choices come first, so that names need no marks."""
+        if not isinstance(left, Option) or expr.op not in ("==", "!=") or not isinstance(expr.right, tree.Name):
+            return None
+        word = expr.right.id
+        if word in left.among:
+            return Option(word, left.among)
+        if isinstance(self.find(word), Option):
+            return None  # another choice
+        choices = ", ".join(f"`{w}`" for w in left.among)
+        raise self.fail(
+            "FL0306", f"this choice is one of {choices}", expr.right.span, suggestion=did_you_mean(word, left.among)
+        )
 
     def binary_values(self, expr: tree.Binary, left: Any, right: Any, left_span: Span) -> Any:
         if isinstance(left, Poison) or isinstance(right, Poison):
@@ -582,7 +597,9 @@ class Body:
         target = value.target if isinstance(value, Instance) else value
         if isinstance(target, Declared) and is_place(target.declaration, expr.name):
             raise self.not_yet(
-                f"{target.kind}.{expr.name}", f"reading `{expr.name}` from a {target.kind} has no meaning yet", expr.span
+                f"{target.kind}.{expr.name}",
+                f"reading `{expr.name}` from a {target.kind} has no meaning yet",
+                expr.span,
             )
         raise self.fail("FL0306", f"{describe(value)} has no part `{expr.name}`", expr.span)
 

@@ -241,7 +241,9 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
             names.extend(a.name for a in body.rest)
             continue
         if not isinstance(item.left, tree.Name):
-            raise body.fail("FL0307", "a reduction names axes, as in `sum[D](x)`, or groups, as in `var[C / 8](x)`", item.span)
+            raise body.fail(
+                "FL0307", "a reduction names axes, as in `sum[D](x)`, or groups, as in `var[C / 8](x)`", item.span
+            )
         if item.left.id == "B" and name in ("mean", "var", "std"):
             continue
         if item.left.id == "B":
@@ -303,7 +305,9 @@ def within_groups(body: Body, args: Arguments, x: int, reduce: Callable[[Argumen
         axes.append(tree.Item(tree.Name(inner, span=item.span), span=item.span))
         groups.append((name, outer, inner))
     sizes = {n: body.b.type(x).size(n) for _, _, n in groups}
-    reduced = reduce(Arguments([Tensor(x, body)], args.spans, args.keywords, args.keyword_spans, tuple(axes), args.span))
+    reduced = reduce(
+        Arguments([Tensor(x, body)], args.spans, args.keywords, args.keyword_spans, tuple(axes), args.span)
+    )
     value = body.tensor(reduced, where)
     for name, outer, inner in groups:
         wide = [(a.name, a.size) for a in body.b.type(value).axes]
@@ -696,14 +700,18 @@ def running(body: Body, args: Arguments) -> Any:
     target = live
     if args.keywords.get("unbiased"):
         if node.op != "batch_var":
-            raise body.fail("FL0305", "`unbiased` belongs to a variance, as in `running(var[B](x), 0.1, unbiased = true)`", where)
+            raise body.fail(
+                "FL0305", "`unbiased` belongs to a variance, as in `running(var[B](x), 0.1, unbiased = true)`", where
+            )
         target = body.b.op("batch_var", *node.inputs, **{**node.attrs, "ddof": 1})
     bounds = OPS[node.op].interval
     types = [body.b.type(i) for i in node.inputs]
     found = bounds([REAL] * len(types), types, node) if bounds is not None else REAL
     kind = {"batch_mean": "mean", "batch_var": "var"}.get(node.op, "value")
     known = {body.graph[u.state].attrs["name"] for u in body.region.updates}
-    name = next(n for k in range(1, len(known) + 2) if (n := f"running_{kind}" + (f"_{k}" if k > 1 else "")) not in known)
+    name = next(
+        n for k in range(1, len(known) + 2) if (n := f"running_{kind}" + (f"_{k}" if k > 1 else "")) not in known
+    )
     state = body.b.leaf(
         "state", node.type, batched=False, span=where, name=name, domain=Domain("R", (), found),
         init=1.0 if kind == "var" else 0.0,

@@ -115,7 +115,7 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
         if name is not None and item.arrow is None:
             assert item.eq is not None
             if name in words and isinstance(item.eq, tree.Name) and item.eq.id in words[name]:
-                args.keywords[name] = Option(item.eq.id)
+                args.keywords[name] = Option(item.eq.id, words[name])
             elif name in words and isinstance(item.eq, tree.Name) and isinstance(body.find(item.eq.id), Option):
                 args.keywords[name] = body.find(item.eq.id)  # handed on: `trace = trace`
             elif name in words:

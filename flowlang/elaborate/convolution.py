@@ -30,7 +30,9 @@ def numbers(body: Body, name: str, key: str, value: Any, count: int, least: int,
     return tuple(values)
 
 
-def space_of(body: Body, name: str, t: TensorType, args: Arguments, inst_axes: Any, kernel: Any) -> tuple[str, list[str]]:
+def space_of(
+    body: Body, name: str, t: TensorType, args: Arguments, inst_axes: Any, kernel: Any
+) -> tuple[str, list[str]]:
     """The channel axis and the axes of space: as written, or the last ones (two of space where there are two)."""
     assert args.span is not None
     items = args.axes or inst_axes
@@ -40,7 +42,9 @@ def space_of(body: Body, name: str, t: TensorType, args: Arguments, inst_axes: A
         count = len(kernel) if isinstance(kernel, list) else min(t.rank - 1, 2)
         if count < 1 or t.rank < count + 1:
             raise body.fail(
-                "FL0307", f"`{name}` takes channels and axes of space, and this value has {axis_rules.words(t)}", args.span
+                "FL0307",
+                f"`{name}` takes channels and axes of space, and this value has {axis_rules.words(t)}",
+                args.span,
             )
         channel, *space = t.names[-1 - count :]
     if not 1 <= len(space) <= 3:
@@ -57,7 +61,9 @@ def same(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int,
     return tuple((r // 2, r - r // 2) for r in reach)
 
 
-def times_stride(kernel: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def times_stride(
+    kernel: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
     """What a transposed convolution cuts off so that a size n becomes n · stride; the larger half before."""
     spare = [(k - 1) * d + 1 - s for k, d, s in zip(kernel, dilation, stride, strict=True)]
     return tuple((max(r - r // 2, 0), r // 2 if r >= 0 else r) for r in spare)
@@ -97,7 +103,9 @@ def convolution(op: str) -> Any:
             else:
                 raise body.fail("FL0306", f"`{op}` takes the number of its output channels", where)
         if not tensors:
-            return Instance(inst.target, options, span, args.axes or inst.axes, owner=inst.owner, name=inst.name, label=inst.label)
+            return Instance(
+                inst.target, options, span, args.axes or inst.axes, owner=inst.owner, name=inst.name, label=inst.label
+            )
         x = body.tensor(*tensors[0])
         t = body.b.type(x)
         given = weight_given(body, options.get("weight"), transposed, int(options.get("groups", 1)), span)
@@ -118,7 +126,14 @@ def convolution(op: str) -> Any:
         size = t.size(channel)
         if size % groups:
             raise body.fail("FL0301", f"{size} channels do not split into {groups} groups", span)
-        attrs: dict[str, Any] = {"channel": channel, "space": tuple(space), "stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
+        attrs: dict[str, Any] = {
+            "channel": channel,
+            "space": tuple(space),
+            "stride": stride,
+            "dilation": dilation,
+            "padding": padding,
+            "groups": groups,
+        }
 
         def build(total: int) -> int:
             if total % groups:
@@ -130,7 +145,11 @@ def convolution(op: str) -> Any:
             if given is not None:
                 w = given.id
             else:
-                pair = ((channel, size), (out, total // groups)) if transposed else ((out, total), (channel, size // groups))
+                pair = (
+                    ((channel, size), (out, total // groups))
+                    if transposed
+                    else ((out, total), (channel, size // groups))
+                )
                 w = make_weight(body, name, (*pair, *window), out, fans, options, span)
             inputs = [x, w]
             if flag(options.get("bias", True)):
@@ -173,7 +192,11 @@ def weight_given(body: Body, value: Any, transposed: bool, groups: int, span: Sp
         id = body.b.op("order", id, names=names, span=span)
         t = body.b.type(id)
     if not 3 <= t.rank <= 5 or body.graph[id].batched:
-        raise body.fail("FL0307", f"a kernel has two axes of channels and those of the window, and is one for all samples; this is `{t}`", span)
+        raise body.fail(
+            "FL0307",
+            f"a kernel has two axes of channels and those of the window, and is one for all samples; this is `{t}`",
+            span,
+        )
     return GivenWeight(id, t, transposed, groups)
 
 
@@ -187,7 +210,9 @@ def pool(name: str, op: str) -> Any:
         tensors = [(v, s) for v, s in zip(args.positional, args.spans, strict=True) if isinstance(v, Tensor | Pending)]
         statics = [v for v in args.positional if not isinstance(v, Tensor | Pending)]
         if not tensors:
-            return AppliedBuiltin(POOLS[name], tuple(args.positional), tuple(args.keywords.items()), args.axes, args.span)
+            return AppliedBuiltin(
+                POOLS[name], tuple(args.positional), tuple(args.keywords.items()), args.axes, args.span
+            )
         given = dict(args.keywords)
         if len(statics) == 1 and "kernel" not in given:
             given["kernel"] = statics.pop()

@@ -332,7 +332,12 @@ class Elaborator:
             case Bracketed():
                 return ("bracketed", self.static_key(value.fn), tuple(i.span.text for i in value.items))
             case DistributionValue():
-                return ("distribution", value.name, value.law.event_axes, tuple((k, self.static_key(v)) for k, v in value.arguments))
+                return (
+                    "distribution",
+                    value.name,
+                    value.law.event_axes,
+                    tuple((k, self.static_key(v)) for k, v in value.arguments),
+                )
             case list():
                 return ("list", tuple(self.static_key(v) for v in value))
             case bool() | int() | float() | str():
@@ -539,7 +544,9 @@ class Elaborator:
             )  # fmt: skip
         for v in values:
             if isinstance(v, Local) and kind.name in ("net", "fn"):
-                raise body.not_yet("def as net", f"the local function `{v.declaration.name}` as a network has no meaning yet", span)
+                raise body.not_yet(
+                    "def as net", f"the local function `{v.declaration.name}` as a network has no meaning yet", span
+                )
             if not fits_static(kind, v):
                 raise body.fail(
                     "FL0306",
@@ -887,7 +894,7 @@ def default_value(body: Body, p: tree.Parameter) -> Any:
     """A parameter's default, evaluated here; a word of an enumeration stands for itself."""
     assert p.default is not None
     if isinstance(p.default, tree.Name) and p.default.id in one_of_words(p.type):
-        return Option(p.default.id)
+        return Option(p.default.id, one_of_words(p.type))
     return body.ev(p.default)
 
 
@@ -900,9 +907,9 @@ def fits_static(kind: Static, value: Any) -> bool:
         case "bool":
             return isinstance(value, bool)
         case "net" | "fn" | "norm":
-            return isinstance(value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed | StartValue) and (
-                getattr(value, "kind", "net") not in ("bijector", "flow", "distribution")
-            )
+            return isinstance(
+                value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed | StartValue
+            ) and (getattr(value, "kind", "net") not in ("bijector", "flow", "distribution"))
         case "bijector":
             return isinstance(value, Instance | Declared | Builtin | AppliedBuiltin | Bracketed)
         case "distribution":

@@ -87,7 +87,9 @@ def times(body: Body, args: Arguments, span: Span) -> tuple[float, float]:
         raise body.fail("FL0305", "the times of `integrate` are two numbers", args.keyword_spans.get("t", span),
                         suggestion="as in `t = 0 -> 1`")  # fmt: skip
     if ends[0] == ends[1]:
-        raise body.fail("FL0305", "`integrate` goes from one time to another, and these are equal", args.keyword_spans["t"])
+        raise body.fail(
+            "FL0305", "`integrate` goes from one time to another, and these are equal", args.keyword_spans["t"]
+        )
     return float(ends[0]), float(ends[1])
 
 
@@ -95,7 +97,11 @@ def solver_attributes(body: Body, solver: Any, span: Span) -> dict[str, Any]:
     """The tableau, with steps or tolerances."""
     if isinstance(solver, Declared):
         solver = Instance(solver, {}, span)
-    if isinstance(solver, Instance) and isinstance(solver.target, Declared) and solver.target.declaration.alias is not None:
+    if (
+        isinstance(solver, Instance)
+        and isinstance(solver.target, Declared)
+        and solver.target.declaration.alias is not None
+    ):
         solver = body.elab.resolve_alias(solver.target)
     if not isinstance(solver, Instance) or not isinstance(solver.target, Declared) or solver.kind != "solver":
         raise body.fail(

@@ -56,7 +56,8 @@ def is_place(declaration: tree.Declaration, name: str) -> bool:
         return True
     parameters = (p.name for ps in declaration.parameters for p in ps)
     return name in parameters or any(
-        (isinstance(n, tree.Target | tree.Entry) and n.name == name) or (isinstance(n, tree.Item) and name in axis_names(n))
+        (isinstance(n, tree.Target | tree.Entry) and n.name == name)
+        or (isinstance(n, tree.Item) and name in axis_names(n))
         for n in walk(declaration)
     )
 

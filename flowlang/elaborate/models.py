@@ -35,7 +35,68 @@ if TYPE_CHECKING:
 
 
 # What every compiled module has already; a program of that name would replace it.
-MODULE_NAMES = frozenset(["add_module", "apply", "bfloat16", "buffers", "call_super_init", "children", "compile", "cpu", "cuda", "double", "dump_patches", "eval", "extra_repr", "float", "forward", "get_buffer", "get_extra_state", "get_parameter", "get_submodule", "half", "ipu", "like", "load_state_dict", "modules", "mtia", "named_buffers", "named_children", "named_modules", "named_parameters", "origin", "parameters", "programs", "register_backward_hook", "register_buffer", "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "register_load_state_dict_post_hook", "register_load_state_dict_pre_hook", "register_module", "register_parameter", "register_state_dict_post_hook", "register_state_dict_pre_hook", "requires_grad_", "run", "set_extra_state", "set_submodule", "share_memory", "state_dict", "to", "to_empty", "train", "training", "type", "types", "xpu", "zero_grad"])
+MODULE_NAMES = frozenset(
+    [
+        "add_module",
+        "apply",
+        "bfloat16",
+        "buffers",
+        "call_super_init",
+        "children",
+        "compile",
+        "cpu",
+        "cuda",
+        "double",
+        "dump_patches",
+        "eval",
+        "extra_repr",
+        "float",
+        "forward",
+        "get_buffer",
+        "get_extra_state",
+        "get_parameter",
+        "get_submodule",
+        "half",
+        "ipu",
+        "like",
+        "load_state_dict",
+        "modules",
+        "mtia",
+        "named_buffers",
+        "named_children",
+        "named_modules",
+        "named_parameters",
+        "origin",
+        "parameters",
+        "programs",
+        "register_backward_hook",
+        "register_buffer",
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+        "register_load_state_dict_post_hook",
+        "register_load_state_dict_pre_hook",
+        "register_module",
+        "register_parameter",
+        "register_state_dict_post_hook",
+        "register_state_dict_pre_hook",
+        "requires_grad_",
+        "run",
+        "set_extra_state",
+        "set_submodule",
+        "share_memory",
+        "state_dict",
+        "to",
+        "to_empty",
+        "train",
+        "training",
+        "type",
+        "types",
+        "xpu",
+        "zero_grad",
+    ]
+)
 
 
 class DataInput:
@@ -129,7 +190,9 @@ def declare_data(body: Body, statement: tree.Declare) -> list[DataInput]:
             check_new(body, entry.name, entry.span)
             spec = evaluate_type(body, entry.type) if entry.type is not None else None
             if spec is None or isinstance(spec, Static) or spec.rest:
-                raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `data {entry.name}: R[D = 2]`", entry.span)
+                raise body.fail(
+                    "FL0306", f"`{entry.name}` needs a type, as in `data {entry.name}: R[D = 2]`", entry.span
+                )
             axes = []
             for n, s in spec.axes:
                 size = body.elab.size_override(body, n, s, entry)

@@ -363,7 +363,9 @@ def add_context(body: Body, h: int, c: int, unit: str, width: int, name: str, sp
         c = body.b.op("expand", c, axes=(("given", 1),))
         own, tc = ["given"], body.b.type(c)
     fan = math.prod(tc.size(n) for n in own)
-    w = make_param(body, name, ((unit, width), *((n, tc.size(n)) for n in own)), start_of(body, None, Fans(fan, width), span), span)
+    w = make_param(
+        body, name, ((unit, width), *((n, tc.size(n)) for n in own)), start_of(body, None, Fans(fan, width), span), span
+    )
     return body.b.op("add", h, body.b.op("contract", c, w, axes=tuple(own), span=span), span=span)
 
 

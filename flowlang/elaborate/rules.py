@@ -196,7 +196,9 @@ def evaluate(
     for v in out:
         t: TensorType = body.b.type(v)
         if t.kind != "real":
-            raise body.fail("FL0306", f"`{declaration.name}` gives `{t}`, and real numbers are needed", declaration.span)
+            raise body.fail(
+                "FL0306", f"`{declaration.name}` gives `{t}`, and real numbers are needed", declaration.span
+            )
     return out
 
 

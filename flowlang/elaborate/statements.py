@@ -408,7 +408,9 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
     for n, s in spec.axes:
         size = body.elab.size_override(body, n, s, entry)
         if size == 0:
-            raise body.fail("FL0307", f"axis `{n}` of a flow's input has size 0", entry.span, suggestion="give it at least 1")
+            raise body.fail(
+                "FL0307", f"axis `{n}` of a flow's input has size 0", entry.span, suggestion="give it at least 1"
+            )
         axes.append((n, size))
         if word == "data" or n not in body.axes:
             body.axes[n] = size
@@ -591,7 +593,9 @@ def emit(body: Body, statement: tree.Emit) -> None:
     assert dist is not None
     id = body.tensor(value, statement.value.span)
     check_whole(body, dist, body.b.type(id))
-    body.region.emissions.append(Emission(id, dist.law, distribution_arguments(body, dist, body.b.type(id)), statement.span))
+    body.region.emissions.append(
+        Emission(id, dist.law, distribution_arguments(body, dist, body.b.type(id)), statement.span)
+    )
 
 
 def check_whole(body: Body, dist: DistributionValue, value: TensorType) -> None:
@@ -599,7 +603,9 @@ def check_whole(body: Body, dist: DistributionValue, value: TensorType) -> None:
     if dist.law.discrete == (value.kind != "real"):
         return
     if dist.law.discrete:
-        raise body.fail("FL0408", f"`{dist.name}` is a distribution of whole numbers, and the value is `{value}`", dist.span)
+        raise body.fail(
+            "FL0408", f"`{dist.name}` is a distribution of whole numbers, and the value is `{value}`", dist.span
+        )
     raise body.fail(
         "FL0408", f"`{dist.name}` is a distribution of real numbers, and the value `{value}` is whole", dist.span,
         suggestion="dequantise it first, as by `uniform_dequantise`",

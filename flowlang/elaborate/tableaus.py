@@ -47,7 +47,9 @@ def read_tableau(declaration: tree.Declaration, given: Mapping[str, Any] | None 
         if early.head is None and later.head is not None:
             raise problem("FL0602", "a stage stands below the weights", later.span, "move it above them")
     if len(weights) > 2:
-        raise problem("FL0602", "a tableau has one row of weights, and a second one for the error estimate", weights[2].span)
+        raise problem(
+            "FL0602", "a tableau has one row of weights, and a second one for the error estimate", weights[2].span
+        )
     n = len(stages)
     reader = _Reader(names)
     c = tuple(reader.cell(r.head) for r in stages if r.head is not None)

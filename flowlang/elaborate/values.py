@@ -221,9 +221,10 @@ class Static:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A word of an enumeration (`exact`)."""
+    """A word of an enumeration (`exact`), and the words that may stand there."""
 
     word: str
+    among: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ def is_map(value: Any) -> bool:
 def starts_small(options: dict[str, Any]) -> bool:
     """Whether the author chose the start of a weight; its bias starts at 0 then."""
     weight = options.get("weight")
-    return options.get("start") is not None or not (weight is None or is_map(weight) or isinstance(weight, Absent | Tensor))
+    return options.get("start") is not None or not (
+        weight is None or is_map(weight) or isinstance(weight, Absent | Tensor)
+    )
 
 
 def make_weight(

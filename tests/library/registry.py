@@ -29,6 +29,8 @@ ELSEWHERE = {
     "learned_factor_out": "tests of multi-scale flows", "uniform_dequantise": "tests of dequantisation",
     "variational_dequantise": "tests of dequantisation",
     "tail_lu": "test_028", "tail_permutation": "test_028", "light_tails": "test_028", "mtaf_steps": "test_028",
+    "jet_affine": "test_009", "jet_tokens": "test_009", "jet_spatial_coupling": "test_009",
+    "jet_channel_coupling": "test_009", "jet_coupling": "test_009", "jet_patches": "test_009", "jet_steps": "test_009",
     "modified_rq_spline": "test_039", "modified_rq_spline_coupling": "test_039",
     "modified_rq_spline_injector": "test_039", "cond_affine_coupling": "test_039",
 }  # fmt: skip
