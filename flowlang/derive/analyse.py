@@ -14,6 +14,7 @@ from flowlang.derive.forward_mode import Tangents, divergence_program, jvp_progr
 from flowlang.derive.jvp import NoDerivative
 from flowlang.derive.masks import split_by_mask
 from flowlang.derive.plan import (
+    Block,
     Bottleneck,
     CallInverse,
     Failure,
@@ -366,6 +367,8 @@ class Analyses:
                 node = view.graph[n]
                 cost = OPS[node.op].log_det_cost
                 return cost if isinstance(cost, str) else cost(node, slot, Inverter(view, self))
+            case Block(determinant=d):
+                return "0" if d is not None else "D"
             case Scalar() | LowRank() | Polar():
                 return "D"
             case Bottleneck():

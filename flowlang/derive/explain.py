@@ -226,7 +226,7 @@ def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
                     suggestion=f"give it a domain without 0, as in `param {inv.graph[other].label or 'scale'}: Positive[..]`, or use `exp(..)`",
                 )
     notes = p.notes
-    for code in ("FL0405", "FL0404", "FL0407"):
+    for code in ("FL0405", "FL0404", "FL0403", "FL0407"):
         for f in notes:
             if f.code == code:
                 return f

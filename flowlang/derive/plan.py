@@ -148,7 +148,20 @@ class Bottleneck:
     result: int  # that region's result
 
 
-Step = Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar | Digits | Bottleneck
+@dataclass(frozen=True, slots=True)
+class Block:
+    """exit i = sum over j of c_ij · entry j + k_i, entry for entry, with a determinant that excludes 0 (A11).
+
+    `rows` has the polynomials c_i1 .. c_in, k_i as (monomial, factor) in known nodes.
+    """
+
+    entries: tuple[int, ...]
+    exits: tuple[int, ...]
+    rows: tuple[tuple[tuple[tuple[tuple[tuple[int, int], ...], float], ...], ...], ...]
+    determinant: float | None  # where it is a number
+
+
+Step = Block | Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar | Digits | Bottleneck
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import inf
 
 from flowlang.ir.build import Builder
@@ -19,6 +20,7 @@ Monomial = tuple[tuple[int, int], ...]  # (atom, power), sorted; the variable is
 Polynomial = Mapping[Monomial, float]
 VARIABLE = -1
 MOST_TERMS = 200
+MOST_POWER = 16
 
 
 class NoRational(Exception):
@@ -65,6 +67,16 @@ def derivative(p: Polynomial) -> Polynomial:
             key = tuple(sorted((a, k) for a, k in powers.items() if k))
             out[key] = out.get(key, 0.0) + e * c
     return out
+
+
+def coefficients(p: Polynomial) -> list[Fraction]:
+    """Of the powers of the variable, the constant first, where all of them are numbers."""
+    out: dict[int, Fraction] = {}
+    for m, c in p.items():
+        if any(a != VARIABLE for a, _ in m):
+            raise NoRational
+        out[sum(e for _, e in m)] = Fraction(c)
+    return [out.get(k, Fraction(0)) for k in range(max(out, default=-1) + 1)]
 
 
 def by_degree(p: Polynomial) -> dict[int, Polynomial]:
@@ -162,6 +174,13 @@ def read(graph: Graph, n: int, known: Mapping[int, Rational], inside: Callable[[
         case "square":
             value = read(graph, args[0], known, inside)
             return value * value
+        case "pow":
+            power = node.attrs.get("exponent")
+            if isinstance(power, int | float) and power == int(power) and 1 <= power <= MOST_POWER:
+                value = out = read(graph, args[0], known, inside)
+                for _ in range(int(power) - 1):
+                    out = out * value
+                return out
     if inside(n) or node.tensor.axes:
         raise NoRational
     return Rational(atom(n), constant(1.0))
@@ -173,9 +192,12 @@ def write(b: Builder, p: Polynomial, value: Callable[[int], int]) -> int:
     for m, c in sorted(p.items()):
         term: int | None = b.const(c) if c != 1 or not m else None
         for a, e in m:
-            for _ in range(e):
+            for _ in range(abs(e)):
                 v = value(a)
-                term = v if term is None else b.mul(term, v)
+                if e < 0:
+                    term = b.div(b.const(1.0) if term is None else term, v)
+                else:
+                    term = v if term is None else b.mul(term, v)
         assert term is not None
         out = term if out is None else b.add(out, term)
     return b.const(0.0) if out is None else out
@@ -186,8 +208,11 @@ __all__ = [
     "NoRational",
     "Polynomial",
     "Rational",
+    "add",
     "by_degree",
+    "coefficients",
     "derivative",
+    "mul",
     "number",
     "positive",
     "read",

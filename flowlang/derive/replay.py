@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from flowlang.derive.blocks import solve_block, weigh_block
 from flowlang.derive.bodies import WHOLE, Body, ScanBody, flatten, placeholder, unflatten
 from flowlang.derive.bottleneck import solve_bottleneck, weigh_bottleneck
 from flowlang.derive.jvp import tangent
 from flowlang.derive.lowrank import solve_low_rank, weigh_low_rank
 from flowlang.derive.plan import (
+    Block,
     Bottleneck,
     CallInverse,
     Digits,
@@ -309,6 +311,8 @@ class Replay:
                 solve_low_rank(self, step)
             case Bottleneck():
                 solve_bottleneck(self, step)
+            case Block():
+                solve_block(self, step)
             case Polar():
                 solve_polar(self, step)
 
@@ -457,7 +461,9 @@ class Replay:
                 self.evaluate_path(step.path, step.entry)
                 slope = tangent(b, source, self.env, set(step.path), step.entry, step.exit)
                 assert slope is not None
-                self.weights.append(b.total(b.log_abs(slope), source[step.entry].tensor.axes))
+                # Not 0 wherever the search found so, which may take more than the bounds of its graph.
+                size = b.graph.annotate(b.log_abs(slope), proved=True)
+                self.weights.append(b.total(size, source[step.entry].tensor.axes))
             case Scan():
                 self.weigh(step.steps)
             case FixedPoint():
@@ -466,6 +472,8 @@ class Replay:
                 weigh_low_rank(self, step)
             case Bottleneck():
                 weigh_bottleneck(self, step)
+            case Block():
+                weigh_block(self, step)
             case Polar():
                 weigh_polar(self, step)
 

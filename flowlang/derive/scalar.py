@@ -8,6 +8,8 @@ from flowlang.analysis.ranges import Ranges
 from flowlang.derive import explain
 from flowlang.derive.jvp import NoDerivative, tangent
 from flowlang.derive.plan import Scalar
+from flowlang.derive.rational import NoRational, add, coefficients, derivative, mul, read, variable
+from flowlang.derive.sturm import constant_sign
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node
 from flowlang.ir.interval import REAL, Interval, point, split
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from flowlang.derive.search import Inverter
 
 SUBDIVISIONS = 64
+SOME = 1e-300  # of a bound below that is known to be positive, and nothing more
 NOWHERE = Interval(0.0, 0.0, True, True)
 COMPARISONS = ("lt", "le", "gt", "ge")
 # Known values enter a proof as bounded inputs; of these the structure says more than the bounds (A9d).
@@ -140,9 +143,26 @@ class Proof:
         if not one_sign(pieces):
             pieces = [self.ranges.with_override(self.slope, self.u, piece) for piece in split(domain, SUBDIVISIONS)]
         found = one_sign(pieces)
-        if found:
-            self.least = min(min(abs(iv.lo), abs(iv.hi)) for iv in pieces)
+        if not found:
+            return self.rational_sign(domain)
+        self.least = min(min(abs(iv.lo), abs(iv.hi)) for iv in pieces)
         return found
+
+    def rational_sign(self, domain: Interval) -> int:
+        """The slope's sign where the map is a ratio of two polynomials with numbers as coefficients, exactly."""
+        try:
+            found = read(self.graph, self.e, {self.u: variable()}, lambda n: True)
+            over = mul(derivative(found.over), found.under)
+            slope = coefficients(add(over, mul(found.over, derivative(found.under)), -1.0))
+            under = coefficients(found.under)
+        except NoRational:
+            return 0
+        if not slope or not constant_sign(under, domain):
+            return 0
+        sign = constant_sign(slope, domain)
+        if sign and len(slope) >= 2 * len(under) - 1:
+            self.least = SOME  # it has a limit other than 0 at both infinities, and no zero
+        return sign
 
     def image(self, domain: Interval, sign: int) -> Interval:
         """What the map surely reaches (A9c): R if the slope stays away from 0 on R, or is one number for all of R;

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence, Supports, call_relation, local_relation
-from flowlang.derive import bottleneck, contraction, explain, lowrank, polar, scalar, scan
+from flowlang.derive import blocks, bottleneck, contraction, explain, lowrank, polar, scalar, scan
 from flowlang.derive.plan import (
     CallInverse,
     Digits,
@@ -146,7 +146,7 @@ class Inverter:
         while not self.finished(p):
             if p.lost is not None:
                 return False
-            if not self.advance(p) and (p.lost is not None or not self.fall_back(p)):
+            if not self.advance(p) and not self.solve_block(p) and (p.lost is not None or not self.fall_back(p)):
                 return False
         return True
 
@@ -387,6 +387,13 @@ class Inverter:
         if node.op == "pick":
             return node.attrs["index"], node.attrs["index"] + 1
         return node.attrs["start"], node.attrs["stop"]
+
+    def solve_block(self, p: Problem) -> bool:
+        """A11: sums of parts that are solved together."""
+        step = blocks.block(self, p) if p.lost is None else None
+        if step is not None:
+            self.replace(p, step.exits, step.entries, step)
+        return step is not None
 
     # ---- fallbacks (A4) -------------------------------------------------------------------------
 

@@ -121,6 +121,10 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("zero slope far out", "A6", "x - relu(x - 1)", "scalar"),
     Map("flat power", "A6", "x ^ 0 + 0 * x", "scalar"),
     Map("flat between", "A6", "relu(x - 1) - relu(-x)", "scalar"),
+    Map("bump that is flat at a point", "A6", "x + 8 * x / (1 + x ^ 2)", "scalar"),
+    Map("bump that turns", "A6", "x - 1.1 * x / (1 + x ^ 2)", "scalar"),
+    Map("cubic that turns", "A6", "x ^ 3 - 2 * x ^ 2 + x", "scalar"),
+    Map("rational and bounded", "A6", "x ^ 3 / (1 + x ^ 4)", "scalar"),
     Map("product of two increasing", "A6", "x * (x + 3)", "scalar"),
     # A7: contractions
     Map("constant above 1", "A7", "x - 1.5 * tanh(reverse[D](x))", "contraction"),
@@ -172,6 +176,10 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("masks that overlap", "A11", "m = checker[D](x)\nm * x + m * (x * exp(tanh(m * x)))"),
     Map("masks that leave a gap", "A11", "m = checker[D](x)\nm * x * exp(tanh((1 - m) * x))"),
     Map("masked reader of the moved part", "A11", "m = checker[D](x)\nm * x + (1 - m) * (x * (x - m * x))"),
+    Map("one part broadcast", "A11", "a = x[D = 0]\nb = x[D = 1..4]\njoin[D](a + b, b - a)"),
+    Map("cyclic sums of four", "A11", "a = x[D = 0]\nb = x[D = 1]\nc = x[D = 2]\nd = x[D = 3]\nstack[D](a + b, b + c, c + d, d + a)"),
+    Map("mixing that may be singular", "A11", HALVES + "param s: Interval(-2, 2)[b.D]\njoin[D](a + s * b, b + s * a)"),
+    Map("Givens of two angles", "A11", HALVES + "param t: R\nparam u: R\njoin[D](cos(t) * a - sin(u) * b, sin(t) * a + cos(u) * b)"),
     Map("rotation that may be singular", "A11", HALVES + "param c: R\nparam s: R\njoin[D](c * a - s * b, s * a + c * b)"),
     # A12: draws
     Map("a draw that stays inside", "A12", "x + noisy(x)", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u ~ normal\n  x\n}"),
@@ -222,6 +230,16 @@ BIJECTIVE: tuple[Map, ...] = (
     Map("leaky", "A6", "max(x, 0.1 * x)", "scalar"),
     Map("exp plus line", "A6", "exp(x) + x", "scalar"),
     Map("scaled by a known half", "A6", HALVES + "join[D](a, b + 0.5 * sigmoid(a) * sin(b))", "scalar"),
+    Map("Haar", "A11", HALVES + "join[D]((a + b) / sqrt(2), (a - b) / sqrt(2))"),
+    Map("sums with numbers", "A11", HALVES + "join[D](2 * a + b, a + b)"),
+    Map("Givens", "A11", HALVES + "param t: R\njoin[D](cos(t) * a - sin(t) * b, sin(t) * a + cos(t) * b)"),
+    Map("x + x/(1 + x²)", "A6", "x + x / (1 + x ^ 2)", "scalar"),
+    Map("four parts", "A11", "a = x[D = 0]\nb = x[D = 1]\nc = x[D = 2]\nd = x[D = 3]\nstack[D](a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d)"),
+    Map("Givens by a known part", "A11", "a = x[D = 0..1]\nb = x[D = 1..2]\nc = x[D = 2..4]\nt = sum[D](sinh(c))\njoin[D](cos(t) * a - sin(t) * b, sin(t) * a + cos(t) * b + t, c)"),
+    Map("bounded mixing", "A11", HALVES + "param s: Interval(-0.9, 0.9)[b.D]\njoin[D](a + tanh(s) * b, b - s * a)"),
+    Map("sums in a scan", "A11", HALVES + "h = shift[T](a, 1)\njoin[D](a + 2 * b + tanh(h), 3 * b - a + h)", "", "R[T, D]", "R[T = 3, D = 4]"),
+    Map("bump of a slope of one eighth", "A6", "x - 0.99 * x / (1 + x ^ 2)", "scalar"),
+    Map("cubic without a turn", "A6", "x ^ 3 - x ^ 2 + x", "scalar"),
     Map("network of a contraction", "A7", "x + lipschitz(mlp(8), 0.9)(x)", "contraction"),
     Map("mixing contraction", "A7", "x - 0.9 * tanh(reverse[D](x))", "contraction"),
     Map("mean field", "A7", "x + 0.9 * tanh(mean[D](x))", "contraction"),
@@ -244,10 +262,6 @@ BIJECTIVE: tuple[Map, ...] = (
 
 # Bijections that no clause here proves yet: refused, which is safe.
 NOT_PROVED: tuple[Map, ...] = (
-    Map("Haar", "A11", HALVES + "join[D]((a + b) / sqrt(2), (a - b) / sqrt(2))"),
-    Map("sums with numbers", "A11", HALVES + "join[D](2 * a + b, a + b)"),
-    Map("Givens", "A11", HALVES + "param t: R\njoin[D](cos(t) * a - sin(t) * b, sin(t) * a + cos(t) * b)"),
-    Map("x + x/(1 + x²)", "A6", "x + x / (1 + x ^ 2)", "scalar"),
     Map("Sylvester", "A8", "param Q: Stiefel[D, K = 2]\nparam L: LowerTriangular[K', K]\nparam M: LowerTriangular[K', K]\ns = sum[D](Q * x)\nh = tanh(sum[K](M * s))\nx + sum[K](Q * sum[J](L[K -> J, K' -> K] * h[K -> J]))", "low rank"),
     Map("renamed on the way", "A6", "tanh(x)[D -> E] + x[D -> E]", "scalar"),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flowlang.analysis import dependence, ranges
-from flowlang.derive import analyse, contraction, lowrank, replay, scalar, scan, search
+from flowlang.derive import analyse, blocks, contraction, lowrank, replay, scalar, scan, search
 from flowlang.derive.search import Inverter
 from flowlang.ir import lipschitz
 from flowlang.ir.build import Builder
@@ -183,6 +183,9 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A9c", "the image of a scalar map", 396, ((scalar.Proof, "image", image_of_all),)),
     Switch("A9d", "a weighted sum lies in the hull", "mixture of tanh", ((ranges, "hull_operand", nothing),)),
     Switch("A10", "a local log-det is expanded to all axes", "scale of one axis", ((Builder, "total", unexpanded),)),
+    # Each of the two keeps out what the other lets in: dividing by a determinant that may be 0 is not total.
+    Switch("A11", "the determinant of a block excludes 0", "mixing that may be singular", ((blocks, "regular", yes), (analyse.Analyses, "program_bounds", bounds_alone))),
+    Switch("A11", "parts of a block have the same axes", "one part broadcast", ((blocks, "alike", yes),)),
     Switch("A12", "calls that only condition do not weigh", "own bijector as a conditioner", ((search.Plan, "inverted_calls", weigh_all),)),
     Switch("A13", "the placeholder lies in the domain", "triangle of logs", ((replay, "placeholder", constant_of(0.0)),)),
 )  # fmt: skip
