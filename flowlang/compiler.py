@@ -475,12 +475,30 @@ def check_require(comp: Compilation, statement: tree.Require, region: Region | N
     except (Fail, Poisoned):
         return
     if value is False:
-        comp.report.add(Diagnostic("FL0502", "this requirement does not hold", condition.span))
+        tell_requirement(comp, body, condition)
     elif value is not True and comp.report.ok:
         comp.report.add(
             Diagnostic("FL0902", "this requirement has no meaning yet", condition.span,
                        suggestion="requirements on `log_det`, `parameters(..)` and static values are checked")
         )  # fmt: skip
+
+
+def tell_requirement(comp: Compilation, body: Body, condition: tree.Expr) -> None:
+    """A failed `require`, at the user's own text: in a library entry, at the call that led there."""
+    notes = []
+    if isinstance(condition, tree.Binary):
+        for side in (condition.left, condition.right):
+            value = body.ev(side)
+            if not isinstance(side, tree.Number) and isinstance(value, bool | int | float):
+                notes.append(f"`{side.span.text}` is {str(value).lower()} here")
+    if condition.span.source.library:
+        notes.append(f"`{body.region.name}` of the library demands `require {condition.span.text}`")
+    comp.report.add(
+        body.diagnostic(
+            "FL0502", "this requirement does not hold", condition.span, notes=tuple(notes),
+            suggestion="change the values it speaks of, or what is required",
+        )
+    )  # fmt: skip
 
 
 def _graph() -> Any:
@@ -551,7 +569,7 @@ def require_parameters(comp: Compilation, statement: tree.Require, condition: tr
         return
     if region is None or not isinstance(condition.right, tree.Number):
         comp.report.add(
-            Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span)
+            Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span, suggestion="as in `require parameters(my_flow) == 1_000`")
         )
         return
     have = parameter_count(region)
@@ -564,8 +582,7 @@ def require_parameters(comp: Compilation, statement: tree.Require, condition: tr
             Diagnostic(
                 "FL0502",
                 f"`{region.name}` has {have:,} parameters, and {condition.op} {want:,} is required",
-                condition.span,
-            )
+                condition.span, suggestion=f"write `{condition.op} {have}` if the count is right, or change the sizes of its networks")
         )
 
 

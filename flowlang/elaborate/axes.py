@@ -151,7 +151,7 @@ def select(body: Body, x: Tensor, name: str, index: tree.Expr, span: Span) -> An
             raise body.fail("FL0307", f"{start}..{stop} is outside axis `{name}` of size {size}", span)
         return body.node("slice", id, axis=name, start=start, stop=stop, span=span)
     if isinstance(value, bool):
-        raise body.fail("FL0305", "an index is a whole number", span)
+        raise body.fail("FL0305", "an index is a whole number", span, suggestion="as in `x[T = 0]`")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int):
@@ -160,7 +160,7 @@ def select(body: Body, x: Tensor, name: str, index: tree.Expr, span: Span) -> An
         return body.node("pick", id, axis=name, index=value % size, span=span)
     if isinstance(value, Tensor):
         return body.node("gather", id, body.tensor(value, span), axis=name, span=span)
-    raise body.fail("FL0305", f"an index is a whole number, a range or a tensor, and this is {describe(value)}", span)
+    raise body.fail("FL0305", f"an index is a whole number, a range or a tensor, and this is {describe(value)}", span, suggestion="as in `x[T = 0]`, `x[T = 1..]` or `x[T = idx]`")
 
 
 def clip(i: int, size: int) -> int:

@@ -551,8 +551,7 @@ class Elaborator:
                 raise body.fail(
                     "FL0306",
                     f"`{p.name}` of `{inst.target.name}` is {static_words(kind)}, and this is {describe(v)}",
-                    span,
-                )
+                    span, suggestion=static_hint(kind, p.name))
 
     def bind_tensor(self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body) -> None:
         if type_ is None:
@@ -926,6 +925,20 @@ def static_words(kind: Static) -> str:
     names = {"int": "a whole number", "real": "a number", "bool": "`true` or `false`", "net": "a network",
              "fn": "a function", "bijector": "a bijector", "distribution": "a distribution", "text": "a text"}  # fmt: skip
     return names.get(kind.name, f"of type `{kind.name}`")
+
+
+STATIC_EXAMPLES = {
+    "int": "4", "real": "0.5", "bool": "true", "net": "mlp(64)", "fn": "exp", "bijector": "affine_coupling",
+    "distribution": "normal", "text": '"word"', "solver": "rk4(steps = 20)", "path": "cond_ot", "flow": "a flow of this file",
+    "norm": "layer_norm",
+}  # fmt: skip
+
+
+def static_hint(kind: Static, name: str) -> str:
+    """An example of an argument of this type."""
+    if kind.name == "one_of":
+        return "choose " + " or ".join(f"`{o}`" for o in kind.options)
+    return f"as in `{name} = {STATIC_EXAMPLES.get(kind.name, '..')}`"
 
 
 def body_result_span(declaration: tree.Declaration) -> Span:

@@ -69,7 +69,7 @@ def chain_without_rules(body: Body) -> None:
 def inverse(body: Body, local: Local) -> Rule:
     declaration, region = local.declaration, body.region
     if declaration.results:
-        raise body.fail("FL0306", "an inverse is exact: `-> ..` belongs to `def log_det`", declaration.results[0].span)
+        raise body.fail("FL0306", "an inverse is exact: `-> ..` belongs to `def log_det`", declaration.results[0].span, suggestion="leave the arrow out")
     known = set(region.inputs)
     leaves = [
         body.b.leaf("input", t, batched=True, span=declaration.span, label=p.name, name=p.name, role="result")
@@ -196,9 +196,7 @@ def evaluate(
     for v in out:
         t: TensorType = body.b.type(v)
         if t.kind != "real":
-            raise body.fail(
-                "FL0306", f"`{declaration.name}` gives `{t}`, and real numbers are needed", declaration.span
-            )
+            raise body.fail("FL0306", f"`{declaration.name}` gives `{t}`, and real numbers are needed", declaration.span, suggestion="compute it from real values")
     return out
 
 

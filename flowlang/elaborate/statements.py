@@ -155,7 +155,7 @@ def target_types(body: Body, statement: tree.Bind) -> list[tree.Expr] | None:
         if types[k] is None:
             types[k] = types[k + 1]
     if types[-1] is None:
-        raise body.fail("FL0306", f"`{statement.targets[-1].name}` has no type", statement.targets[-1].span)
+        raise body.fail("FL0306", f"`{statement.targets[-1].name}` has no type", statement.targets[-1].span, suggestion="the last name must have one: `a, b: R[D] = ..` covers both")
     return [t for t in types if t is not None]
 
 
@@ -398,12 +398,12 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
         )
     check_new(body, entry.name, entry.span)
     if entry.type is None:
-        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `{word} {entry.name}: R[D = 2]`", entry.span)
+        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `{word} {entry.name}: R[D = 2]`", entry.span, suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`")
     if word == "data" and body.region.inputs:
         raise body.fail("FL0902", "a flow with several `data` has no meaning yet", entry.span)
     spec = evaluate_type(body, entry.type)
     if isinstance(spec, Static):
-        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span)
+        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span, suggestion="a tensor's type is a domain with axes, as in `R[D = 2]`")
     axes: list[tuple[str, int]] = []
     for n, s in spec.axes:
         size = body.elab.size_override(body, n, s, entry)
@@ -435,10 +435,10 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
 def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
     check_new(body, entry.name, entry.span)
     if entry.type is None:
-        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `param {entry.name}: R[D] = 0`", entry.span)
+        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `param {entry.name}: R[D] = 0`", entry.span, suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`")
     spec = evaluate_type(body, entry.type)
     if isinstance(spec, Static):
-        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span)
+        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span, suggestion="a tensor's type is a domain with axes, as in `R[D = 2]`")
     axes = [*spec.axes]
     if spec.rest:
         axes[spec.rest_at : spec.rest_at] = [(a.name, a.size) for a in body.rest]
@@ -526,7 +526,7 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorTy
             return value
         if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
             return 0.0 if value.name == "zeros" else 1.0
-        raise body.fail("FL0305", f"a start is a number or a list, and this is {describe(value)}", entry.value.span)
+        raise body.fail("FL0305", f"a start is a number or a list, and this is {describe(value)}", entry.value.span, suggestion="as in `= 0`, `= [1, 2]`, or a random start as `~ normal(0, 1)`")
     name, args = start_call(body, entry.value)
     if name in SCHEMES and domain.structure is None:
         shape = type_.shape or (1,)
@@ -562,7 +562,7 @@ def start_call(body: Body, expr: tree.Expr) -> tuple[str, tuple[float, ...]]:
             gain = isinstance(item.left, tree.Name) and item.left.id == "gain" and item.eq is not None
             value = body.ev(item.eq if gain and item.eq is not None else item.left) if item.left is not None else None
             if not isinstance(value, int | float):
-                raise body.fail("FL0305", "a start takes numbers", item.span)
+                raise body.fail("FL0305", "a start takes numbers", item.span, suggestion="as in `~ normal(0, 0.1)`")
             args.append(float(value))
     return name_expr.id, tuple(args) + STARTS[name_expr.id][len(args) :]
 
@@ -727,7 +727,7 @@ def run_repeat(body: Body, statement: tree.Repeat) -> Any:
         raise body.fail("FL0902", "`until` has no meaning yet", statement.until.span)
     count = body.static_int(statement.count)
     if count < 0:
-        raise body.fail("FL0305", f"{count} copies make no sense", statement.count.span)
+        raise body.fail("FL0305", f"{count} copies make no sense", statement.count.span, suggestion="give 0 or more")
     if count > limits.REPEAT_COUNT:
         raise body.fail("FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span)
     body.elab.multiply(body, count, statement.count.span)

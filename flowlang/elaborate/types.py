@@ -80,10 +80,10 @@ def evaluate_type(body: Body, expr: tree.Expr) -> TypeSpec | Static:
 
 def like(body: Body, expr: tree.Call, optional: bool) -> TypeSpec:
     if len(expr.items) != 1 or expr.items[0].left is None:
-        raise body.fail("FL0306", "`like` takes one value", expr.span)
+        raise body.fail("FL0306", "`like` takes one value", expr.span, suggestion="as in `state m: like(x) = 0`")
     value = body.ev(expr.items[0].left)
     if not isinstance(value, Tensor):
-        raise body.fail("FL0306", f"`like` takes a tensor, and this is {describe(value)}", expr.span)
+        raise body.fail("FL0306", f"`like` takes a tensor, and this is {describe(value)}", expr.span, suggestion="as in `state m: like(x) = 0`")
     return TypeSpec(domain("R") or Domain("R"), tuple((a.name, a.size) for a in value.type.axes), optional=optional)
 
 
@@ -95,7 +95,7 @@ def domain_of(body: Body, expr: tree.Expr) -> Domain:
         for item in expr.items:
             args.extend(domain_argument(body, item))
     if not isinstance(name_expr, tree.Name):
-        raise body.fail("FL0306", "a type is needed here", expr.span)
+        raise body.fail("FL0306", "a type is needed here", expr.span, suggestion="as in `R[D]` or `Positive[D]`")
     try:
         found = domain(name_expr.id, tuple(args))
     except ValueError as e:
@@ -117,7 +117,7 @@ def domain_argument(body: Body, item: tree.Item) -> list[float | int | str]:
     if isinstance(expr, tree.Range):
         start = body.static_int(expr.start) if expr.start is not None else 0
         if expr.stop is None:
-            raise body.fail("FL0305", "this range has no end", expr.span)
+            raise body.fail("FL0305", "this range has no end", expr.span, suggestion="write both ends, as in `0..4`")
         return [start, body.static_int(expr.stop)]
     if isinstance(expr, tree.Name) and body.find(expr.id) is None and expr.id not in body.axes:
         return [expr.id]
@@ -128,7 +128,7 @@ def domain_argument(body: Body, item: tree.Item) -> list[float | int | str]:
         return [value.word]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [value]
-    raise body.fail("FL0305", f"a domain takes numbers, and this is {describe(value)}", expr.span)
+    raise body.fail("FL0305", f"a domain takes numbers, and this is {describe(value)}", expr.span, suggestion="as in `Interval(0, 1)`")
 
 
 def axis_specs(body: Body, items: tuple[tree.Item, ...]) -> tuple[tuple[tuple[str, int | None], ...], bool, int]:

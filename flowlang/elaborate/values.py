@@ -316,3 +316,27 @@ def describe(value: Value) -> str:
             return "a transition `a -> b`"
         case _:
             return "a value"
+
+
+def hint_for(value: Any) -> str:
+    """What to write where a tensor is needed and this stands."""
+    match value:
+        case Tuple():
+            return "bind its parts first, as in `a, b = ..`, and use one of them"
+        case list():
+            return "take one item, as in `xs[0]`, or put them together, as in `stack[K](xs)`"
+        case Declared() | Instance() | Builtin() | BuiltinNet() | AppliedBuiltin():
+            name = value.target.name if isinstance(value, Instance) else getattr(value, "name", "f")
+            return f"apply it to a tensor, as in `{name}(x)`"
+        case Option() | str():
+            return "words are given to arguments by name"
+    return "a number, a parameter, or what an operation gives"
+
+
+def part_hint(value: Any, name: str) -> str:
+    """What can be read from a value after a dot."""
+    if isinstance(value, Tuple | list):
+        return "take its parts by position, as in `a, b = ..` or `xs[0]`"
+    if isinstance(value, bool | int | float):
+        return "only tensors have sizes, as in `x.D`"
+    return "a tensor has its sizes (`x.D`), a path `at` and `velocity`, a distribution `log_prob`"

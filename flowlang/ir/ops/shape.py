@@ -274,7 +274,7 @@ OPS.append(Op(
 def _permute_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     n = need(types[0], attrs["axis"])
     if sorted(attrs["order"]) != list(range(n)):
-        raise OpProblem("FL0305", f"an order of axis `{attrs['axis']}` names each of 0..{n} once")
+        raise OpProblem("FL0305", f"an order of axis `{attrs['axis']}` names each of 0..{n} once", suggestion="as in `permute[D]([1, 0])` for two")
     return types[0]
 
 

@@ -104,9 +104,9 @@ def _infer(kind: str) -> object:
         for k in ("min_width", "min_height"):
             least = float(attrs.get(k, spec.numbers.get(k, 0)))
             if not 0 <= least * bins < 1:
-                raise OpProblem("FL0305", f"{bins} bins of at least {least:g} of the box do not fit into it (`{k}`)")
+                raise OpProblem("FL0305", f"{bins} bins of at least {least:g} of the box do not fit into it (`{k}`)", suggestion="fewer bins or a smaller least width")
         if not 0 < float(attrs.get("min_slope", LEAST)) < 1 / 3 or not float(attrs.get("bound", 1.0)) > 0:
-            raise OpProblem("FL0305", "`min_slope` lies between 0 and 1/3, and `bound` is above 0")
+            raise OpProblem("FL0305", "`min_slope` lies between 0 and 1/3, and `bound` is above 0", suggestion="leave both out for the usual ones")
         return TensorType(tuple(out))
 
     return infer
