@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def source_of(spec: str | Path) -> tuple[Source, Path | None]:
     """A spec given as a path, as text, or as the name of a library entry (its own flow, or a flow of that one step)."""
     text = str(spec)
-    if not isinstance(spec, Path) and ("\n" in text or "{" in text):
+    if not isinstance(spec, Path) and ("\n" in text or "{" in text or declares(text)):
         return Source.of("<text>", text), None
     if not isinstance(spec, Path) and text.isidentifier() and not Path(text).exists():
         found = library_flow(text)
@@ -39,6 +39,18 @@ def source_of(spec: str | Path) -> tuple[Source, Path | None]:
                        suggestion=did_you_mean(text, standard_library().names()) or "a spec is a path, its text, or a name that `flowlang std` lists")
         )  # fmt: skip
     return Source.of(text, read_text(text)), Path(text).resolve().parent
+
+
+def declares(text: str) -> bool:
+    """Whether a line is a declaration, as `flow f = glow()`, and not the name of a file (`flow a = b.flow` may be one)."""
+    if "=" not in text or len(text.split("=")[0].split()) < 2:
+        return False
+    try:
+        if Path(text).exists():
+            return False
+    except (OSError, ValueError):  # no file can have such a name
+        return True
+    return any(isinstance(i, tree.Declaration) for i in parse(Source.of("<text>", text), Report()).module.items)
 
 
 def library_flow(name: str) -> Source | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flowlang import limits
 from flowlang.analysis.ranges import Violation, base_support
-from flowlang.analysis.size import flop_count, formula, parameter_count
+from flowlang.analysis.size import flop_count, formula, parameter_count, step_flops
 from flowlang.checks.fields import check_fields
 from flowlang.derive.analyse import Analyses, class_rank, shown_class
 from flowlang.derive.explain import shown
@@ -282,6 +282,7 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
 
     `home`: where the user's own text declares the root, which may be an alias of a library entry.
     """
+    comp.analyses.settle(root)
     regions = list(root.walk())  # children first
     anchors = library_anchors(root, home)
     bad: set[int] = set()  # in error, or holding a region in error
@@ -704,7 +705,7 @@ def chain_rows(comp: Compilation, region: Region, data: int) -> list[dict[str, A
                 if found is not None
                 else "O(1)",
                 "parameters": parameter_count(inner) if isinstance(inner, Region) else 0,
-                "flops": flop_count(inner) if isinstance(inner, Region) else 0,
+                "flops": step_flops(region, step.before, step.after),
                 "count": step.count,
             }
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from flowlang.derive.programs import Program, is_map, is_random
 from flowlang.derive.tidy import graphs, tidy, without_log_det, zero_log_det
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Child, Node, Region
+from flowlang.ir.interval import REAL
 from flowlang.ir.tableau import Tableau
 
 LINE_WIDTH = 120
@@ -181,6 +183,9 @@ class Generator:
         data, base = graph[region.inputs[0]], graph[region.outputs[0]]
         given = {graph[c].label or graph[c].attrs["name"]: graph[c].tensor for c in region.context}
         lines = [f"data_shape = {data.tensor.shape!r}", f"base_shape = {base.tensor.shape!r}"]
+        domain = data.attrs.get("domain")
+        if isinstance(domain, Domain) and (domain.interval != REAL or domain.structure):
+            lines.append(f"data_domain = {data_domain(domain)!r}")
         if region.emissions:
             lines.append(f"emitted_shapes = {tuple(graph[e.value].tensor.shape for e in region.emissions)!r}")
         if given:
@@ -348,6 +353,13 @@ def quoted(lines: list[str]) -> list[str]:
     if len(lines) == 1:
         return [f'"""{lines[0]}"""']
     return [f'"""{lines[0]}', *lines[1:], '"""']
+
+
+def data_domain(domain: Domain) -> tuple[str, float | None, float | None]:
+    """Kind and ends of the values of a sample, as the runtime reads it (None: no end)."""
+    kind = domain.structure if domain.structure in ("simplex", "sphere") else domain.kind
+    lo, hi = domain.interval.lo, domain.interval.hi
+    return str(kind), None if lo == -math.inf else lo, None if hi == math.inf else hi
 
 
 def dictionary(items: dict[str, str]) -> str:

@@ -99,29 +99,36 @@ def flop_count(region: Region) -> int:
 
     An integration with a given number of steps counts its evaluations of the field; an adaptive one counts one step.
     """
-    known: dict[int, int] = {}
+    return region_cost(region, {})
 
-    def count(r: Region) -> int:
-        if id(r) not in known:
-            results = [*r.outputs, *(e.value for e in r.emissions)]
-            known[id(r)] = sum(cost(r.graph, r.graph[n]) for n in r.graph.reachable(results))
-        return known[id(r)]
 
-    def cost(graph: Graph, node: Node) -> int:
-        inner = node.attrs.get("region")
-        if isinstance(inner, Region):
-            lifted = prod(s for _, s in node.attrs.get("lifted", ()))
-            times = int(node.attrs.get("count", 1))
-            if node.op == "integrate":
-                times = int(node.attrs.get("steps", 1)) * int(node.attrs["tableau"].stages)
-            return lifted * times * count(inner)
-        types = [graph[i].type for i in node.inputs]
-        tensors = [t for t in types if isinstance(t, TensorType)]
-        if not isinstance(node.type, TensorType) or not tensors or len(tensors) != len(types):
-            return 0
-        return OPS[node.op].cost(node, tensors)
+def step_flops(region: Region, before: int, after: int) -> int:
+    """The operations that lead from one value of a chain to the next."""
+    graph = region.graph
+    return sum(node_cost(graph, graph[n], {}) for n in graph.reachable([after]) - graph.reachable([before]))
 
-    return count(region)
+
+def region_cost(region: Region, known: dict[int, int]) -> int:
+    if id(region) not in known:
+        results = [*region.outputs, *(e.value for e in region.emissions)]
+        graph = region.graph
+        known[id(region)] = sum(node_cost(graph, graph[n], known) for n in graph.reachable(results))
+    return known[id(region)]
+
+
+def node_cost(graph: Graph, node: Node, known: dict[int, int]) -> int:
+    inner = node.attrs.get("region")
+    if isinstance(inner, Region):
+        lifted = prod(s for _, s in node.attrs.get("lifted", ()))
+        times = int(node.attrs.get("count", 1))
+        if node.op == "integrate":
+            times = int(node.attrs.get("steps", 1)) * int(node.attrs["tableau"].stages)
+        return lifted * times * region_cost(inner, known)
+    types = [graph[i].type for i in node.inputs]
+    tensors = [t for t in types if isinstance(t, TensorType)]
+    if not isinstance(node.type, TensorType) or not tensors or len(tensors) != len(types):
+        return 0
+    return OPS[node.op].cost(node, tensors)
 
 
 # ---- formulas -----------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Analyses:
     _plans: dict[int, Plan | Failure] = field(default_factory=dict)
     _programs: dict[tuple[int, str], Program] = field(default_factory=dict)
     _bounds: dict[object, Evaluated] = field(default_factory=dict)
+    _settled: dict[tuple[int, int], Interval] = field(default_factory=dict)
     _kept: dict[int, Region | Program] = field(default_factory=dict)
     _lipschitz: dict[tuple[int, int, int], float | None] = field(default_factory=dict)
 
@@ -66,6 +67,53 @@ class Analyses:
         """The identity of a region or program, kept alive: that of a dead one may be given to another."""
         self._kept[id(thing)] = thing
         return id(thing)
+
+    # ---- domains of what declares none ----------------------------------------------------------
+
+    def settle(self, root: Region) -> None:
+        """Gives the inputs of chains and `repeat` bodies the domain of what arrives there, from all their places.
+
+        A carried value has a domain that holds what comes in and what each round makes of it; all reals where
+        no smaller one is found. Whoever declares a domain keeps it.
+        """
+        for region in reversed(list(root.walk())):  # callers first
+            if region.broken:
+                continue
+            ranges = self.ranges(region)
+            for o in [*region.outputs, *(e.value for e in region.emissions)]:
+                ranges.bounds(o)
+            for node in list(region.graph):
+                inner = node.attrs.get("region")
+                if isinstance(inner, Region) and not inner.broken and node.op in ("call", "repeat"):
+                    self.settle_call(ranges, node, inner)
+
+    def settle_call(self, ranges: Ranges, node: Node, inner: Region) -> None:
+        arguments = [*inner.inputs, *inner.context]
+        own = {a for a in arguments if inner.graph[a].attrs.get("domain") is None}
+        own |= {a for a in arguments if (self.key(inner), a) in self._settled}
+        if not own:
+            return
+        operands = [ranges.interval(i) for i in node.inputs]
+        if node.attrs.get("method", "forward") != "forward":
+            operands = [REAL] * len(arguments)
+        elif node.op == "repeat":
+            operands = self.carried_bounds(inner, int(node.attrs["carried"]), operands)[0]
+        for a, found in zip(arguments, operands, strict=False):
+            if a in own:
+                self.settle_input(inner, a, found)
+
+    def settle_input(self, region: Region, input: int, found: Interval) -> None:
+        key = (self.key(region), input)
+        before = self._settled.get(key)
+        now = found if before is None else before.union(found)
+        if now == before:
+            return
+        self._settled[key] = now
+        region.graph.declare(input, Domain("R", (), now))
+        if key[0] in self._ranges:  # judged for less: judge it again
+            del self._ranges[key[0]], self._violations[key[0]]
+            self._plans.pop(key[0], None)
+            self._programs = {k: p for k, p in self._programs.items() if k[0] != key[0]}
 
     # ---- bounds ---------------------------------------------------------------------------------
 
@@ -128,7 +176,8 @@ class Analyses:
         arguments = [*region.inputs, *region.context]
         for k, (a, iv) in enumerate(zip(arguments, operands, strict=False)):
             domain = region.graph[a].attrs.get("domain")
-            if isinstance(domain, Domain) and not iv.within(domain.interval):
+            settled = (self.key(region), a) in self._settled
+            if isinstance(domain, Domain) and not settled and not iv.within(domain.interval):
                 sink.append(Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), iv, graph))
                 operands = [domain.interval if j == k else o for j, o in enumerate(operands)]
         if node.op == "scan":
@@ -148,15 +197,22 @@ class Analyses:
         return self._bounds[key]
 
     def repeat_bounds(self, region: Region, carried: int, operands: Sequence[Interval]) -> tuple[Interval, ...]:
+        return self.carried_bounds(region, carried, operands)[1]
+
+    def carried_bounds(
+        self, region: Region, carried: int, operands: Sequence[Interval]
+    ) -> tuple[list[Interval], tuple[Interval, ...]]:
+        """Bounds that hold before every round, and those of the results."""
         now = list(operands)
         for _ in range(REPEAT_BOUND_ROUNDS):
             found = self.region_bounds(region, now).outputs
             wider = [a.union(b) for a, b in zip(now[:carried], found, strict=False)]
             if wider == now[:carried]:
-                return tuple(found)
+                return now, tuple(found)
             now[:carried] = wider
         now[:carried] = [REAL] * carried
-        return tuple(REAL if k < carried else b for k, b in enumerate(self.region_bounds(region, now).outputs))
+        found = self.region_bounds(region, now).outputs
+        return now, tuple(REAL if k < carried else b for k, b in enumerate(found))
 
     def scan_bounds(
         self, graph: Graph, node: Node, operands: Sequence[Interval], sink: list[Violation]

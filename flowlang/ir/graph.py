@@ -69,6 +69,12 @@ class Graph:
         if old.label is None:
             self._nodes[id] = Node(old.id, old.op, old.inputs, old.type, old.attrs, old.span, label, old.batched)
 
+    def declare(self, id: int, domain: Any) -> None:
+        """Gives an input whose declaration has no domain the one that was found for it."""
+        old = self._nodes[id]
+        attrs = {**old.attrs, "domain": domain}
+        self._nodes[id] = Node(old.id, old.op, old.inputs, old.type, attrs, old.span, old.label, old.batched)
+
     @property
     def nx(self) -> nx.MultiDiGraph[int]:
         """The graph for networkx's algorithms: node data `node`, the key of an edge is the operand's slot.

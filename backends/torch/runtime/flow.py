@@ -19,6 +19,7 @@ class Flow(Face):
 
     data_shape: tuple[int, ...] = ()
     base_shape: tuple[int, ...] = ()
+    data_domain: tuple[str, float | None, float | None] = ("real", None, None)  # kind and ends of the values
     emitted_shapes: tuple[tuple[int, ...], ...] = ()
     given_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
@@ -175,7 +176,21 @@ class FlowDistribution(torch.distributions.Distribution):
 
     @property
     def support(self) -> Any:
-        return torch.distributions.constraints.independent(torch.distributions.constraints.real, len(self.event_shape))
+        """What the spec says of the data: every sample lies there, and nothing outside has a density."""
+        known = torch.distributions.constraints
+        kind, lo, hi = self.flow.data_domain
+        each: Any = known.real
+        if kind == "simplex":
+            each = known.simplex
+        elif kind in ("int", "bool") and lo is not None and hi is not None:
+            each = known.integer_interval(int(lo), int(hi))
+        elif lo is not None and hi is not None:
+            each = known.interval(lo, hi)
+        elif lo is not None:
+            each = known.greater_than(lo)
+        elif hi is not None:
+            each = known.less_than(hi)
+        return known.independent(each, len(self.event_shape) - each.event_dim)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.flow.log_prob(value, **self.given)
