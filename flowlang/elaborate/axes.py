@@ -173,6 +173,8 @@ def conform(body: Body, value: Any, spec: TypeSpec, span: Span) -> Any:
         return POISON
     if isinstance(value, Pending):
         return value.resolve([spec])[0]
+    if isinstance(value, int) and not isinstance(value, bool) and spec.domain.kind == "real":
+        value = float(value)  # `s: R[D] = 0`: the type says that it is a real number
     id = body.tensor(value, span)
     t = body.b.type(id)
     names = [n for n, _ in spec.axes]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.body import Body
 from flowlang.elaborate.statements import NOTHING, adopt_body, bound_names, new_input, run_statements, updated_names
-from flowlang.elaborate.values import Poison, Tensor, Tuple, describe
+from flowlang.elaborate.values import Poison, Poisoned, Tensor, Tuple, describe
 from flowlang.ir.graph import Graph, Region, Update
 from flowlang.ir.types import Axis, TensorType, TupleType, same_axes
 from flowlang.source import Span
@@ -98,8 +98,6 @@ def start(body: Body, inner: ScanBody, name: str, span: Span) -> Tensor:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = Tensor(body.b.const(float(value)), body)
     if isinstance(value, Poison):
-        from flowlang.elaborate.values import Poisoned
-
         raise Poisoned
     if not isinstance(value, Tensor):
         raise body.fail("FL0306", f"`{name}` is carried through `scan`, and it is {describe(value)}", span)
@@ -117,6 +115,8 @@ def start(body: Body, inner: ScanBody, name: str, span: Span) -> Tensor:
 def carry(inner: ScanBody, name: str, wanted: TensorType, span: Span) -> int:
     """What a step hands on under a name, with the type that it was given."""
     value = inner.names[name]
+    if isinstance(value, Poison):
+        raise Poisoned
     have = inner.b.type(value.id) if isinstance(value, Tensor) else None
     if have is None or have.kind != wanted.kind or not set(have.axes) <= set(wanted.axes):
         now = f"`{have}`" if have is not None else describe(value)

@@ -21,6 +21,8 @@ DRAFTS = Path(__file__).parents[1] / "drafts"
 
 DISAGREES = {
     ("049", 24): "FL0409",  # eps is a tensor parameter, so that n + eps may be 0
+    ("050", 10): "FL0409",  # a variance kept in a state of type R may be negative
+    ("080", 21): "FL0409",  # likewise
     ("058", 39): "FL0201",  # `z, l :=` updates an `l` that nothing bound
     ("061", 18): "FL0310",  # a bare `normal` in a model without data
     ("080", 8): "FL0302",  # `conv` keeps the name of its channels: there is no `O` to rename
