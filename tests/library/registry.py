@@ -31,6 +31,7 @@ ELSEWHERE = {
     "tail_lu": "test_028", "tail_permutation": "test_028", "light_tails": "test_028", "mtaf_steps": "test_028",
     "jet_affine": "test_009", "jet_tokens": "test_009", "jet_spatial_coupling": "test_009",
     "jet_channel_coupling": "test_009", "jet_coupling": "test_009", "jet_patches": "test_009", "jet_steps": "test_009",
+    "tarflow_block": "test_003", "tarflow_guided_block": "test_003", "tarflow_patches": "test_003",
     "modified_rq_spline": "test_039", "modified_rq_spline_coupling": "test_039",
     "modified_rq_spline_injector": "test_039", "cond_affine_coupling": "test_039",
 }  # fmt: skip

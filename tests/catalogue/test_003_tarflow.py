@@ -1,0 +1,226 @@
+"""Card 003, TarFlow (Zhai et al. 2024): what must hold, item by item.
+
+Item 5 (denoising by the model's score) waits for gradients of functions in programs. Item 4's cache waits for attention in the
+incremental inverse: the plain scan is compared with a recomputation by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import flowlang as fl
+from flowlang.verify import perturb
+
+MODEL = "model m = tarflow_model(channels = 1, size = 8, blocks = 2, layers = 1, width = 16, head = 8, classes = 3, noise = 0.1{})\n"
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@cache
+def tiny() -> fl.Flow:
+    model = fl.compile("tarflow_tiny", seed=0, dtype=torch.float64)
+    perturb(model, generator(1), 0.3)
+    return model
+
+
+def block(reversed_: bool = False, moved: bool = True) -> fl.Flow:
+    text = f"""flow f {{
+      data x: R[T = 6, D = 3]
+      tarflow_block(tarflow_net(16, 2, 8), {str(reversed_).lower()})
+      base normal
+    }}
+    """
+    model = fl.compile(text, seed=0, dtype=torch.float64)
+    if moved:
+        perturb(model, generator(2), 0.5)
+    return model
+
+
+@cache
+def guided(anneal: bool = False) -> Any:
+    model = fl.compile(MODEL.format(", anneal = true" if anneal else ""), seed=0, dtype=torch.float64)
+    perturb(model, generator(3), 0.3)
+    return model
+
+
+def images(n: int, seed: int = 4) -> Tensor:
+    return torch.rand(n, 1, 8, 8, generator=generator(seed), dtype=torch.float64) * 2 - 1
+
+
+def test_item_1_inverse_and_log_det() -> None:
+    x = images(2)
+    z, log_det = tiny()(x)
+    with torch.no_grad():
+        assert (tiny().inverse(z)[0] - x).abs().max() <= 1e-9
+    for k in range(2):
+        jacobian = torch.autograd.functional.jacobian(lambda v: tiny()(v)[0].flatten(), x[k]).reshape(64, 64)
+        assert abs(torch.linalg.slogdet(jacobian)[1] - log_det[k]) <= 1e-8
+    single = fl.compile("tarflow_tiny", seed=0)
+    perturb(single, generator(1), 0.3)
+    with torch.no_grad():
+        y = x.float()
+        assert (single.inverse(single(y)[0])[0] - y).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_item_2_a_token_reads_only_those_before_it(reversed_: bool) -> None:
+    model = block(reversed_)
+    x = torch.randn(6, 3, dtype=torch.float64, generator=generator(5))
+    jacobian = torch.autograd.functional.jacobian(lambda v: model(v)[0], x)
+    for i in range(6):
+        for j in range(6):
+            later = j < i if reversed_ else j > i
+            if later:
+                assert jacobian[i, :, j].abs().max() == 0
+            elif i == j:
+                assert torch.equal(jacobian[i, :, j] != 0, torch.eye(3, dtype=torch.bool))
+    assert jacobian.permute(0, 2, 1, 3).reshape(36, 9).ne(0).sum() > 15 * 9  # and it does read them
+
+
+def test_item_3_starts_as_an_elementwise_affine_map() -> None:
+    model = block(moved=False)
+    x = torch.randn(7, 6, 3, dtype=torch.float64, generator=generator(6))
+    jacobian = torch.autograd.functional.jacobian(lambda v: model(v)[0].flatten(), x[0]).reshape(18, 18)
+    assert torch.equal(jacobian, torch.diag(torch.diagonal(jacobian)))
+    assert model(x)[1].abs().max() > 1e-3
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "bias_a" in n or "bias_b" in n:
+                p.zero_()
+    z, log_det = model(x)
+    assert torch.equal(z, x)
+    assert log_det.abs().max() == 0
+
+
+def test_item_4_the_inverse_equals_a_recomputation_token_by_token() -> None:
+    model = block()
+    z = torch.randn(5, 6, 3, dtype=torch.float64, generator=generator(7))
+    x = z.clone()
+    with torch.no_grad():
+        for i in range(6):
+            trial, log_slopes = x.clone(), []
+            for j in range(3):  # z_i = (x_i - b)·exp(-a): two points give a and b
+                trial[:, i] = 0
+                at_0 = model(trial)[0][:, i, j]
+                trial[:, i, j] = 1
+                at_1 = model(trial)[0][:, i, j]
+                log_slopes.append((at_0, at_1 - at_0))
+            for j, (offset, slope) in enumerate(log_slopes):
+                x[:, i, j] = (z[:, i, j] - offset) / slope
+        assert (model.inverse(z)[0] - x).abs().max() <= 1e-9
+
+
+def test_item_6_guidance_0_is_plain_sampling() -> None:
+    model, z = guided(), torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=generator(8))
+    y = torch.tensor([0, 1, 2, -1])
+    zero, two = (torch.full((4,), w, dtype=torch.float64) for w in (0.0, 2.0))
+    with torch.no_grad():
+        plain = model.sample(z, y, zero)
+        for anneal in (False, True):
+            assert torch.equal(guided(anneal).sample(z, y, zero), plain)
+            assert (guided(anneal).sample(z, y, two) - plain)[:3].abs().max() > 1e-3
+        assert (model.sample(z, y, two) - plain)[3].abs().max() <= 1e-9  # no label: both branches are one
+
+
+def test_item_6_equal_labels_make_guidance_a_no_op() -> None:
+    model = fl.compile(MODEL.format(""), seed=0, dtype=torch.float64)
+    perturb(model, generator(3), 0.3)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith("label"):
+                p.copy_(p[..., :1, :].expand_as(p) if p.shape[-2] == 3 else p)
+        z = torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=generator(9))
+        made = [model.sample(z, torch.tensor([0, 1, 2]), torch.full((3,), w, dtype=torch.float64)) for w in (0.0, 1.5)]
+    assert (made[0] - made[1]).abs().max() <= 1e-9
+
+
+@pytest.mark.slow
+def test_item_6_sampling_inverts_the_loss_map() -> None:
+    """Images made by `sample` have the latent they were made of: their loss without noise is that of the latent."""
+    model = fl.compile(MODEL.format("").replace("noise = 0.1", "noise = 0"), seed=0, dtype=torch.float64)
+    perturb(model, generator(3), 0.3)
+    z, y = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=generator(10)), torch.tensor([1])
+    with torch.no_grad():
+        x = model.sample(z, y, torch.zeros(1, dtype=torch.float64))
+    jacobian = torch.autograd.functional.jacobian(lambda v: model.sample(v, y, torch.zeros(1, dtype=torch.float64)), z)
+    log_p = (-0.5 * z.square() - 0.5 * math.log(2 * math.pi)).sum() - torch.linalg.slogdet(jacobian.reshape(64, 64))[1]
+    assert abs(model.loss(x, y) + log_p / 64) <= 1e-8
+
+
+def test_item_7_a_reversed_block_is_the_block_between_reversals() -> None:
+    plain, flipped = block(False), block(True)
+    flipped.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 6, 3, dtype=torch.float64, generator=generator(11))
+    z, log_det = plain(x.flip(1))
+    other, log_det_other = flipped(x)
+    assert torch.allclose(other, z.flip(1), atol=1e-12)
+    assert torch.allclose(log_det, log_det_other, atol=1e-12)
+
+
+def test_item_8_published_parameters() -> None:
+    text = """flow a = tarflow_imagenet64
+    require parameters(a) == 460_142_784
+    flow b = tarflow_imagenet64_labelled
+    require parameters(b) == 466_286_784
+    """
+    assert fl.check(text).ok
+    with torch.device("meta"):
+        model = fl.compile("flow a = tarflow(blocks = 1)\n")
+    assert sum(p.numel() for p in model.parameters()) == 57_517_848
+
+
+def digits() -> Tensor:
+    from sklearn.datasets import load_digits
+
+    return torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+
+
+@pytest.mark.slow
+def test_item_9_beats_a_diagonal_gaussian() -> None:
+    data, rows = digits(), generator(12)
+    noisy = data + 0.1 * torch.randn(data.shape, generator=generator(13))
+    variance = noisy[:1500].var(0)
+    gaussian = float(
+        (
+            0.5 * (noisy[1500:] - noisy[:1500].mean(0)).square() / variance + 0.5 * torch.log(2 * math.pi * variance)
+        ).mean()
+    )
+    model = fl.compile("tarflow_tiny", seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    for _ in range(250):
+        optimizer.zero_grad()
+        x = data[torch.randint(1500, (128,), generator=rows)]
+        (-model.log_prob(x + 0.1 * torch.randn(x.shape, generator=rows)).mean() / 64).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert float(-model.log_prob(noisy[1500:]).mean() / 64) <= gaussian - 0.1
+
+
+def test_bits_and_labels_train() -> None:
+    model = fl.compile(MODEL.format(""), seed=0)
+    x, y = 8 * (digits()[:32] + 1) * 15.9, torch.arange(32) % 4 - 1
+    model.bits(x, y, generator=generator(14)).mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_onnx_of_density_and_sampling(tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    model = fl.compile("tarflow_tiny", seed=0).eval()
+    perturb(model, generator(15), 0.3)
+    paths = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse"])
+    x = images(3).float()
+    z = model(x)[0].detach()
+    for program, given, expected in (("log_prob", x, model.log_prob(x)), ("forward", x, z), ("inverse", z, x)):
+        session = ort.InferenceSession(str(paths[program]))
+        found = session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
+        assert np.allclose(found, expected.detach().numpy(), atol=1e-3)
