@@ -35,7 +35,7 @@ from flowlang.elaborate.weights import SCHEMES, scheme
 from flowlang.ir.distributions import DISTRIBUTIONS, Distribution, categorical, mixture
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Update
-from flowlang.ir.interval import REAL
+from flowlang.ir.interval import REAL, Interval
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.splines import SPLINES
 from flowlang.ir.types import TensorType
@@ -532,6 +532,9 @@ def constant_like(value: float) -> Fn:
         if args.axes and not args.positional:
             axes = []
             for item in args.axes:
+                if isinstance(item.left, tree.Ellipsis):
+                    axes += [(a.name, a.size) for a in body.rest]
+                    continue
                 if not isinstance(item.left, tree.Name):
                     raise body.fail("FL0307", "an axis is a name", item.span)
                 size = static_size(body, item.eq) if item.eq is not None else body.axes.get(item.left.id)
@@ -704,7 +707,7 @@ def running(body: Body, args: Arguments) -> Any:
         target = body.b.op("batch_var", *node.inputs, **{**node.attrs, "ddof": 1})
     bounds = OPS[node.op].interval
     types = [body.b.type(i) for i in node.inputs]
-    found = bounds([REAL] * len(types), types, node) if bounds is not None else REAL
+    found = bounds([own_bounds(body, i) for i in node.inputs], types, node) if bounds is not None else REAL
     kind = {"batch_mean": "mean", "batch_var": "var"}.get(node.op, "value")
     known = {body.graph[u.state].attrs["name"] for u in body.region.updates}
     name = next(
@@ -718,6 +721,16 @@ def running(body: Body, args: Arguments) -> Any:
     new = body.b.add(kept, body.b.mul(target, body.b.const(float(momentum))))
     body.region.updates.append(Update(state, new, live))
     return Tensor(state, body)
+
+
+def own_bounds(body: Body, id: int) -> Interval:
+    """Bounds of a value that its op alone gives, as of a square."""
+    node = body.graph[id]
+    rule = OPS[node.op].interval
+    types = [t for i in node.inputs if isinstance(t := body.graph[i].type, TensorType)]
+    if rule is None or not types or len(types) != len(node.inputs):
+        return REAL
+    return rule([REAL] * len(types), types, node)
 
 
 def stop(body: Body, args: Arguments) -> Any:

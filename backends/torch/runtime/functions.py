@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from flowlang.backends.torch.runtime.errors import bad_input
 from torch import Tensor
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ class OwnGradient(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[..., Any], back: Callable[..., Any], results: int, *inputs: Tensor) -> Any:
         found = run(*inputs)
         values = found if isinstance(found, tuple) else (found,)
-        ctx.back = back
+        ctx.back, ctx.count = back, len(inputs)
         ctx.save_for_backward(*values[results:])
         return values[0] if results == 1 else values[:results]
 
@@ -36,7 +37,8 @@ class OwnGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         found = ctx.back(*gradients, *ctx.saved_tensors)
-        return (None, None, None, *(found if isinstance(found, tuple) else (found,)))
+        found = found if isinstance(found, tuple) else (found,)
+        return (None, None, None, *found, *(None,) * (ctx.count - len(found)))
 
 
 # ---- elementwise --------------------------------------------------------------------------------
@@ -104,12 +106,15 @@ def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
 
 
 def batch_var(x: Tensor, rank: int, dims: tuple[int, ...], ddof: int = 0) -> Tensor:
-    """The variance over all batch dimensions and over `dims`; of one value it is 0."""
+    """The variance over all batch dimensions and over `dims`; of one value it is 0, and an error with `ddof`."""
     every = (*range(x.dim() - rank), *dims)
     if not every:
         return torch.zeros_like(x)
     total = (x - x.mean(every, keepdim=True)).square().sum(every)
-    return total / max(x.numel() // max(total.numel(), 1) - ddof, 1)
+    n = x.numel() // max(total.numel(), 1)
+    if n <= ddof:
+        raise bad_input(f"a batch gives {n} values for a variance", f"train on more than {ddof}")
+    return total / max(n - ddof, 1)
 
 
 def safe_pow(x: Tensor, e: float) -> Tensor:
