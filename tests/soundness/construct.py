@@ -6,13 +6,15 @@ Each layer is a bijection for a reason that is not the compiler's: what it refus
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from flowlang.ir.graph import Region
 from flowlang.ir.types import TensorType
-from tests.soundness.generate import PLAIN, Maker
+from tests.soundness.generate import PLAIN
+from tests.soundness.shapes import Shapes
 
 
-class Builder(Maker):
+class Builder(Shapes):
     """As `Maker`, with right layers only; what conditions may mix in any way that keeps the order."""
 
     def mix(self, h: int) -> int:
@@ -120,6 +122,8 @@ class Builder(Maker):
 
     def make(self) -> Region:
         layers: list[Callable[[int], int]] = [self.coupling, self.autoregressive, self.scalar, self.linear, self.structure]
+        more = (self.convolution, self.mixing, self.polar, self.bottleneck, self.chosen_coupling, self.rational, self.lagged)
+        layers += [partial(f, right=True) for f in more]
         if not self.depth:
             layers += [
                 self.residual, self.call, lambda h: self.call(h, invert=True), lambda h: self.call(h, repeat=True),

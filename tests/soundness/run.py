@@ -1,16 +1,24 @@
-"""The soundness run: `python -m tests.soundness.run COUNT [FIRST SEED]` judges random graphs and counts."""
+"""The soundness run: `python -m tests.soundness.run COUNT [FIRST SEED [FOLDER]]` judges random graphs and counts.
+
+With a folder it goes in chunks, one file each; chunks that are there are not judged again, so that a run may be
+broken off, and several may share a range.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from tests.soundness.generate import make
 from tests.soundness.judge import judge
+
+CHUNK = 250
 
 
 @dataclass
@@ -54,11 +62,31 @@ def run(count: int, first: int = 0) -> Tally:
     return tally
 
 
+def in_chunks(count: int, first: int, folder: Path) -> Tally:
+    """The same, kept chunk by chunk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = Tally()
+    for start in range(first, first + count, CHUNK):
+        kept = folder / f"{start:06d}.json"
+        if not kept.exists():
+            kept.write_text("{}")  # another process leaves it alone
+            kept.write_text(json.dumps(vars(run(min(CHUNK, first + count - start), start))))
+        found = json.loads(kept.read_text())
+        if found:
+            total.judged += found["judged"]
+            total.accepted += found["accepted"]
+            total.trivial += found["trivial"]
+            total.codes.update(found["codes"])
+            total.ways.update(found["ways"])
+            total.wrong += [(seed, why) for seed, why in found["wrong"]]
+    return total
+
+
 def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     count, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    tally = run(count, first)
+    tally = in_chunks(count, first, Path(sys.argv[3])) if len(sys.argv) > 3 else run(count, first)
     print(tally)
     for seed, why in tally.wrong:
         print(f"seed {seed}: {why}")

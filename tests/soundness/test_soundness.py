@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.soundness.generate import make
+from tests.soundness.generate import Maker
 from tests.soundness.judge import judge
 from tests.soundness.run import Tally, run
 
@@ -27,6 +27,6 @@ def test_no_random_graph_is_accepted_wrongly_at_length(first: int) -> None:
 
 @pytest.mark.parametrize("seed", [763, 4062, 130686])
 def test_seeds_whose_generated_code_once_failed(seed: int) -> None:
-    verdict = judge(make(seed), seed)
+    verdict = judge(Maker(seed).make(), seed)
     assert verdict.accepted
     assert not verdict.wrong
