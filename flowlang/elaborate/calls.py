@@ -675,10 +675,15 @@ def finish_call(
                 return pending.resolve([spec])[0]
         del first
         return pending
-    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span)
+    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span, of_weights(body, inst, inputs))
     if region is None:
         return POISON
     return emit_call(body, inst, region, inputs, lifted, back, span)
+
+
+def of_weights(body: Body, inst: Instance, inputs: dict[str, tuple[int, TensorType]]) -> bool:
+    """Whether a net is called on values that are one for all samples (weights): its states may follow them."""
+    return inst.kind in ("net", "norm") and not any(body.graph[id].batched for id, _ in inputs.values())
 
 
 def prepare_input(
@@ -766,7 +771,7 @@ def sized(
             count *= s
         pieces.append((part, [n for n, _ in axes]))
         total += count
-    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {open_name: total}, span)
+    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {open_name: total}, span, of_weights(body, inst, inputs))
     if region is None:
         return [POISON] * len(wanted)
     value = emit_call(body, inst, region, inputs, lifted, back, span)

@@ -409,8 +409,12 @@ class Elaborator:
         inputs: Mapping[str, TensorType],
         open_sizes: Mapping[str, int],
         span: Span,
+        fixed: bool = False,
     ) -> Region | None:
-        """The region of an instance for these input types; equal ones share it. None after an error."""
+        """The region of an instance for these input types; equal ones share it. None after an error.
+
+        `fixed`: its inputs are one for all samples.
+        """
         target = inst.target
         assert isinstance(target, Declared)
         key = (
@@ -420,6 +424,7 @@ class Elaborator:
             tuple(sorted(open_sizes.items())),
             inst.inverted,
             inst.lipschitz,
+            fixed,
         )
         if key in self.regions:
             return self.regions[key]
@@ -437,7 +442,7 @@ class Elaborator:
         region.signature = self.signature(inst)
         body = Body(self, region, target.module, anchor=anchor)
         try:
-            self.build(body, inst, inputs, open_sizes, span, caller)
+            self.build(body, inst, inputs, open_sizes, span, caller, fixed)
         except Fail as e:
             body.report(e.diagnostic)
         except Poisoned:
@@ -476,6 +481,7 @@ class Elaborator:
         open_sizes: Mapping[str, int],
         span: Span,
         caller: Body,
+        fixed: bool,
     ) -> None:
         declaration = inst.target.declaration  # type: ignore[union-attr]
         params = parameters_of(inst)
@@ -488,7 +494,7 @@ class Elaborator:
             self.build_chain(body, declaration, inputs, span)
             return
         for p in tensor_params:
-            self.bind_tensor(body, p, inputs.get(p.name), span, caller)
+            self.bind_tensor(body, p, inputs.get(p.name), span, caller, batched=not fixed)
         for n, s in open_sizes.items():
             body.axes.setdefault(n, s)
         specs = [evaluate_type(body, r.type) for r in declaration.results]
@@ -526,6 +532,9 @@ class Elaborator:
             if p.variadic and not isinstance(value, list):
                 value = [value]
             self.check_static(body if not given else caller, p, value, inst, span)
+            if isinstance(value, Declared) and value.kind in ("net", "norm") and value.declaration.alias is None:
+                # A parameter of type `net` is one instance, however often it is used.
+                value = Instance(value, {}, span, owner=body, name=body.fresh_child_name(p.name), label=p.name)
             body.names[p.name] = value
             body.used.add(p.name)
 
@@ -553,7 +562,7 @@ class Elaborator:
                     f"`{p.name}` of `{inst.target.name}` is {static_words(kind)}, and this is {describe(v)}",
                     span, suggestion=static_hint(kind, p.name))
 
-    def bind_tensor(self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body) -> None:
+    def bind_tensor(self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body, *, batched: bool) -> None:
         if type_ is None:
             body.names[p.name] = ABSENT
             body.used.add(p.name)
@@ -590,7 +599,7 @@ class Elaborator:
         domain = spec.domain if isinstance(spec, TypeSpec) else None
         role = "context" if p.given else "map"
         id_ = body.b.leaf(
-            "input", TensorType(type_.axes, type_.kind), batched=True, span=p.span, label=p.name, name=p.name,
+            "input", TensorType(type_.axes, type_.kind), batched=batched, span=p.span, label=p.name, name=p.name,
             role=role, domain=domain, given=p.given,
         )  # fmt: skip
         (body.region.context if p.given else body.region.inputs).append(id_)

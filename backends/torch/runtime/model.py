@@ -66,12 +66,14 @@ class Model(Face):
             expected = ", ".join(f"`{k}`: {self.types.get(k, v)}" for k, v in inputs.items()) or "no values"
             raise bad_input(f"`{name}` got {len(values)} values", f"it takes {expected}")
         program = getattr(self, f"_{name}")
+        averaged = name.startswith("loss") or name.endswith("_loss")
         if not inputs:
-            return program((shape,) if isinstance(shape, int) else tuple(shape), generator)
+            out = program((shape,) if isinstance(shape, int) else tuple(shape), generator)
+            return out.mean() if averaged and isinstance(out, Tensor) else out
         checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(inputs.items(), values, strict=True)]
         batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
         out = program(*(v.expand(batch + s) for _, v, s in checked), generator)
-        return out.mean() if name.startswith("loss") and isinstance(out, Tensor) else out
+        return out.mean() if averaged and isinstance(out, Tensor) else out
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}({', '.join(inputs)})" for name, inputs in self.programs.items())
