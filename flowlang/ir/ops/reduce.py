@@ -162,6 +162,7 @@ OPS.append(Op(
 ))  # fmt: skip
 OPS.append(Op(
     "var", _reduce_infer, _depend, interval=lambda ivs, types, node: NONNEGATIVE, cost=cost,
+    simplify=lambda b, args, attrs: None if attrs["axes"] else b.expand(b.const(0.0), b.type(args[0])),  # of one value
     why_not={"invert": "a variance forgets its data", "jvp": "not needed so far", "lipschitz": "it is quadratic"},
 ))  # fmt: skip
 OPS.append(Op(
