@@ -155,7 +155,12 @@ def target_types(body: Body, statement: tree.Bind) -> list[tree.Expr] | None:
         if types[k] is None:
             types[k] = types[k + 1]
     if types[-1] is None:
-        raise body.fail("FL0306", f"`{statement.targets[-1].name}` has no type", statement.targets[-1].span, suggestion="the last name must have one: `a, b: R[D] = ..` covers both")
+        raise body.fail(
+            "FL0306",
+            f"`{statement.targets[-1].name}` has no type",
+            statement.targets[-1].span,
+            suggestion="the last name must have one: `a, b: R[D] = ..` covers both",
+        )
     return [t for t in types if t is not None]
 
 
@@ -215,10 +220,7 @@ def bind(body: Body, statement: tree.Bind) -> Any:
 
 def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
     name = target.name
-    if isinstance(value, Instance) and value.owner is None:
-        value.owner = body
-        value.label = name
-        value.name = body.fresh_child_name(name)
+    own(body, name, value)
     if isinstance(value, Tensor):
         value = body.capture(value)
         body.graph.relabel(value.id, name)
@@ -228,6 +230,15 @@ def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
     if op == "=":
         body.bound_spans[name] = target.span
         body.used.discard(name)
+
+
+def own(body: Body, name: str, value: Any) -> None:
+    """What is bound to a name is an instance of this body, wherever it is used; so is each item of a list."""
+    if isinstance(value, Instance) and value.owner is None:
+        value.owner, value.label, value.name = body, name, body.fresh_child_name(name)
+    elif isinstance(value, list):
+        for item in value:
+            own(body, name, item)
 
 
 def draw(body: Body, statement: tree.Bind) -> Any:
@@ -398,12 +409,22 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
         )
     check_new(body, entry.name, entry.span)
     if entry.type is None:
-        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `{word} {entry.name}: R[D = 2]`", entry.span, suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`")
+        raise body.fail(
+            "FL0306",
+            f"`{entry.name}` needs a type, as in `{word} {entry.name}: R[D = 2]`",
+            entry.span,
+            suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`",
+        )
     if word == "data" and body.region.inputs:
         raise body.fail("FL0902", "a flow with several `data` has no meaning yet", entry.span)
     spec = evaluate_type(body, entry.type)
     if isinstance(spec, Static):
-        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span, suggestion="a tensor's type is a domain with axes, as in `R[D = 2]`")
+        raise body.fail(
+            "FL0306",
+            f"`{spec.name}` is not a tensor type",
+            entry.type.span,
+            suggestion="a tensor's type is a domain with axes, as in `R[D = 2]`",
+        )
     axes: list[tuple[str, int]] = []
     for n, s in spec.axes:
         size = body.elab.size_override(body, n, s, entry)
@@ -435,10 +456,20 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
 def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
     check_new(body, entry.name, entry.span)
     if entry.type is None:
-        raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `param {entry.name}: R[D] = 0`", entry.span, suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`")
+        raise body.fail(
+            "FL0306",
+            f"`{entry.name}` needs a type, as in `param {entry.name}: R[D] = 0`",
+            entry.span,
+            suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`",
+        )
     spec = evaluate_type(body, entry.type)
     if isinstance(spec, Static):
-        raise body.fail("FL0306", f"`{spec.name}` is not a tensor type", entry.type.span, suggestion="a tensor's type is a domain with axes, as in `R[D = 2]`")
+        raise body.fail(
+            "FL0306",
+            f"`{spec.name}` is not a tensor type",
+            entry.type.span,
+            suggestion="a tensor's type is a domain with axes, as in `R[D = 2]`",
+        )
     axes = [*spec.axes]
     if spec.rest:
         axes[spec.rest_at : spec.rest_at] = [(a.name, a.size) for a in body.rest]
@@ -526,7 +557,12 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorTy
             return value
         if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
             return 0.0 if value.name == "zeros" else 1.0
-        raise body.fail("FL0305", f"a start is a number or a list, and this is {describe(value)}", entry.value.span, suggestion="as in `= 0`, `= [1, 2]`, or a random start as `~ normal(0, 1)`")
+        raise body.fail(
+            "FL0305",
+            f"a start is a number or a list, and this is {describe(value)}",
+            entry.value.span,
+            suggestion="as in `= 0`, `= [1, 2]`, or a random start as `~ normal(0, 1)`",
+        )
     name, args = start_call(body, entry.value)
     if name in SCHEMES and domain.structure is None:
         shape = type_.shape or (1,)
