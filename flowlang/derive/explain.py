@@ -200,9 +200,27 @@ def wrong_count(inv: Inverter, have: int, wanted: int) -> Failure:
 
 
 def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
-    """A14: which of the reasons is the one to show."""
+    """A14: which of the reasons is the one to show: the first that applies."""
     if p.lost is not None:
         return lost(inv, f"{called(inv, p.lost)} is used where a new coordinate is needed", wanted)
+    for reason in (failed_call, may_vanish, noted, not_strict, failed_condition, twice, other_condition, no_inverse):
+        found = reason(inv, p)
+        if found is not None:
+            return found
+    node = inv.graph[stuck_members(p)[0]]
+    return Failure(
+        "FL0401",
+        "not invertible: no way was found to tell the inputs from the result",
+        node.span or result_span(inv),
+    )
+
+
+def stuck_members(p: Problem) -> list[int]:
+    return [m for m in sorted(p.members, reverse=True) if m not in p.targets]
+
+
+def failed_call(inv: Inverter, p: Problem) -> Failure | None:
+    """A bijector that is called, and that has no inverse itself."""
     for _, call in inv.analyses.failed_calls:
         if call.id in inv.graph.reachable(list(p.members)):
             inner: Region = call.attrs["region"]
@@ -210,29 +228,39 @@ def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
             if isinstance(found, Failure):
                 span = call.span if inner.library else found.span
                 return Failure(found.code, found.message, span, found.labels, found.notes, found.suggestion)
-    stuck = [m for m in sorted(p.members, reverse=True) if m not in p.targets]
-    m = stuck[0]
-    node = inv.graph[m]
+    return None
+
+
+def may_vanish(inv: Inverter, p: Problem) -> Failure | None:
+    """One unknown operand, and the other one does not meet its condition."""
     for cond, slot, need in p.conditions:
-        if isinstance(need, Need):
+        if isinstance(need, Need) and need.slot != slot:
             other = cond.inputs[need.slot]
-            if need.slot != slot:
-                found_iv = inv.interval(other)
-                return Failure(
-                    "FL0403",
-                    f"not invertible: {called(inv, other)} {need.words} (it lies in {found_iv}), "
-                    f"and the inverse of `{shown(cond.op)}` needs it nonzero",
-                    cond.span,
-                    suggestion=f"give it a domain without 0, as in `param {inv.graph[other].label or 'scale'}: Positive[..]`, or use `exp(..)`",
-                )
-    notes = p.notes
+            return Failure(
+                "FL0403",
+                f"not invertible: {called(inv, other)} {need.words} (it lies in {inv.interval(other)}), "
+                f"and the inverse of `{shown(cond.op)}` needs it nonzero",
+                cond.span,
+                suggestion=f"give it a domain without 0, as in `param {inv.graph[other].label or 'scale'}: Positive[..]`, or use `exp(..)`",
+            )
+    return None
+
+
+def noted(inv: Inverter, p: Problem) -> Failure | None:
+    """What the fallbacks found wanting: continuity, monotonicity, a determinant, a Lipschitz constant."""
     for code in ("FL0405", "FL0404", "FL0403", "FL0407"):
-        for f in notes:
+        for f in p.notes:
             if f.code == code:
                 return f
-    strict = causal_but_not_strict(inv, p, m)
-    if strict is not None:
-        return strict
+    return None
+
+
+def not_strict(inv: Inverter, p: Problem) -> Failure | None:
+    return causal_but_not_strict(inv, p, stuck_members(p)[0])
+
+
+def failed_condition(inv: Inverter, p: Problem) -> Failure | None:
+    """One unknown operand that does not meet its own condition."""
     for cond, _, need in p.conditions:
         if isinstance(need, Need):
             return Failure(
@@ -241,23 +269,26 @@ def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
                 cond.span,
                 suggestion="restrict its domain, or use a function that is monotone on all of it",
             )
-    reached = twice(inv, p, stuck)
-    if reached is not None:
-        return reached
-    for cond, _slot, need in p.conditions:
+    return None
+
+
+def other_condition(inv: Inverter, p: Problem) -> Failure | None:
+    for cond, _, need in p.conditions:
         if isinstance(need, str):
             return Failure("FL0403", f"not invertible: {need}", cond.span)
+    return None
+
+
+def no_inverse(inv: Inverter, p: Problem) -> Failure | None:
+    """One unknown operand of an op that forgets it."""
+    node = inv.graph[stuck_members(p)[0]]
     unknown = [i for i in node.inputs if i in p.unknown]
     if len(unknown) == 1 and OPS[node.op].why_not.get("invert"):
         return Failure(
             "FL0403", f"not invertible: {OPS[node.op].why_not['invert']}, so {called(inv, unknown[0])} cannot be told from it",
             node.span or result_span(inv),
         )  # fmt: skip
-    return Failure(
-        "FL0401",
-        "not invertible: no way was found to tell the inputs from the result",
-        node.span or result_span(inv),
-    )
+    return None
 
 
 def causal_but_not_strict(inv: Inverter, p: Problem, m: int) -> Failure | None:
@@ -302,9 +333,9 @@ def not_strict_node(inv: Inverter, t: int, m: int, axis: str, dep: Dependence) -
     return None
 
 
-def twice(inv: Inverter, p: Problem, stuck: list[int]) -> Failure | None:
+def twice(inv: Inverter, p: Problem) -> Failure | None:
     """The smallest stuck node that an unknown value reaches along two ways."""
-    for m in stuck:
+    for m in stuck_members(p):
         for n in sorted(inv.graph.reachable([m]), reverse=True):
             node = inv.graph[n]
             slots = [i for i in node.inputs if i in p.unknown]

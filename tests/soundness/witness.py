@@ -50,6 +50,13 @@ def judged(witness: str | int) -> object:
         return repr(error)
 
 
+def said(witness: str | int) -> str:
+    """The first diagnostic of a map."""
+    assert isinstance(witness, str)
+    errors = compile_source(Source("witness.flow", MAPS[witness].text)).report.errors
+    return errors[0].message if errors else ""
+
+
 def sound(witness: str | int, found: object) -> bool:
     """Whether that is as it should be."""
     if isinstance(witness, int):
@@ -60,4 +67,4 @@ def sound(witness: str | int, found: object) -> bool:
     return found == Judgement(True, True, True) if m in BIJECTIVE else not found.spec
 
 
-__all__ = ["MAPS", "Region", "judged", "judgement", "sound"]
+__all__ = ["MAPS", "Region", "judged", "judgement", "said", "sound"]
