@@ -1,0 +1,187 @@
+"""Card 139, residual networks without normalisation: its items under "What must hold"."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.catalogue.nets import count, data, in_onnx, net, same_value_and_gradients, shaken
+
+GAINS = {"relu": 1.7139588594436646, "silu": 1.7881293296813965, "gelu": 1.7015043497085571, "tanh": 1.5939117670059204}
+EXACT = {"relu": math.sqrt(2 / (1 - 1 / math.pi)), "silu": 1.78718722, "gelu": 1.70092624, "tanh": 1.59253742}
+
+
+class Reference(nn.Conv2d):
+    """The equations of the card with torch's own statistics."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.gain = nn.Parameter(torch.ones(self.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.flatten(1)
+        var, mean = torch.var_mean(w, dim=1, correction=0, keepdim=True)
+        scale = torch.rsqrt(torch.clamp(var * w.shape[1], min=1e-4)) * self.gain[:, None]
+        return F.conv2d(x, ((w - mean) * scale).view_as(self.weight), self.bias, self.stride, self.padding, 1, self.groups)
+
+
+@pytest.mark.parametrize(("body", "layer"), [
+    ("scaled_ws_conv(4)(x)", (6, 4, 3, 1, 1)), ("scaled_ws_conv(4, 3, 2, 2)(x)", (6, 4, 3, 2, 1, 1, 2)),
+])  # fmt: skip
+def test_the_layer_is_its_equations_with_gradients(body: str, layer: tuple[int, ...]) -> None:
+    mine = shaken(net(body, C=6, H=6, W=5))
+    other = Reference(*layer).double()
+    inner = mine.scaled_ws_conv
+    pairs = [(inner.conv_weight, other.weight), (inner.conv_bias, other.bias), (inner.scaled_weight_standardization.g, other.gain)]
+    with torch.no_grad():
+        for p, q in pairs:
+            q.copy_(p)
+    same_value_and_gradients(mine, other, data(2, 6, 6, 5), pairs)
+
+
+def test_1_weights() -> None:
+    """Item 1: sums are 0, squares sum to 1 where g = 1 and the fan's variance is above the floor."""
+    mine = net("scaled_weight_standardization(x)", kind="norm", O=5, I=4, kh=3, kw=3)
+    w = mine(3 * data(5, 4, 3, 3) + 1).flatten(1)
+    assert w.sum(1).abs().max() < 1e-6
+    torch.testing.assert_close(w.square().sum(1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-5)
+    small = data(5, 4, 3, 3) * 1e-4
+    c = (small - small.mean((1, 2, 3), keepdim=True)).flatten(1)
+    torch.testing.assert_close(mine(small).flatten(1), c / math.sqrt(1e-4), rtol=1e-12, atol=0)  # a maximum: nothing is added
+
+
+@pytest.mark.parametrize("act", GAINS)
+def test_2_gains_keep_the_variance(act: str) -> None:
+    """Item 2, by quadrature over N(0, 1): exact constants to 1e-7 (they are printed with nine digits), published to 2.5e-3."""
+    z = np.linspace(-12, 12, 2_000_001)
+    f: Tensor = getattr(F, act, getattr(torch, act, None))(torch.as_tensor(z))  # type: ignore[misc]
+    y, p = f.numpy(), np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    mean = np.trapezoid(y * p, z)
+    var = np.trapezoid((y - mean) ** 2 * p, z)
+    assert abs(EXACT[act] ** 2 * var - 1) < (1e-8 if act == "relu" else 1e-7)
+    assert abs(GAINS[act] ** 2 * var - 1) < 2.5e-3
+
+
+def outputs(module: nn.Module, kind: str, x: Tensor) -> list[Tensor]:
+    """What each block of a kind gives, in order."""
+    seen: list[Tensor] = []
+    hooks = [m.register_forward_hook(lambda _, __, out: seen.append(out.detach())) for n, m in module.named_modules() if n.split(".")[-1].startswith(kind)]
+    with torch.no_grad():
+        module(x)
+    for h in hooks:
+        h.remove()
+    return seen
+
+
+def plot(values: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Mean variance and mean squared mean of the channels (the signal propagation plot of the paper)."""
+    return [float(v.var((0, 2, 3)).mean()) for v in values], [float(v.mean((0, 2, 3)).square().mean()) for v in values]
+
+
+def stages(block: str, transition: str, blocks: int = 8) -> str:
+    """Two stages of a stem's 128 channels; the second begins with a transition."""
+    one = "; ".join(f"h{i} = {block.format(beta=math.sqrt(1 + i * 0.04))}(h{i - 1})" for i in range(1, blocks))
+    two = "; ".join(f"g{i} = {block.format(beta=math.sqrt(1 + i * 0.04))}(g{i - 1})" for i in range(1, 4))
+    first, turn = block.format(beta=1), transition.format(beta=math.sqrt(1 + blocks * 0.04))
+    return f"a = scaled_ws_conv(128)(x); h0 = {first}(a); {one}; g0 = {turn}(h{blocks - 1}); {two}; g3"
+
+
+def test_3_and_4_the_variance_follows_its_schedule() -> None:
+    """Items 3 and 4: at initialisation the variance after block l is 1 + l alpha² within a tenth, begins anew after a
+    transition, and the channels' means stay near 0."""
+    body = stages("nf_block(128, beta = {beta}, skip = 1)", "nf_block(128, stride = 2, beta = {beta}, skip = 1)")
+    mine = net(body, torch.float32, C=3, H=32, W=32)
+    found, means = plot(outputs(mine, "nf_block", data(8, 3, 32, 32, dtype=torch.float32)))
+    assert len(found) == 12
+    for k, v in enumerate(found[:8], 1):
+        assert abs(v / (1 + 0.04 * k) - 1) < 0.1
+    for k, v in enumerate(found[8:], 1):
+        assert abs(v / (1 + 0.04 * k) - 1) < 0.15
+    assert max(means) < 0.05
+
+
+def test_4_plain_convolutions_shift_the_means() -> None:
+    """Item 4: with He's start and relu · √2 the squared mean passes 0.3 after 12 blocks of alpha 0.2, and half the variance."""
+    conv = "conv({x}, {n}, kernel = {k}, bias = false, start = kaiming_normal)"
+    body = "h0 = conv(x, 128, bias = false, start = lecun_normal); "
+    for k in range(1, 13):  # the bottleneck of `nf_block` with plain weights
+        r = conv.format(x=f"relu(h{k - 1}) / {math.sqrt(1 + (k - 1) * 0.04)}", n=32, k=1)
+        r = conv.format(x=f"relu({conv.format(x=f'relu({r})', n=32, k=3)})", n=128, k=1)
+        body += f"h{k} = h{k - 1} + 0.2 * {r}; "
+    mine = net(f"{body}h12", torch.float32, C=3, H=32, W=32)
+    with torch.no_grad():
+        (var,), (mean,) = plot([mine(data(8, 3, 32, 32, dtype=torch.float32))])
+    assert mean > 0.3
+    assert mean / var > 0.5
+
+
+def test_5_a_block_starts_as_the_identity() -> None:
+    """Item 5: with gain 0 a block without transition is the identity to the bit; its branch gets no gradient, the gain does."""
+    mine = net("nf_block(8)(x)", C=8, H=6, W=6)
+    x = data(3, 8, 6, 6)
+    assert torch.equal(mine(x), x)
+    (mine(x) * data(3, 8, 6, 6, seed=4)).sum().backward()
+    for name, p in mine.named_parameters():
+        assert p.grad is not None
+        assert bool((p.grad != 0).any()) == name.endswith("skip_gain")
+
+
+def test_6_and_7_samples_and_scales_of_weights() -> None:
+    """Items 6 and 7: no sample sees another while training; a filter's shift and scale change nothing."""
+    mine = net("nf_resnet(depths = [2, 2], widths = [16, 32], stem = 16, classes = 5, skip = 1)(x)", C=3, H=32, W=32)
+    x = data(4, 3, 32, 32)
+    before = mine(x)
+    torch.testing.assert_close(mine(x[1:2])[0], before[1], rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        for name, p in mine.named_parameters():
+            if name.endswith("conv_weight"):
+                p.mul_(1.7).add_(0.3)
+    torch.testing.assert_close(mine(x), before, rtol=1e-5, atol=1e-8)
+
+
+def test_8_batch_norm_s_variance_grows() -> None:
+    """Item 8: in a residual network with batch norm it grows by more than 0.5 a block, and drops at a transition."""
+    lines = ["h = bn_block(128)(conv(x, 128, bias = false))", *["h := bn_block(128)(h)"] * 7]
+    lines += ["h := bn_block(256, stride = 2)(h)", *["h := bn_block(256)(h)"] * 3, "h"]
+    mine = net("; ".join(lines), torch.float32, C=3, H=16, W=16)
+    found, _ = plot(outputs(mine, "bn_block", data(8, 3, 16, 16, dtype=torch.float32)))
+    slope = np.polyfit(range(8), found[:8], 1)[0]
+    assert slope > 0.5
+    assert found[8] < 0.6 * found[7]
+
+
+def test_published_sizes() -> None:
+    """NF-ResNet-50 and NF-ResNet-101."""
+    with torch.device("meta"):
+        assert count(net("nf_resnet(x)", torch.float32, C=3, H=64, W=64)) == 25_557_048
+        assert count(net("nf_resnet(depths = [3, 4, 23, 3])(x)", torch.float32, C=3, H=64, W=64)) == 44_549_193
+
+
+def test_it_exports_with_standardised_kernels(tmp_path: Path) -> None:
+    body = "nf_resnet(depths = [2, 2], widths = [16, 32], stem = 16, classes = 5, se = true, skip = 1)(x)"
+    mine = net(body, torch.float32, C=3, H=32, W=32).eval()
+    x = data(2, 3, 32, 32, dtype=torch.float32)
+    found, ops = in_onnx(mine, x, tmp_path)
+    torch.testing.assert_close(torch.as_tensor(found), mine(x).detach(), rtol=1e-4, atol=1e-5)
+    assert not {"Sqrt", "Max"} & set(ops)
+
+
+def test_a_step_of_training_lowers_the_loss() -> None:
+    mine = net("nf_resnet(depths = [1, 1], widths = [16, 32], stem = 16, classes = 5)(x)", torch.float32, C=3, H=32, W=32)
+    x, y = data(16, 3, 32, 32, dtype=torch.float32), torch.arange(16) % 5
+    opt = torch.optim.SGD(mine.parameters(), 0.05)
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(mine(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
