@@ -651,6 +651,10 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
         "context": [str(region.graph[i].type) for i in region.context],
         "outputs": [str(region.graph[o].type) for o in region.outputs],
     }  # fmt: skip
+    if region.kind == "norm" and region.inputs:
+        from flowlang.analysis.invariance import report
+
+        entry["norm"] = report(region)
     if not is_map(region):
         return entry
     plan = comp.analyses.plan(region)

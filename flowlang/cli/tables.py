@@ -39,6 +39,8 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 facts.append(f"{what} = {d[key] or 'no polynomial in the sizes of the data'}")
         if "base" in d:
             facts.append(f"base {d['base']}, {d['steps']} steps")
+        if "norm" in d:
+            facts.extend(norm_facts(d["norm"]))
         lines.extend(f"  {f}" for f in facts)
         if d.get("chain"):
             rows = [
@@ -50,3 +52,24 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
             lines.append(table(["step", "", "shape", "inverse", "log-det", "parameters", "FLOPs"], rows, numbers=(5, 6)))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+CHANGES = {
+    ("scale", "all"): "scaling the input, or the weights before it", ("scale", "sample"): "scaling a sample",
+    ("scale", "channel"): "scaling a channel, or one weight vector", ("shift", "all"): "shifting the input",
+    ("shift", "sample"): "shifting a sample, or all weight vectors alike", ("shift", "channel"): "shifting a channel, or the data",
+}  # fmt: skip
+
+
+def norm_facts(found: dict[str, Any]) -> list[str]:
+    """What is shown of a norm, a line for each mode."""
+    lines = []
+    for mode in ("training", "inference"):
+        words = {k: found[mode][k[0]][k[1]] for k in CHANGES}
+        kept = [CHANGES[k] + ("" if w == "yes" else " (up to eps)") for k, w in words.items() if w != "not shown"]
+        batch = "depends on the batch" if found["batch"][mode] else "each sample by itself"
+        lines.append(f"{mode}: {batch}; unchanged by {'; '.join(kept) if kept else 'no scale or shift that could be shown'}")
+    lines.append(f"centred over {', '.join(found['centred'])}" if found["centred"] else "not centred")
+    if found["modes_differ"]:
+        lines.append("training and inference differ")
+    return lines
