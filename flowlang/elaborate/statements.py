@@ -11,6 +11,7 @@ from flowlang.elaborate.axes import words
 from flowlang.elaborate.calls import apply
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.elaborate.types import evaluate_type
+from flowlang.elaborate.unread import look_up_names
 from flowlang.elaborate.values import (
     ABSENT,
     POISON,
@@ -116,7 +117,10 @@ def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
             first = training_first(statement.condition)
             if first is not None:
                 return run_by_mode(body, statement, first)
-            branch = statement.then if body.static_bool(statement.condition) else statement.orelse
+            branch, other = statement.then, statement.orelse
+            if not body.static_bool(statement.condition):
+                branch, other = other, branch
+            look_up_names(body, other)
             if body.chain_value is not None:
                 run_statements(body, branch)
                 return NOTHING
