@@ -103,9 +103,7 @@ def convolution(op: str) -> Any:
             else:
                 raise body.fail("FL0306", f"`{op}` takes the number of its output channels", where)
         if not tensors:
-            return Instance(
-                inst.target, options, span, args.axes or inst.axes, owner=inst.owner, name=inst.name, label=inst.label
-            )
+            return Instance(inst.target, options, span, args.axes or inst.axes)
         x = body.tensor(*tensors[0])
         t = body.b.type(x)
         given = weight_given(body, options.get("weight"), transposed, int(options.get("groups", 1)), span)

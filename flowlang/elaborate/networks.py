@@ -117,7 +117,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
         raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1])
     items = args.axes or inst.axes
     if not tensors:
-        return Instance(inst.target, options, span, items, owner=inst.owner, name=inst.name, label=inst.label)
+        return Instance(inst.target, options, span, items)  # a fresh one
     value, where = tensors[0]
     x = body.tensor(value, where)
     item = items[0] if items else None
@@ -243,7 +243,7 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
             raise body.fail("FL0306", "`autoregressive_mlp` takes the widths of its hidden layers", where, suggestion="as in `autoregressive_mlp[D](x, [64, 64])`")
     items = args.axes or inst.axes
     if not tensors:
-        return Instance(inst.target, options, span, items, owner=inst.owner, name=inst.name, label=inst.label)
+        return Instance(inst.target, options, span, items)  # a fresh one
     x = body.tensor(*tensors[0])
     t = body.b.type(x)
     axis = axis_rules.axis_name(body, items[0]) if items else t.names[0] if t.rank == 1 else None

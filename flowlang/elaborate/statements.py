@@ -224,6 +224,8 @@ def bind(body: Body, statement: tree.Bind) -> Any:
 
 def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
     name = target.name
+    if isinstance(value, Bracketed) and isinstance(value.fn, Declared | BuiltinNet) and value.fn.kind in ("net", "norm"):
+        value = Instance(value.fn, {}, value.span, value.items)  # `f = linear[D -> D]` is one network too
     own(body, name, value)
     if isinstance(value, Tensor):
         value = body.capture(value)
