@@ -489,6 +489,8 @@ class ClassScope:
             case "orthogonal":
                 if domain.args and domain.args[0] == "cayley":
                     return f"{self.use('Cayley')}({shape!r})"
+                if domain.args and domain.args[0] == "exp":
+                    return f"{self.use('SkewExponential')}({shape!r}{', identity=True' if identity else ''})"
                 return f"{self.use('Rotation')}({shape!r}{reflections(domain)})"
             case "stiefel":
                 return f"{self.use('Rotation')}({shape!r}, columns={shape[-1]}{reflections(domain)})"

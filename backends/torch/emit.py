@@ -990,7 +990,13 @@ def _conv(w: Writer, n: Node) -> Expr:
 def _pool(w: Writer, n: Node) -> Expr:
     a = n.attrs
     padding = tuple(before for before, _ in a["padding"])
-    return moving(w, n, "pooled", list(a["space"]), [repr(n.op[: -len("_pool")]), repr(a["kernel"]), repr(a["stride"]), repr(padding)])
+    return moving(
+        w,
+        n,
+        "pooled",
+        list(a["space"]),
+        [repr(n.op[: -len("_pool")]), repr(a["kernel"]), repr(a["stride"]), repr(padding)],
+    )
 
 
 # ---- splines ------------------------------------------------------------------------------------
@@ -1219,7 +1225,9 @@ def _scan(w: Writer, n: Node) -> Expr | None:
         for k, (item, source) in enumerate(zip(items, sources, strict=True)):
             sources[k] = w.names.fresh(f"{item}_slices")
             w.lines.append(f"{sources[k]} = {source}")
-    loop = f"zip({', '.join(sources)}, strict=True)" if len(sources) > 1 else sources[0] if sources else f"range({count})"
+    loop = (
+        f"zip({', '.join(sources)}, strict=True)" if len(sources) > 1 else sources[0] if sources else f"range({count})"
+    )
     results = [names[k] if k < carried else step.get(k, "_") for k in range(len(names))]
     w.lines.append(f"for {', '.join(items) or '_'} in {loop}:")
     if w.scope.generator.noisy(*called(n)):
@@ -1245,7 +1253,11 @@ def _carried_start(w: Writer, i: int, over_batch: bool) -> str:
     if over_batch or w.graph[i].batched:
         return w.as_tensor(i) if w.is_number(i) else w.tensor(i)
     sizes = ", ".join([w.batch_text(), *(str(a.size) for a in w.type(i).axes)])
-    return w.full(f"({sizes},)" if not w.type(i).axes else f"({sizes})", i) if w.is_number(i) else f"{w.tensor(i)}.expand({sizes})"
+    return (
+        w.full(f"({sizes},)" if not w.type(i).axes else f"({sizes})", i)
+        if w.is_number(i)
+        else f"{w.tensor(i)}.expand({sizes})"
+    )
 
 
 # ---- differential equations ---------------------------------------------------------------------

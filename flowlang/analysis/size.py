@@ -50,7 +50,7 @@ def stored(graph: Graph, node: Node) -> int:
     match domain.structure:
         case "plu":
             return batch * (2 * n * n + n)
-        case "orthogonal" | "stiefel" if domain.args[:1] != ("cayley",):
+        case "orthogonal" | "stiefel" if domain.args[:1] == ("householder",):
             return batch * n * (int(domain.args[1]) if len(domain.args) > 1 else n)  # reflections
         case "lower" | "spd":
             return batch * (n * n + n)

@@ -160,7 +160,12 @@ def select(body: Body, x: Tensor, name: str, index: tree.Expr, span: Span) -> An
         return body.node("pick", id, axis=name, index=value % size, span=span)
     if isinstance(value, Tensor):
         return body.node("gather", id, body.tensor(value, span), axis=name, span=span)
-    raise body.fail("FL0305", f"an index is a whole number, a range or a tensor, and this is {describe(value)}", span, suggestion="as in `x[T = 0]`, `x[T = 1..]` or `x[T = idx]`")
+    raise body.fail(
+        "FL0305",
+        f"an index is a whole number, a range or a tensor, and this is {describe(value)}",
+        span,
+        suggestion="as in `x[T = 0]`, `x[T = 1..]` or `x[T = idx]`",
+    )
 
 
 def clip(i: int, size: int) -> int:

@@ -348,7 +348,12 @@ class Body:
             case tree.Ellipsis():
                 raise self.fail("FL0307", "`..` stands for axes and has no value here", expr.span)
             case _:
-                raise self.fail("FL0306", "this is a type, where a value is needed", expr.span, suggestion="a type stands after `:`, as in `y: R[D] = x`")
+                raise self.fail(
+                    "FL0306",
+                    "this is a type, where a value is needed",
+                    expr.span,
+                    suggestion="a type stands after `:`, as in `y: R[D] = x`",
+                )
 
     def tensor(self, value: Any, span: Span) -> int:
         """The node id of a value used as a tensor (numbers become constants)."""
@@ -373,7 +378,9 @@ class Body:
             )
         if isinstance(value, Poison):
             raise Poisoned
-        raise self.fail("FL0306", f"a tensor is needed here, and this is {describe(value)}", span, suggestion=hint_for(value))
+        raise self.fail(
+            "FL0306", f"a tensor is needed here, and this is {describe(value)}", span, suggestion=hint_for(value)
+        )
 
     def wrap(self, id: int) -> Tensor:
         return Tensor(id, self)
@@ -522,7 +529,12 @@ class Body:
                 if op == "+" and isinstance(a, list) and isinstance(b, list):
                     self.elab.count_items(self, len(a) + len(b), expr.span)
                     return a + b
-                raise self.fail("FL0306", f"`{op}` does not apply to {describe(a)} and {describe(b)}", expr.span, suggestion="arithmetic takes numbers and tensors")
+                raise self.fail(
+                    "FL0306",
+                    f"`{op}` does not apply to {describe(a)} and {describe(b)}",
+                    expr.span,
+                    suggestion="arithmetic takes numbers and tensors",
+                )
             match op:
                 case "+":
                     value = a + b
@@ -545,11 +557,18 @@ class Body:
                 case _:
                     return a >= b
         except ZeroDivisionError:
-            raise self.fail("FL0305", "division by zero in a constant", expr.span, suggestion="choose another divisor") from None
+            raise self.fail(
+                "FL0305", "division by zero in a constant", expr.span, suggestion="choose another divisor"
+            ) from None
         except OverflowError:
             raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span) from None
         if isinstance(value, complex):
-            raise self.fail("FL0305", "this power is not a real number", expr.span, suggestion="a negative base needs a whole exponent")
+            raise self.fail(
+                "FL0305",
+                "this power is not a real number",
+                expr.span,
+                suggestion="a negative base needs a whole exponent",
+            )
         if isinstance(value, int) and abs(value) > limits.INTEGER:
             raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span)
         if isinstance(value, float) and not math.isfinite(value):
@@ -603,7 +622,9 @@ class Body:
                 f"reading `{expr.name}` from a {target.kind} has no meaning yet",
                 expr.span,
             )
-        raise self.fail("FL0306", f"{describe(value)} has no part `{expr.name}`", expr.span, suggestion=part_hint(value, expr.name))
+        raise self.fail(
+            "FL0306", f"{describe(value)} has no part `{expr.name}`", expr.span, suggestion=part_hint(value, expr.name)
+        )
 
     def path_function(self, value: Declared | Instance, expr: tree.Attribute) -> PathFunction:
         target = value.target if isinstance(value, Instance) else value
@@ -635,7 +656,12 @@ class Body:
             return value.fn(self, Arguments(axes=expr.items, span=expr.span))
         if isinstance(value, Declared | Instance | Builtin | BuiltinNet | AppliedBuiltin):
             return Bracketed(value, expr.items, expr.span)
-        raise self.fail("FL0306", f"brackets do not apply to {describe(value)}", expr.span, suggestion="brackets belong to tensors, lists, and to functions whose axes they name")
+        raise self.fail(
+            "FL0306",
+            f"brackets do not apply to {describe(value)}",
+            expr.span,
+            suggestion="brackets belong to tensors, lists, and to functions whose axes they name",
+        )
 
     def index_list(self, values: list[Any], expr: tree.Brackets) -> Any:
         if len(expr.items) != 1 or expr.items[0].left is None:
@@ -646,7 +672,12 @@ class Body:
         if isinstance(index, RangeValue):
             return values[index.start : index.stop]
         if not isinstance(index, int) or isinstance(index, bool):
-            raise self.fail("FL0305", f"a list index is a whole number, and this is {describe(index)}", expr.span, suggestion="as in `xs[0]` or `xs[i]` with `for i in 0..n`")
+            raise self.fail(
+                "FL0305",
+                f"a list index is a whole number, and this is {describe(index)}",
+                expr.span,
+                suggestion="as in `xs[0]` or `xs[i]` with `for i in 0..n`",
+            )
         if not -len(values) <= index < len(values):
             raise self.fail("FL0307", f"index {index} is outside a list of {len(values)}", expr.span)
         return values[index]
@@ -685,7 +716,12 @@ class Body:
             return
         items = value.items if isinstance(value, Tuple) else value if isinstance(value, list) else ()
         if len(items) != len(names):
-            raise self.fail("FL0306", f"{len(names)} names for {describe(value)}", span, suggestion="as many names as each item of the list has parts")
+            raise self.fail(
+                "FL0306",
+                f"{len(names)} names for {describe(value)}",
+                span,
+                suggestion="as many names as each item of the list has parts",
+            )
         for n, v in zip(names, items, strict=True):
             self.names[n] = v
             self.used.add(n)
@@ -696,13 +732,20 @@ class Body:
             raise Poisoned
         if isinstance(value, RangeValue):
             if value.stop is None:
-                raise self.fail("FL0305", "this range has no end", expr.span, suggestion="write both ends, as in `0..4`")
+                raise self.fail(
+                    "FL0305", "this range has no end", expr.span, suggestion="write both ends, as in `0..4`"
+                )
             start = value.start or 0
             self.elab.count_items(self, max(value.stop - start, 0), expr.span)
             return list(range(start, value.stop))
         if isinstance(value, list):
             return value
-        raise self.fail("FL0305", f"a range or a list is needed here, and this is {describe(value)}", expr.span, suggestion="as in `for i in 0..4 { .. }` or `for w in [64, 32] { .. }`")
+        raise self.fail(
+            "FL0305",
+            f"a range or a list is needed here, and this is {describe(value)}",
+            expr.span,
+            suggestion="as in `for i in 0..4 { .. }` or `for w in [64, 32] { .. }`",
+        )
 
     # ---- static values --------------------------------------------------------------------------
 
@@ -713,7 +756,12 @@ class Body:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.fail("FL0305", f"a whole number is needed here, and this is {describe(value)}", expr.span, suggestion="only static values count copies and sizes: a number, a size as `x.D`, or a parameter of type `int`")
+            raise self.fail(
+                "FL0305",
+                f"a whole number is needed here, and this is {describe(value)}",
+                expr.span,
+                suggestion="only static values count copies and sizes: a number, a size as `x.D`, or a parameter of type `int`",
+            )
         return value
 
     def static_bool(self, expr: tree.Expr) -> bool:
@@ -737,7 +785,12 @@ class Body:
         for t in types:
             s = evaluate_type(self, t)
             if isinstance(s, Static):
-                raise self.fail("FL0306", f"`{s.name}` is not a tensor type", t.span, suggestion="a tensor's type is a domain with axes, as in `R[D]`")
+                raise self.fail(
+                    "FL0306",
+                    f"`{s.name}` is not a tensor type",
+                    t.span,
+                    suggestion="a tensor's type is a domain with axes, as in `R[D]`",
+                )
             self.record_axes(s)  # `W: R[K = 8, D], b: R[K]`: later types may read the sizes of earlier ones
             specs.append(s)
         wanted = [s for s in specs if isinstance(s, TypeSpec)]

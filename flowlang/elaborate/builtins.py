@@ -145,7 +145,12 @@ def unary(name: str) -> Fn:
             try:
                 return STATIC_MATH[name](value)
             except (ValueError, OverflowError):
-                raise body.fail("FL0305", f"`{name}` is not defined at {value:g}", span(args), suggestion="choose a number in its domain") from None
+                raise body.fail(
+                    "FL0305",
+                    f"`{name}` is not defined at {value:g}",
+                    span(args),
+                    suggestion="choose a number in its domain",
+                ) from None
         return body.node(name, operand(body, args), span=span(args))
 
     return call
@@ -175,7 +180,9 @@ def clamp(body: Body, args: Arguments) -> Any:
     expect(body, args, "clamp", 3)
     lo, hi = args.positional[1:]
     if not all(isinstance(v, int | float) for v in (lo, hi)):
-        raise body.fail("FL0305", "`clamp` takes two numbers after its value", span(args), suggestion="as in `clamp(x, -1, 1)`")
+        raise body.fail(
+            "FL0305", "`clamp` takes two numbers after its value", span(args), suggestion="as in `clamp(x, -1, 1)`"
+        )
     return body.node("clamp", operand(body, args), lo=float(lo), hi=float(hi), span=span(args))
 
 
@@ -492,7 +499,9 @@ def shift(body: Body, args: Arguments) -> Any:
     x = operand(body, args)
     k = args.positional[1]
     if not isinstance(k, int) or isinstance(k, bool):
-        raise body.fail("FL0305", "`shift` takes a whole number of places", span(args), suggestion="as in `shift[T](x, 1)`")
+        raise body.fail(
+            "FL0305", "`shift` takes a whole number of places", span(args), suggestion="as in `shift[T](x, 1)`"
+        )
     return body.node("shift", x, axis=one_axis(body, args, body.b.type(x), "shift"), k=k, span=span(args))
 
 
@@ -514,14 +523,21 @@ def permute(body: Body, args: Arguments) -> Any:
     seed = args.keywords.get("seed", 0)
     if not isinstance(seed, int):
         where = args.keyword_spans["seed"]
-        raise body.fail("FL0305", f"a seed is a whole number, and this is {describe(seed)}", where, suggestion="as in `seed = 0`")
+        raise body.fail(
+            "FL0305", f"a seed is a whole number, and this is {describe(seed)}", where, suggestion="as in `seed = 0`"
+        )
     if given is None:
         order = list(range(n))
         random.Random(seed).shuffle(order)
     else:
         order = list(given) if isinstance(given, list) else []
     if not all(isinstance(k, int) for k in order) or sorted(order) != list(range(n)):
-        raise body.fail("FL0305", f"an order of axis `{axis}` names each of 0..{n} once", span(args), suggestion="as in `permute[D]([1, 0])` for two")
+        raise body.fail(
+            "FL0305",
+            f"an order of axis `{axis}` names each of 0..{n} once",
+            span(args),
+            suggestion="as in `permute[D]([1, 0])` for two",
+        )
     return body.node("permute", x, axis=axis, order=tuple(order), span=span(args))
 
 
@@ -596,7 +612,9 @@ def spline(op: str) -> Fn:
                     suggestion=did_you_mean(k, kind.numbers),
                 )  # fmt: skip
             if not isinstance(v, int | float) or isinstance(v, bool):
-                raise body.fail("FL0306", f"`{k}` of `{op}` is a number", args.keyword_spans[k], suggestion=f"as in `{k} = 0.5`")
+                raise body.fail(
+                    "FL0306", f"`{k}` of `{op}` is a number", args.keyword_spans[k], suggestion=f"as in `{k} = 0.5`"
+                )
         if len(tensors) != 1 + len(kind.raw) or len(tensors) + len(numbers) != len(args.positional) or len(numbers) > 1:
             raise body.fail(
                 "FL0203", f"`{op}` takes x and {len(kind.raw)} parameters: {', '.join(kind.raw)}", span(args)
@@ -667,7 +685,12 @@ def lipschitz(body: Body, args: Arguments) -> Any:
     if not isinstance(value, Instance) or value.kind not in ("net", "norm"):
         raise body.fail("FL0211", f"`lipschitz` takes a network, and this is {describe(value)}", span(args))
     if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
-        raise body.fail("FL0305", "the bound of `lipschitz` is a number above 0", span(args), suggestion="as in `lipschitz(f, 0.97)`")
+        raise body.fail(
+            "FL0305",
+            "the bound of `lipschitz` is a number above 0",
+            span(args),
+            suggestion="as in `lipschitz(f, 0.97)`",
+        )
     return Instance(
         value.target, value.arguments, span(args), value.axes, owner=value.owner, name=value.name, label=value.label, shared=value.shared,
         lipschitz=float(limit),
@@ -679,7 +702,9 @@ def first_batch(body: Body, args: Arguments) -> FirstBatch:
     expect(body, args, "first_batch", 2, 2)
     value, before = args.positional
     if not isinstance(before, int | float) or isinstance(before, bool):
-        raise body.fail("FL0305", f"what holds before the first batch is a number, and this is {describe(before)}", args.spans[1])
+        raise body.fail(
+            "FL0305", f"what holds before the first batch is a number, and this is {describe(before)}", args.spans[1]
+        )
     return FirstBatch(Tensor(body.tensor(value, args.spans[0]), body), float(before))
 
 
@@ -699,11 +724,21 @@ def running(body: Body, args: Arguments) -> Any:
         )  # fmt: skip
     momentum = args.keywords.get("momentum", args.positional[1] if len(args.positional) > 1 else 0.1)
     if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 < momentum <= 1:
-        raise body.fail("FL0305", "`momentum` is the weight of the new value, above 0 and at most 1", where, suggestion="as in `running(mean[B](x), 0.1)`")
+        raise body.fail(
+            "FL0305",
+            "`momentum` is the weight of the new value, above 0 and at most 1",
+            where,
+            suggestion="as in `running(mean[B](x), 0.1)`",
+        )
     target = live
     if args.keywords.get("unbiased"):
         if node.op != "batch_var":
-            raise body.fail("FL0305", "`unbiased` belongs to a variance, as in `running(var[B](x), 0.1, unbiased = true)`", where, suggestion="leave it out")
+            raise body.fail(
+                "FL0305",
+                "`unbiased` belongs to a variance, as in `running(var[B](x), 0.1, unbiased = true)`",
+                where,
+                suggestion="leave it out",
+            )
         target = body.b.op("batch_var", *node.inputs, **{**node.attrs, "ddof": 1})
     bounds = OPS[node.op].interval
     types = [body.b.type(i) for i in node.inputs]
@@ -762,7 +797,11 @@ def named_arguments(body: Body, args: Arguments, name: str, names: list[str]) ->
     for k, v in values.items():
         if not isinstance(v, Tensor | int | float | Pending):
             raise body.fail(
-                "FL0306", f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}", span(args), suggestion=f"as in `{name}({k} = 0.5)`")
+                "FL0306",
+                f"`{k}` of `{name}` is a number or a tensor, and this is {describe(v)}",
+                span(args),
+                suggestion=f"as in `{name}({k} = 0.5)`",
+            )
     return {n: values[n] for n in names if n in values}
 
 

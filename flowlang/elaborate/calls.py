@@ -180,7 +180,12 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
         case Local():
             return call_local(body, fn, args)
         case _:
-            raise body.fail("FL0306", f"{describe(fn)} cannot be called", args.span, suggestion="only functions, networks and bijectors are called")
+            raise body.fail(
+                "FL0306",
+                f"{describe(fn)} cannot be called",
+                args.span,
+                suggestion="only functions, networks and bijectors are called",
+            )
 
 
 def log_density(body: Body, fn: LogProb, args: Arguments) -> Tensor:
@@ -294,7 +299,12 @@ def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if name in SOLVER_OPTIONS and not (number and value > 0):
             kind = "a whole number" if whole else "a number"
-            raise body.fail("FL0306", f"`{name}` is {kind} above 0, and this is {describe(value)}", where, suggestion=f"as in `{name} = {20 if whole else 1e-5}`")
+            raise body.fail(
+                "FL0306",
+                f"`{name}` is {kind} above 0, and this is {describe(value)}",
+                where,
+                suggestion=f"as in `{name} = {20 if whole else 1e-5}`",
+            )
         values[name] = value
     return Instance(inst.target, values, args.span or inst.span)
 
@@ -675,7 +685,9 @@ def finish_call(
                 return pending.resolve([spec])[0]
         del first
         return pending
-    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span, of_weights(body, inst, inputs))
+    region = body.elab.instantiate(
+        body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span, of_weights(body, inst, inputs)
+    )
     if region is None:
         return POISON
     return emit_call(body, inst, region, inputs, lifted, back, span)
@@ -771,7 +783,9 @@ def sized(
             count *= s
         pieces.append((part, [n for n, _ in axes]))
         total += count
-    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {open_name: total}, span, of_weights(body, inst, inputs))
+    region = body.elab.instantiate(
+        body, inst, {n: t for n, (_, t) in inputs.items()}, {open_name: total}, span, of_weights(body, inst, inputs)
+    )
     if region is None:
         return [POISON] * len(wanted)
     value = emit_call(body, inst, region, inputs, lifted, back, span)

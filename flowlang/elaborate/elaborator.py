@@ -422,8 +422,7 @@ class Elaborator:
             tuple((k, self.static_key(v)) for k, v in sorted(inst.arguments.items())),
             tuple(inputs.items()),
             tuple(sorted(open_sizes.items())),
-            inst.inverted,
-            inst.lipschitz,
+            inst.lipschitz,  # not `inverted`: both directions are methods of one region
             fixed,
         )
         if key in self.regions:
@@ -560,9 +559,13 @@ class Elaborator:
                 raise body.fail(
                     "FL0306",
                     f"`{p.name}` of `{inst.target.name}` is {static_words(kind)}, and this is {describe(v)}",
-                    span, suggestion=static_hint(kind, p.name))
+                    span,
+                    suggestion=static_hint(kind, p.name),
+                )
 
-    def bind_tensor(self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body, *, batched: bool) -> None:
+    def bind_tensor(
+        self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body, *, batched: bool
+    ) -> None:
         if type_ is None:
             body.names[p.name] = ABSENT
             body.used.add(p.name)

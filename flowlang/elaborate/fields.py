@@ -87,7 +87,12 @@ def times(body: Body, args: Arguments, span: Span) -> tuple[float, float]:
         raise body.fail("FL0305", "the times of `integrate` are two numbers", args.keyword_spans.get("t", span),
                         suggestion="as in `t = 0 -> 1`")  # fmt: skip
     if ends[0] == ends[1]:
-        raise body.fail("FL0305", "`integrate` goes from one time to another, and these are equal", args.keyword_spans["t"], suggestion="as in `t = 0 -> 1`")
+        raise body.fail(
+            "FL0305",
+            "`integrate` goes from one time to another, and these are equal",
+            args.keyword_spans["t"],
+            suggestion="as in `t = 0 -> 1`",
+        )
     return float(ends[0]), float(ends[1])
 
 

@@ -190,7 +190,12 @@ def declare_data(body: Body, statement: tree.Declare) -> list[DataInput]:
             check_new(body, entry.name, entry.span)
             spec = evaluate_type(body, entry.type) if entry.type is not None else None
             if spec is None or isinstance(spec, Static) or spec.rest:
-                raise body.fail("FL0306", f"`{entry.name}` needs a type, as in `data {entry.name}: R[D = 2]`", entry.span, suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`")
+                raise body.fail(
+                    "FL0306",
+                    f"`{entry.name}` needs a type, as in `data {entry.name}: R[D = 2]`",
+                    entry.span,
+                    suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`",
+                )
             axes = []
             for n, s in spec.axes:
                 size = body.elab.size_override(body, n, s, entry)

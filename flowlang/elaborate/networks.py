@@ -240,7 +240,12 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
         elif isinstance(v, int) and not isinstance(v, bool):
             options["hidden"] = [*options.get("hidden", []), v]
         else:
-            raise body.fail("FL0306", "`autoregressive_mlp` takes the widths of its hidden layers", where, suggestion="as in `autoregressive_mlp[D](x, [64, 64])`")
+            raise body.fail(
+                "FL0306",
+                "`autoregressive_mlp` takes the widths of its hidden layers",
+                where,
+                suggestion="as in `autoregressive_mlp[D](x, [64, 64])`",
+            )
     items = args.axes or inst.axes
     if not tensors:
         return Instance(inst.target, options, span, items)  # a fresh one
@@ -255,9 +260,16 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
     context = [body.tensor(v, s) for v, s in tensors[1:] if not isinstance(v, Absent)]
     hidden, blocks = options.get("hidden", [64, 64]), options.get("blocks", 0)
     if not isinstance(hidden, list) or not all(isinstance(h, int) and h > 0 for h in hidden):
-        raise body.fail("FL0306", "`hidden` is a list of widths, as in `[64, 64]`", span, suggestion="as in `mlp(64, 64)`")
+        raise body.fail(
+            "FL0306", "`hidden` is a list of widths, as in `[64, 64]`", span, suggestion="as in `mlp(64, 64)`"
+        )
     if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 0 or (blocks and not hidden):
-        raise body.fail("FL0306", "`blocks` is a number of residual blocks, after at least one hidden layer", span, suggestion="as in `autoregressive_mlp[D](x, hidden = [64], blocks = 1)`")
+        raise body.fail(
+            "FL0306",
+            "`blocks` is a number of residual blocks, after at least one hidden layer",
+            span,
+            suggestion="as in `autoregressive_mlp[D](x, hidden = [64], blocks = 1)`",
+        )
     made = Made(body, inst.name or body.fresh_child_name("made"), axis, context, options, span)
 
     def resolve(wanted: list[Any]) -> list[Any]:

@@ -68,7 +68,12 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
         end = ends["x1" if fn.name.startswith("alpha") else "x0"]
         expression = sp.simplify(sp.diff(expression, end))
         if expression.has(*ends.values()):
-            raise body.fail("FL0306", f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`", args.span, suggestion="these exist where x_t = a(t) x0 + b(t) x1")
+            raise body.fail(
+                "FL0306",
+                f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`",
+                args.span,
+                suggestion="these exist where x_t = a(t) x0 + b(t) x1",
+            )
     if expression is None:
         raise body.fail("FL0308", f"the path `{fn.path.declaration.name}` has no value", args.span)
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}

@@ -69,7 +69,12 @@ def chain_without_rules(body: Body) -> None:
 def inverse(body: Body, local: Local) -> Rule:
     declaration, region = local.declaration, body.region
     if declaration.results:
-        raise body.fail("FL0306", "an inverse is exact: `-> ..` belongs to `def log_det`", declaration.results[0].span, suggestion="leave the arrow out")
+        raise body.fail(
+            "FL0306",
+            "an inverse is exact: `-> ..` belongs to `def log_det`",
+            declaration.results[0].span,
+            suggestion="leave the arrow out",
+        )
     known = set(region.inputs)
     leaves = [
         body.b.leaf("input", t, batched=True, span=declaration.span, label=p.name, name=p.name, role="result")
@@ -145,7 +150,9 @@ def backward(body: Body, local: Local) -> Rule:
     values = evaluate(body, local, leaves, lambda: updates.extend(state_updates(body, before)))
     if len(values) != len(region.inputs):
         raise body.fail(
-            "FL0308", f"`backward` gives {len(values)} values, and `{region.name}` takes {len(region.inputs)}", declaration.span
+            "FL0308",
+            f"`backward` gives {len(values)} values, and `{region.name}` takes {len(region.inputs)}",
+            declaration.span,
         )
     outputs = []
     for v, t in zip(values, region.input_types(), strict=True):
@@ -171,9 +178,7 @@ def parameters(body: Body, declaration: tree.Declaration, count: int) -> list[tr
     return found
 
 
-def evaluate(
-    body: Body, local: Local, arguments: list[int], finish: Callable[[], None] | None = None
-) -> list[int]:
+def evaluate(body: Body, local: Local, arguments: list[int], finish: Callable[[], None] | None = None) -> list[int]:
     """The values of a rule's body; `finish` is run while its names are in sight."""
     declaration = local.declaration
     named = iter(arguments)
@@ -196,7 +201,12 @@ def evaluate(
     for v in out:
         t: TensorType = body.b.type(v)
         if t.kind != "real":
-            raise body.fail("FL0306", f"`{declaration.name}` gives `{t}`, and real numbers are needed", declaration.span, suggestion="compute it from real values")
+            raise body.fail(
+                "FL0306",
+                f"`{declaration.name}` gives `{t}`, and real numbers are needed",
+                declaration.span,
+                suggestion="compute it from real values",
+            )
     return out
 
 

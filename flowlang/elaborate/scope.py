@@ -38,7 +38,9 @@ def close_names(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     folded = {k.lower(): k for k in known}
     found = difflib.get_close_matches(name.lower(), list(folded), n=limit, cutoff=0.66)
     likeness = [difflib.SequenceMatcher(None, f, name.lower()).ratio() for f in found]
-    found = [f for f, r in zip(found, likeness, strict=True) if r >= likeness[0] - 0.1]  # the others would only distract
+    found = [
+        f for f, r in zip(found, likeness, strict=True) if r >= likeness[0] - 0.1
+    ]  # the others would only distract
     return [folded[f] for f in found]
 
 

@@ -83,7 +83,12 @@ def like(body: Body, expr: tree.Call, optional: bool) -> TypeSpec:
         raise body.fail("FL0306", "`like` takes one value", expr.span, suggestion="as in `state m: like(x) = 0`")
     value = body.ev(expr.items[0].left)
     if not isinstance(value, Tensor):
-        raise body.fail("FL0306", f"`like` takes a tensor, and this is {describe(value)}", expr.span, suggestion="as in `state m: like(x) = 0`")
+        raise body.fail(
+            "FL0306",
+            f"`like` takes a tensor, and this is {describe(value)}",
+            expr.span,
+            suggestion="as in `state m: like(x) = 0`",
+        )
     return TypeSpec(domain("R") or Domain("R"), tuple((a.name, a.size) for a in value.type.axes), optional=optional)
 
 
@@ -128,7 +133,12 @@ def domain_argument(body: Body, item: tree.Item) -> list[float | int | str]:
         return [value.word]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return [value]
-    raise body.fail("FL0305", f"a domain takes numbers, and this is {describe(value)}", expr.span, suggestion="as in `Interval(0, 1)`")
+    raise body.fail(
+        "FL0305",
+        f"a domain takes numbers, and this is {describe(value)}",
+        expr.span,
+        suggestion="as in `Interval(0, 1)`",
+    )
 
 
 def axis_specs(body: Body, items: tuple[tree.Item, ...]) -> tuple[tuple[tuple[str, int | None], ...], bool, int]:

@@ -38,7 +38,7 @@ BOUNDED = Interval(-1.0, 1.0)
 # Matrix domains: name -> variant (first argument; the first listed is the default) -> structure.
 MATRIX_DOMAINS: dict[str, dict[str, str]] = {
     "Invertible": {"plu": "plu", "dense": "dense"},
-    "Orthogonal": {"householder": "orthogonal", "cayley": "orthogonal"},
+    "Orthogonal": {"householder": "orthogonal", "cayley": "orthogonal", "exp": "orthogonal"},
     "LowerTriangular": {"": "lower"},
     "UnitLowerTriangular": {"": "unit_lower"},
     "Spd": {"": "spd"},

@@ -299,7 +299,7 @@ def structure_cases() -> Iterator[Case]:
 
 
 MATRICES = (
-    ("Invertible", ()), ("Invertible", ("dense",)), ("Orthogonal", ()), ("Orthogonal", ("cayley",)), ("LowerTriangular", ()),
+    ("Invertible", ()), ("Invertible", ("dense",)), ("Orthogonal", ()), ("Orthogonal", ("cayley",)), ("Orthogonal", ("exp",)), ("LowerTriangular", ()),
     ("UnitLowerTriangular", ()), ("Spd", ()),
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ STEPS = [
     "inverse(affine_autoregressive)", "affine_elementwise", "repeat 5 { affine_coupling(net = mlp(16))\n reverse }",
 ]  # fmt: skip
 MATRICES = [
-    "Invertible", "Invertible(dense)", "Orthogonal", "Orthogonal(cayley)", "LowerTriangular", "UnitLowerTriangular", "Spd",
+    "Invertible", "Invertible(dense)", "Orthogonal", "Orthogonal(cayley)", "Orthogonal(exp)", "LowerTriangular", "UnitLowerTriangular", "Spd",
 ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def check_against_jacobian(flow: fl.Flow, x: Tensor) -> Tensor:
 
 STEPS = {
     "plu": "plu_linear", "dense": "dense_linear", "triangular": "triangular_linear", "orthogonal": "orthogonal_linear",
-    "two reflections": "orthogonal_linear(reflections = 2)", "cayley": "cayley_linear",
+    "two reflections": "orthogonal_linear(reflections = 2)", "cayley": "cayley_linear", "rotation": "rotation",
     "permutation": "random_permutation(seed = 3)", "actnorm": "actnorm", "batch norm": "invertible_batch_norm",
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_log_det_and_round_trip(step: str) -> None:
     check_against_jacobian(flow, points(4, D, scale=3.0))
 
 
-@pytest.mark.parametrize("step", ["orthogonal_linear", "orthogonal_linear(reflections = 2)", "cayley_linear"])
+@pytest.mark.parametrize("step", ["orthogonal_linear", "orthogonal_linear(reflections = 2)", "cayley_linear", "rotation"])
 def test_orthogonal_maps_keep_lengths(step: str) -> None:
     jacobian = check_against_jacobian(flow_of(step), points(3, D))
     assert torch.allclose(jacobian @ jacobian.mT, torch.eye(D, dtype=torch.float64).expand(3, D, D), atol=1e-12)

@@ -192,7 +192,13 @@ Window = tuple[int, ...]
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Window, padding: tuple[Window, ...], dilation: Window, groups: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Window,
+    padding: tuple[Window, ...],
+    dilation: Window,
+    groups: int = 1,
 ) -> Tensor:
     """Convolution over as many last dims as the window has, with any number of batch dims and zeros outside."""
     n = weight.dim() - 2
@@ -205,15 +211,33 @@ def convolve(
 
 
 def convolve_transposed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Window, padding: tuple[Window, ...], dilation: Window, groups: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Window,
+    padding: tuple[Window, ...],
+    dilation: Window,
+    groups: int = 1,
 ) -> Tensor:
     """The transpose of `convolve` in x; `padding` is what is cut off at either end (below 0: zeros are added)."""
     n = weight.dim() - 2
     flat = x.reshape(-1, *x.shape[-1 - n :])
     cut = [min(before, after) if min(before, after) > 0 else 0 for before, after in padding]
     run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
-    more = [a - b if p == b and 0 < a - b < max(s, d) else 0 for (a, b), p, s, d in zip(padding, cut, stride, dilation, strict=True)]
-    y = run(flat, weight, None, stride, [a if m else p for (a, _), p, m in zip(padding, cut, more, strict=True)], more, groups, dilation)
+    more = [
+        a - b if p == b and 0 < a - b < max(s, d) else 0
+        for (a, b), p, s, d in zip(padding, cut, stride, dilation, strict=True)
+    ]
+    y = run(
+        flat,
+        weight,
+        None,
+        stride,
+        [a if m else p for (a, _), p, m in zip(padding, cut, more, strict=True)],
+        more,
+        groups,
+        dilation,
+    )
     rest = [(0, 0) if m else (p - a, p - b) for (a, b), p, m in zip(padding, cut, more, strict=True)]
     if any(a or b for a, b in rest):
         y = F.pad(y, [v for pair in reversed(rest) for v in pair])

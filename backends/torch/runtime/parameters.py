@@ -251,6 +251,29 @@ class Cayley(nn.Module):
         return self.raw.new_zeros(self.raw.shape[:-2])
 
 
+class SkewExponential(nn.Module):
+    """A rotation exp(S) of a skew-symmetric S, whose upper triangle is stored; it starts uniform in (-π, π), or at 0.
+
+    Every rotation is such an exponential, and none has determinant -1.
+    """
+
+    def __init__(self, shape: Sequence[int], identity: bool = False):
+        super().__init__()
+        start = torch.zeros(tuple(shape)) if identity else math.pi * (2 * torch.rand(tuple(shape)) - 1)
+        self.raw = nn.Parameter(torch.triu(start, 1))
+
+    def forward(self) -> Tensor:
+        skew = torch.triu(self.raw, 1)
+        return torch.linalg.matrix_exp(skew - skew.mT)
+
+    def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
+        q = self()
+        return ((q if transposed else q.mT) @ y.unsqueeze(-1)).squeeze(-1)
+
+    def log_det(self) -> Tensor:
+        return self.raw.new_zeros(self.raw.shape[:-2])
+
+
 class LowerMatrix(nn.Module):
     """A lower-triangular matrix with a positive diagonal (or a diagonal of ones)."""
 
