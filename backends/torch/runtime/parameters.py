@@ -264,7 +264,9 @@ class SkewExponential(nn.Module):
 
     def forward(self) -> Tensor:
         skew = torch.triu(self.raw, 1)
-        return torch.linalg.matrix_exp(skew - skew.mT)
+        if skew.device.type != "mps":  # there is no float64; elsewhere Q'Q = I holds to the last digit of float32
+            skew = skew.double()
+        return torch.linalg.matrix_exp(skew - skew.mT).to(self.raw.dtype)
 
     def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
         q = self()
