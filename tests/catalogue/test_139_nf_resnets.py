@@ -114,7 +114,8 @@ def test_4_plain_convolutions_shift_the_means() -> None:
     for k in range(1, 13):  # the bottleneck of `nf_block` with plain weights
         r = conv.format(x=f"relu(h{k - 1}) / {math.sqrt(1 + (k - 1) * 0.04)}", n=32, k=1)
         r = conv.format(x=f"relu({conv.format(x=f'relu({r})', n=32, k=3)})", n=128, k=1)
-        body += f"h{k} = h{k - 1} + 0.2 * {r}; "
+        s = f"h{k - 1}" if k > 1 else conv.format(x="relu(h0)", n=128, k=1)  # a stage begins with a projection
+        body += f"h{k} = {s} + 0.2 * {r}; "
     mine = net(f"{body}h12", torch.float32, C=3, H=32, W=32)
     with torch.no_grad():
         (var,), (mean,) = plot([mine(data(8, 3, 32, 32, dtype=torch.float32))])
