@@ -22,10 +22,11 @@ LAZY = {
     "build": ("run", "Write the flow as one Python file that needs torch alone."),
     "export": ("export", "Write the flow's programs as ONNX models that need no PyTorch."),
     "train": ("training", "Train a flow on a file of samples, or on an energy."),
+    "evolve": ("evolving", "Search layers of normalisation and activation by evolution."),
     "sample": ("training", "Draw samples from a trained flow (of its own spec, if none is named)."),
     "score": ("training", "Log-density of each row under a trained flow, in the units of the data."),
 }
-ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "std", "new")
+ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "evolve", "std", "new")
 
 
 class Commands(click.Group):
