@@ -1,0 +1,307 @@
+"""Norms that torch has itself: the pattern in a net's graph becomes one call of its kernel.
+
+Recognised are (x - mean)/sqrt(var + eps) and x/sqrt(mean(x²) + eps), with or without gain and offset, over the last axes
+(`F.layer_norm`, `F.rms_norm`), within groups of channels and all of space, or of space alone (`F.group_norm`), and by
+running statistics of the batch (`F.batch_norm`). Everything else is written out op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from flowlang.backends.torch.emit import Expr, Writer, argument, emitter
+
+from flowlang.derive.program import Program, is_map
+from flowlang.ir.graph import Graph, Node
+
+
+@dataclass(frozen=True)
+class Native:
+    """A pattern's root becomes `op` of these operands; `inside` are the nodes that it stands for."""
+
+    op: str
+    inputs: tuple[int, ...]
+    attrs: dict[str, object]
+    inside: frozenset[int]
+
+
+def with_native_norms(program: Program) -> Program:
+    """The program with its native norms as nodes of their own; the same one where there are none."""
+    if is_map(program.region):
+        return program
+    graph = program.graph
+    roots = [*program.outputs, *(n for _, n in program.effects)]
+    needed = graph.reachable(roots)
+    found: dict[int, Native] = {}
+    inside: set[int] = set()
+    for n in sorted(needed, reverse=True):  # outermost first: with gain and offset where they are there
+        if n not in inside:
+            native = match(graph, n)
+            if native is not None and closed(graph, native, n, needed, roots):
+                found[n] = native
+                inside |= native.inside
+    if not found:
+        return program
+    made, ids = Graph(), dict[int, int]()
+    keep = wanted(graph, roots, found) | set(program.inputs)
+    for n in sorted(keep):
+        node, native = graph[n], found.get(n)
+        op, inputs, attrs = (node.op, node.inputs, node.attrs) if native is None else (native.op, native.inputs, native.attrs)
+        ids[n] = made.add(
+            op, tuple(ids[i] for i in inputs), node.type, attrs, span=node.span, label=node.label, batched=node.batched
+        ).id
+    return replace(
+        program, graph=made, inputs=[ids[i] for i in program.inputs], outputs=[ids[o] for o in program.outputs],
+        effects=[(name, ids[n]) for name, n in program.effects],
+    )  # fmt: skip
+
+
+def wanted(graph: Graph, roots: list[int], found: dict[int, Native]) -> set[int]:
+    seen: set[int] = set()
+    stack = list(roots)
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen.add(n)
+            stack.extend(found[n].inputs if n in found else graph[n].inputs)
+    return seen
+
+
+def closed(graph: Graph, native: Native, root: int, needed: set[int], roots: list[int]) -> bool:
+    """Whether what a pattern computes on its way is read by nothing else (running values are written once)."""
+    own = native.inside | {root}
+    return all(
+        n not in roots and all(user.id in own or user.id not in needed for user, _ in graph.users(n)) for n in native.inside
+    )
+
+
+# ---- patterns -----------------------------------------------------------------------------------
+
+
+class Reader:
+    """Reads a pattern from its root, noting the nodes that it takes."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.taken: set[int] = set()
+
+    def take(self, n: int, *ops: str) -> Node | None:
+        node = self.graph[n]
+        if node.op not in ops:
+            return None
+        self.taken.add(n)
+        return node
+
+    def param(self, node: Node, names: tuple[str, ...]) -> tuple[int, int] | None:
+        """(the other operand, the parameter over these axes) of a sum or product."""
+        for k in (1, 0):
+            other = self.graph[node.inputs[k]]
+            if not other.batched and other.op in ("param", "expand", "input") and other.tensor.names == names and other.op == "param":
+                return node.inputs[1 - k], other.id
+        return None
+
+    def number(self, n: int) -> float | None:
+        node = self.graph[n]
+        value = node.attrs.get("value") if node.op == "const" and not node.tensor.axes else None
+        return float(value) if isinstance(value, int | float) else None
+
+    def under_root(self, n: int) -> tuple[int, float] | None:
+        """(v, eps) of sqrt(v + eps)."""
+        root = self.take(n, "sqrt")
+        total = self.take(root.inputs[0], "add") if root is not None else None
+        if total is None:
+            return None
+        eps = self.number(total.inputs[1])
+        return (total.inputs[0], eps) if eps is not None else None
+
+
+def match(graph: Graph, n: int) -> Native | None:
+    node = graph[n]
+    if node.op not in ("add", "mul", "div") or not node.batched:
+        return None
+    for axes in affine_axes(graph, node):
+        found = read(graph, node, axes)
+        if found is not None:
+            return found
+    return None
+
+
+def affine_axes(graph: Graph, node: Node) -> list[tuple[str, ...]]:
+    """Over which axes a gain or an offset may stand: those of the parameter at the root; none for a bare ratio."""
+    if node.op == "div":
+        return [()]
+    return [graph[i].tensor.names for i in node.inputs if graph[i].op == "param"]
+
+
+def read(graph: Graph, root: Node, axes: tuple[str, ...]) -> Native | None:
+    r = Reader(graph)
+    node, offset, gain = root, None, None
+    if node.op == "add":
+        pair = r.param(node, axes)
+        if pair is None:
+            return None
+        offset, inner = pair[1], r.take(pair[0], "mul", "div")
+        if inner is None:
+            return None
+        node = inner
+    if node.op == "mul":
+        pair = r.param(node, axes)
+        if pair is None:
+            return None
+        gain, inner = pair[1], r.take(pair[0], "div")
+        if inner is None:
+            return None
+        node = inner
+    if node.op != "div" or (offset is not None and gain is None):
+        return None
+    rule: Callable[[Reader, Node, tuple[str, ...], int | None, int | None], Native | None]
+    for rule in (centred, scaled, by_batch):
+        mine = Reader(graph)
+        mine.taken = set(r.taken)
+        found = rule(mine, node, axes, gain, offset)
+        if found is not None:
+            return found
+    return None
+
+
+def made(r: Reader, op: str, x: int, gain: int | None, offset: int | None, more: tuple[int, ...] = (), **attrs: object) -> Native:
+    given = tuple(p for p in (gain, offset) if p is not None)
+    return Native(op, (x, *more, *given), {**attrs, "gain": gain is not None, "offset": offset is not None}, frozenset(r.taken))
+
+
+def statistic(r: Reader, n: int, op: str, x: int) -> tuple[tuple[str, ...], str, int] | None:
+    """The axes of a mean or variance of x, and (channel axis, groups) where it is taken within groups of one."""
+    node = r.graph[n]
+    if node.op == op:
+        r.taken.add(n)
+        if node.inputs != (x,) or node.attrs.get("ddof", 0):
+            return None
+        return tuple(sorted(node.attrs["axes"])), "", 0
+    merge = r.take(n, "merge")
+    spread = r.take(merge.inputs[0], "expand") if merge is not None else None
+    inner = r.take(spread.inputs[0], op) if spread is not None else None
+    split = r.take(inner.inputs[0], "split") if inner is not None else None
+    if merge is None or inner is None or split is None or split.inputs != (x,) or inner.attrs.get("ddof", 0):
+        return None
+    (outer, groups), (within, _) = split.attrs["into"]
+    channel = split.attrs["axis"]
+    if merge.attrs["into"] != channel or tuple(merge.attrs["axes"]) != (outer, within) or within not in inner.attrs["axes"]:
+        return None
+    return tuple(sorted(a for a in inner.attrs["axes"] if a != within)), channel, groups
+
+
+def centred(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
+    """(x - mean)/sqrt(var + eps): layer, group and instance norm."""
+    less, under = r.take(ratio.inputs[0], "sub"), r.under_root(ratio.inputs[1])
+    if less is None or under is None:
+        return None
+    x = less.inputs[0]
+    mean, var = statistic(r, less.inputs[1], "mean", x), statistic(r, under[0], "var", x)
+    if mean is None or mean != var or r.graph[x].tensor.kind != "real":
+        return None
+    over, channel, groups = mean
+    names = r.graph[x].tensor.names
+    both = (gain is None) == (offset is None)
+    last = names[len(names) - len(over) :]
+    if not channel and tuple(sorted(last)) == over and axes in ((), last) and both and ratio.tensor.names == names:
+        return made(r, "native_layer_norm", x, gain, offset, eps=under[1], dims=len(over))
+    space = names[1:]
+    if not channel and groups == 0 and len(names) > 1:
+        channel, groups = names[0], r.graph[x].tensor.size(names[0])
+    if channel == names[0] and tuple(sorted(space)) == over and axes in ((), (channel,)) and both:
+        return made(r, "native_group_norm", x, gain, offset, eps=under[1], groups=groups, rank=len(names))
+    return None
+
+
+def scaled(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
+    """x/sqrt(mean(x²) + eps): RMSNorm over the last axes."""
+    x, under = ratio.inputs[0], r.under_root(ratio.inputs[1])
+    mean = r.take(under[0], "mean") if under is not None else None
+    square = r.take(mean.inputs[0], "square") if mean is not None else None
+    if under is None or mean is None or square is None or square.inputs != (x,) or offset is not None:
+        return None
+    names = r.graph[x].tensor.names
+    last = names[len(names) - len(mean.attrs["axes"]) :]
+    if sorted(last) != sorted(mean.attrs["axes"]) or axes not in ((), last):
+        return None
+    return made(r, "native_rms_norm", x, gain, None, eps=under[1], dims=len(last))
+
+
+def by_batch(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
+    """(x - m)/sqrt(v + eps) with running statistics m and v of the batch and all of space."""
+    less, under = r.take(ratio.inputs[0], "sub"), r.under_root(ratio.inputs[1])
+    mean = r.take(less.inputs[1], "running") if less is not None else None
+    var = r.take(under[0], "running") if under is not None else None
+    if less is None or under is None or mean is None or var is None or (gain is None) != (offset is None):
+        return None
+    x = less.inputs[0]
+    names = r.graph[x].tensor.names
+    if not names or axes not in ((), names[:1]):
+        return None
+    first, second = follows(r, mean, "batch_mean", x, 0), follows(r, var, "batch_var", x, 1)
+    if first is None or second is None or first[1] != second[1]:
+        return None
+    states = (first[0], second[0])
+    return made(r, "native_batch_norm", x, gain, offset, states, eps=under[1], momentum=first[1], rank=len(names))
+
+
+def follows(r: Reader, node: Node, op: str, x: int, ddof: int) -> tuple[int, float] | None:
+    """(state, momentum) where a running value is state · (1 - momentum) + momentum · statistic, unbiased for a variance."""
+    live, new = node.inputs
+    space = sorted(r.graph[x].tensor.names[1:])
+    batch = r.take(live, op)
+    total = r.take(new, "add")
+    if batch is None or total is None or batch.inputs != (x,) or batch.attrs.get("ddof", 0) or sorted(batch.attrs["axes"]) != space:
+        return None
+    kept, added = (r.take(i, "mul") for i in total.inputs)
+    if kept is None or added is None:
+        return None
+    state, statistic_ = r.graph[kept.inputs[0]], r.take(added.inputs[0], op)
+    rest, momentum = r.number(kept.inputs[1]), r.number(added.inputs[1])
+    if state.op != "state" or statistic_ is None or rest is None or momentum is None or abs(rest + momentum - 1) > 1e-12:
+        return None
+    if statistic_.inputs != (x,) or statistic_.attrs.get("ddof", 0) != ddof or sorted(statistic_.attrs["axes"]) != space:
+        return None
+    return state.id, momentum
+
+
+# ---- what is written ----------------------------------------------------------------------------
+
+
+TITLES = {"native_layer_norm": "layer norm", "native_rms_norm": "RMS norm", "native_group_norm": "group norm",
+          "native_batch_norm": "batch norm"}  # fmt: skip
+
+
+def operands(w: Writer, n: Node, count: int) -> tuple[list[str], str, str]:
+    """The values, then the gain and the offset or `None`."""
+    w.lines.append(f"# torch's own {TITLES[n.op]}: the spec's formula is its pattern")
+    texts = [argument(w, i) for i in n.inputs]
+    values, rest = texts[:count], texts[count:]
+    gain = rest.pop(0) if n.attrs["gain"] else "None"
+    return values, gain, rest.pop(0) if n.attrs["offset"] else "None"
+
+
+@emitter("native_layer_norm", "native_rms_norm")
+def _layer_norm(w: Writer, n: Node) -> Expr:
+    (x,), gain, offset = operands(w, n, 1)
+    shape = n.tensor.shape[n.tensor.rank - n.attrs["dims"] :]
+    if n.op == "native_rms_norm":
+        return Expr(f"F.rms_norm({x}, {shape!r}, {gain}, {n.attrs['eps']!r})")
+    return Expr(f"F.layer_norm({x}, {shape!r}, {gain}, {offset}, {n.attrs['eps']!r})")
+
+
+@emitter("native_group_norm")
+def _group_norm(w: Writer, n: Node) -> Expr:
+    (x,), gain, offset = operands(w, n, 1)
+    return Expr(f"{w.scope.use('grouped_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {gain}, {offset}, {n.attrs['eps']!r})")
+
+
+@emitter("native_batch_norm")
+def _batch_norm(w: Writer, n: Node) -> Expr:
+    (x, mean, var), gain, offset = operands(w, n, 3)
+    numbers = f"{n.attrs['momentum']!r}, {n.attrs['eps']!r}"
+    return Expr(f"{w.scope.use('batched_norm')}({x}, {n.attrs['rank']}, {mean}, {var}, {gain}, {offset}, self.training, {numbers})")
+
+
+__all__ = ["with_native_norms"]

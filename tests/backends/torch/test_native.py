@@ -1,0 +1,71 @@
+"""Norms become torch's own kernels where their formula is the kernel's, and only there; the values are those of the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flowlang as fl
+from flowlang.api import generate
+
+NORMS = {
+    "layer_norm[D](x)": ("T = 3, D = 8", "F.layer_norm("), "layer_norm_all(x)": ("T = 3, D = 8", "F.layer_norm("),
+    "rms_norm[D](x)": ("T = 3, D = 8", "F.rms_norm("), "group_norm[C](2)(x)": ("C = 4, H = 3, W = 5", "grouped_norm("),
+    "instance_norm[C](x)": ("C = 4, H = 3, W = 5", "F.layer_norm("), "batch_norm[C](x)": ("C = 4, H = 3, W = 5", "batched_norm("),
+    "batch_norm[D](x)": ("D = 4", "batched_norm("),
+}  # fmt: skip
+# The same formulas with a part that the kernels do not have.
+OTHERS = {
+    "eps outside the root": "(x - mean[D](x)) / (sqrt(var[D](x)) + 0.1)", "unbiased": "(x - mean[D](x)) / sqrt(var[D](x, ddof = 1) + 0.1)",
+    "another mean": "(x - mean[T](x)) / sqrt(var[D](x) + 0.1)", "another value": "(x - mean[D](x)) / sqrt(var[D](x ^ 2) + 0.1)",
+    "not the last axis": "(x - mean[T](x)) / sqrt(var[T](x) + 0.1)", "the mean is read again": "m = mean[D](x); (x - m) / sqrt(var[D](x) + 0.1) + m",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", NORMS)
+def test_the_kernel_is_used_and_named(call: str) -> None:
+    axes, kernel = NORMS[call]
+    text, _ = generate(f"norm n(x: R[{axes}]) {{ {call} }}\n", flow="n", standalone=False)
+    assert kernel in text
+    assert "# torch's own" in text
+
+
+@pytest.mark.parametrize("call", NORMS)
+def test_the_values_are_the_formula_s(call: str) -> None:
+    """Against the same formula written so that no pattern is met (the ratio plus 0 · x), over training and inference."""
+    axes, kernel = NORMS[call]
+    name = call.split("(")[0].split("[")[0]
+    source = next(p for p in (fl.api.standard_library().find(name),) if p is not None).text
+    start = source.index(f"norm {name}(")
+    text = source[start : source.index("\n\n", start)] if "\n\n" in source[start:] else source[start:]
+    hidden = text.replace(f"norm {name}(", "norm plain(").replace("sqrt(", "identity_root(", 10)
+    hidden += "\nnet identity_root(v: Positive[..]) { sqrt(v) }\n"
+    plain = f"{hidden}\nnorm n(x: R[{axes}]) {{ {call.replace(name, 'plain', 1)} }}\n"
+    other, _ = generate(plain, flow="n", standalone=False)
+    assert kernel not in other
+    mine = fl.compile(f"norm n(x: R[{axes}]) {{ {call} }}\n", flow="n", dtype=torch.float64)
+    spelled = fl.compile(plain, flow="n", dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in mine.parameters():
+            p += torch.randn(p.shape, generator=g, dtype=p.dtype)
+    spelled.load_state_dict({k.replace(f"{name}.", "plain.", 1): v for k, v in mine.state_dict().items()})
+    shape = [int(a.split("=")[1]) for a in axes.split(",")]
+    for mode in (True, True, False):
+        mine.train(mode), spelled.train(mode)
+        for batch in ((6,), (2, 3)):
+            a = torch.randn(*batch, *shape, generator=g, dtype=torch.float64).requires_grad_()
+            b = a.detach().clone().requires_grad_()
+            y, z = mine(a), spelled(b)
+            torch.testing.assert_close(y, z, rtol=1e-9, atol=1e-10)
+            weight = torch.randn(y.shape, generator=g, dtype=torch.float64)
+            (y * weight).sum().backward(), (z * weight).sum().backward()
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-9)
+    for (k, p), (_, q) in zip(mine.state_dict().items(), spelled.state_dict().items(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12, msg=k)
+
+
+@pytest.mark.parametrize("formula", OTHERS)
+def test_other_formulas_are_written_out(formula: str) -> None:
+    text, _ = generate(f"norm n(x: R[T = 3, D = 8]) {{ {OTHERS[formula]} }}\n", flow="n", standalone=False)
+    assert "# torch's own" not in text
