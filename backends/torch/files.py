@@ -17,6 +17,7 @@ STANDALONE = {"errors": "errors_standalone"}  # what stands in for a module in a
 FUTURE = "from __future__ import annotations"
 STANDARD = {
     "math": "import math",
+    "warnings": "import warnings",
     "Callable": "from collections.abc import Callable",
     "Sequence": "from collections.abc import Sequence",
     "AbstractContextManager": "from contextlib import AbstractContextManager",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -313,7 +314,12 @@ def sample(
         if shape is not None and value.size == int(np.prod(shape)):
             value = value.reshape(shape)
         context[name] = np.repeat(value[None], count, axis=0)
-    drawn = draw_samples(flow, count, seed, context)
+    flow.check_inverse = True
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        drawn = draw_samples(flow, count, seed, context)
+    for w in told:
+        click.echo(f"note: {w.message}", err=True)
     recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else Recipe()
     write_samples(Path(out), drawn, recipe, raw)
     click.echo(f"{out}: {count} samples of shape {tuple(drawn.shape[1:])}")

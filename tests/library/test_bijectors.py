@@ -118,9 +118,9 @@ def test_log_det_is_that_of_the_jacobian(case: Case) -> None:
     wanted = torch.linalg.slogdet(jacobian(flow, x, c))[1]
     if estimated(case):
         torch.manual_seed(0)
-        runs = torch.stack([flow(x, **c)[-1].detach() for _ in range(200)])
+        runs = torch.stack([flow(x, **c)[-1].detach() for _ in range(400)])
         errors = (runs.mean(0) - wanted).abs() / (runs.std(0) / math.sqrt(len(runs)) + 1e-9)
-        assert errors.max() <= 4.5  # the largest of many points
+        assert errors.max() <= 4
         return
     with torch.no_grad():
         z_and_log_det = flow(x, **c)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -122,18 +123,83 @@ def test_within_five_sigma_at_the_start_every_map_comes_back(case: Case) -> None
 
 
 @each
-def test_ten_times_the_parameters_and_ten_sigma(case: Case) -> None:
-    """log_prob and its gradient stay finite."""
+def test_within_five_sigma_at_the_start_nothing_is_reported(case: Case) -> None:
+    flow = fl.compile(case.text, seed=0).eval()
+    flow.check_inverse = True
+    x = normal(flow, 64, 5.0)
+    c = given(flow, 64, torch.float32)
+    with torch.no_grad():
+        flow.inverse(*flow(x, **c)[:-1], **c)  # a warning is an error in tests
+    assert (flow.round_trip(x, **c) <= 1e-3).all()
+
+
+def ten_times(case: Case) -> fl.Flow:
     flow = fl.compile(case.text, seed=0).eval()
     with torch.no_grad():
         for p in flow.parameters():
             p *= 10
+    return flow
+
+
+@each
+def test_ten_times_the_parameters_and_ten_sigma(case: Case) -> None:
+    """log_prob and its gradient stay finite."""
+    flow = ten_times(case)
     x = normal(flow, 64, 10.0).requires_grad_()
     c = given(flow, 64, torch.float32)
     density = flow.log_prob(x, **c)
     assert torch.isfinite(density).all()
     found = torch.autograd.grad(density.sum(), [x, *flow.parameters()], allow_unused=True)
     assert all(g is None or torch.isfinite(g).all() for g in found)
+
+
+@each
+def test_ten_times_the_parameters_and_ten_sigma_come_back_or_are_reported(case: Case) -> None:
+    """Sample by sample, the report being made of z alone: what is off by more than 1e-3 is warned of."""
+    flow = ten_times(case)
+    x = normal(flow, 64, 10.0)
+    c = given(flow, 64, torch.float32)
+    flow.check_inverse = True
+    with torch.no_grad():
+        for k in range(len(x)):
+            one = {n: v[k] for n, v in c.items()}
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                back = flow.inverse(*flow(x[k], **one)[:-1], **one)[0]
+            lost = not bool(((back - x[k]).abs() / (1 + x[k].abs())).max() <= 1e-3)
+            assert told or not lost
+            assert all(w.category is fl.NumericalWarning for w in told)
+            assert bool(flow.round_trip(x[k], **one) > 1e-3) == lost
+
+
+def test_what_cannot_be_inverted_is_said() -> None:
+    """The digits of b drown in 1000·a. Samples that come back are not counted, nor is not-a-number."""
+    spec = """
+    bijector drowned(x: R[D]) {
+      a, b = halves[D](x)
+      join[D](a, b * 1e-6 + 1000 * a)
+    }
+    flow f {
+      data x: R[D = 2]
+      drowned
+      base normal
+    }
+    """
+    flow = fl.compile(spec)
+    x = torch.tensor([[0.3, 1.7], [0.0, 1.0], [math.nan, 1.0]])
+    z = flow(x)[0]
+    flow.inverse(z)  # silent by default
+    flow.check_inverse = True
+    with pytest.warns(
+        fl.NumericalWarning, match=r"^1 of 3 samples lie outside what this flow can invert in torch.float32"
+    ):
+        flow.inverse(z)
+    with pytest.warns(fl.NumericalWarning):
+        flow.sample((8,), torch.Generator().manual_seed(0))
+    assert (flow.round_trip(x)[:2] > 1e-3).tolist() == [True, False]
+    flow.double()
+    flow.sample((8,), torch.Generator().manual_seed(0))
+    assert float(flow.round_trip(x[:2].double()).max()) < 1e-6
 
 
 @each

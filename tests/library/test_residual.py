@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from flowlang.backends.torch.runtime import fixed_point_solve
 from torch import Tensor
 
 import flowlang as fl
@@ -95,7 +96,9 @@ def test_what_is_no_low_rank_bijection_is_refused(body: str) -> None:
 
 
 def test_more_columns_than_rows_are_refused() -> None:
-    errors = fl.check("bijector b(x: R[D = 2]) {\n param Q: Stiefel[D, K = 3]\n s = sum[D](Q * x)\n x + sum[K](Q * tanh(s))\n}\n").errors
+    errors = fl.check(
+        "bijector b(x: R[D = 2]) {\n param Q: Stiefel[D, K = 3]\n s = sum[D](Q * x)\n x + sum[K](Q * tanh(s))\n}\n"
+    ).errors
     assert [e.code for e in errors] == ["FL0311"]
 
 
@@ -200,3 +203,42 @@ def test_the_log_det_is_unbiased() -> None:
 def test_a_constant_of_one_or_more_is_refused() -> None:
     errors = fl.check("flow f {\n data x: R[D = 2]\n residual_block(lip = 1.0)\n base normal\n}\n").errors
     assert len(errors) == 1
+
+
+# ---- limits ---------------------------------------------------------------------------------------
+
+
+def test_a_fixed_point_that_is_not_reached_is_not_a_number() -> None:
+    """x - 0.9999 x: 2000 rounds leave 0.8 of the way. The other samples, which start at rest, keep their values."""
+    rate = torch.tensor([0.9999, 0.5, 0.5], dtype=torch.float64)[:, None]
+    y = torch.tensor([[1.0], [1.0], [torch.nan]], dtype=torch.float64, requires_grad=True)
+    x = fixed_point_solve(lambda x: -rate * x, y, 0.9999)
+    assert torch.isnan(x).flatten().tolist() == [True, False, True]
+    assert float(x[1].detach()) == pytest.approx(2.0, rel=1e-12)
+    (grad,) = torch.autograd.grad(x.sum(), y)
+    assert float(grad[1]) == pytest.approx(2.0, rel=1e-12)
+
+
+class LogProb(torch.nn.Module):
+    def __init__(self, flow: fl.Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about its own parts
+def test_the_log_det_of_a_contraction_is_no_part_of_a_graph() -> None:
+    """Compiled code runs it outside its graphs; what must be one graph is refused with the reason."""
+    flow = compiled("residual_block(net = mlp(8))", 3)
+    x = points(4, 3)
+    torch.manual_seed(0)
+    wanted = flow.log_prob(x)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    assert torch.allclose(torch.compile(flow.log_prob, backend="aot_eager")(x), wanted)
+    with pytest.raises(Exception, match="series of random length"):
+        torch.compile(flow.log_prob, backend="aot_eager", fullgraph=True)(x)
+    with pytest.raises(fl.FlowError, match="series of random length"):
+        torch.export.export(LogProb(flow), (x,))

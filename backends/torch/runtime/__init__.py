@@ -10,6 +10,7 @@ from flowlang.backends.torch.runtime.face import (
 from flowlang.backends.torch.runtime.flow import (
     Flow,
     FlowDistribution,
+    NumericalWarning,
 )
 from flowlang.backends.torch.runtime.functions import (
     OwnGradient,
@@ -132,6 +133,7 @@ __all__ = [
     "LowerMatrix",
     "Model",
     "Net",
+    "NumericalWarning",
     "OwnGradient",
     "PluMatrix",
     "Positive",
