@@ -22,7 +22,7 @@ LAZY = {
     "build": ("run", "Write the flow as one Python file that needs torch alone."),
     "export": ("export", "Write the flow's programs as ONNX models that need no PyTorch."),
     "train": ("training", "Train a flow on a file of samples, or on an energy."),
-    "evolve": ("evolving", "Search layers of normalisation and activation by evolution."),
+    "evolve": ("evolving", "Search layers of normalisation and activation by evolution (Liu et al. 2020)."),
     "sample": ("training", "Draw samples from a trained flow (of its own spec, if none is named)."),
     "score": ("training", "Log-density of each row under a trained flow, in the units of the data."),
 }
@@ -162,12 +162,16 @@ def explain(code: str) -> None:
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False), help=".svg or .mmd; Mermaid on standard output by default."
 )
-def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) -> None:
-    """Draw a flow's chain as SVG or Mermaid."""
+@click.option("--signal", "signal_", is_flag=True, help="The variance of a net's values along its depth at initialisation; -o FILE.png plots it.")
+def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, signal_: bool) -> None:
+    """Draw a flow's chain as SVG or Mermaid, or how a signal goes through a net."""
     from flowlang.api import pick_flow
     from flowlang.draw.chain import mermaid, svg
 
     comp = load_ok(spec, sets, False)
+    if signal_:
+        draw_signal(comp, flow, out)
+        return
     name = pick_flow(comp, flow)
     text = svg(comp, name) if out and out.endswith(".svg") else mermaid(comp, name)
     if out is None:
@@ -175,6 +179,33 @@ def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) ->
     else:
         write_text(out, text)
         click.echo(f"{out}: flow {name}")
+
+
+def draw_signal(comp: Any, flow: str | None, out: str | None) -> None:
+    from flowlang.api import pick_flow
+    from flowlang.cli.tables import table
+    from flowlang.draw.signal import plot, signal, verdict
+
+    nets = [n for n in comp.nets() if n in comp.regions]
+    if flow is None and not nets:
+        raise FlowError(
+            Diagnostic("FL0804", "this spec has no net whose sizes are known", suggestion="give its sizes, as in `net n(x: R[D = 8])`")
+        )
+    name = pick_flow(comp, flow) if flow is not None else nets[-1]
+    if out is not None and not out.endswith(".png"):
+        raise FlowError(Diagnostic("FL0804", f"`{out}` is no .png", suggestion="a signal is drawn as in `-o signal.png`"))
+    rows = signal(comp, name)
+    shown = [
+        [r.name, "" if r.predicted is None else f"{r.predicted:.4g}", f"{r.middle:.4g}", f"{min(r.measured):.4g} .. {max(r.measured):.4g}"]
+        for r in rows
+    ]
+    click.echo(table(["part", "closed form", "measured", "over starts"], shown, numbers=(1, 2, 3)))
+    words = verdict(rows)
+    if words:
+        click.echo(words)
+    if out is not None:
+        plot(rows, f"variance at initialisation: {name}", out)
+        click.echo(f"{out}: net {name}")
 
 
 @cli.command()
