@@ -103,7 +103,7 @@ class Follow:
         if node.op == "get":
             several = self.results.get(node.inputs[0])
             return several[node.attrs["index"]] if several is not None else operands[0]
-        if node.op == "call":
+        if node.op in ("call", "repeat"):
             return self.call(node, operands)
         if all(g.fixed for g in operands):
             return Grade(Fraction(0), near=any(g.near for g in operands))
@@ -121,6 +121,10 @@ class Follow:
         inputs = dict(zip([*region.inputs, *region.context], operands, strict=True))
         inner = Follow(region, self.change, inputs).run()
         # Parameters of the callee are constants, whatever its inputs are.
+        if node.op == "repeat":  # a copy takes what the one before it gave: grades must be those it began with
+            carried = operands[: node.attrs["carried"]]
+            if any((a.of, a.along) != (b.of, b.along) for a, b in zip(carried, inner, strict=False)):
+                inner = tuple(UNKNOWN for _ in inner)
         self.results[node.id] = inner
         return inner[0]
 
