@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from flowlang.backends.onnx.folding import fold_affine
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Node, Value
 from flowlang.backends.onnx.outline import DOMAIN, Function, outline
 from onnx import TensorProto, helper, numpy_helper
@@ -52,6 +53,7 @@ def fuse(body: Body) -> None:
     """Fewer nodes with the same meaning."""
     uses = use_counts(body)
     for part in bodies(body):
+        fold_affine(part, uses)
         fuse_linear(part, uses)
         fuse_sums(part, uses)
         fuse_slices(part)
