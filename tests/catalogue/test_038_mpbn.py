@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import flowlang as fl
-from tests.catalogue.norms import data, gradient, norm, part, runs_in_onnx, trains
+from flowlang.diagnostics import FlowError
+from flowlang.thresholds import fold_thresholds
+from tests.catalogue.norms import count, data, gradient, norm, part, runs_in_onnx, trains
 
 SIZES = {"T": 3, "C": 4, "H": 8, "W": 8}
 K = 3.0
@@ -132,6 +134,51 @@ def test_item_7_a_badly_scaled_input_is_learnt() -> None:
             optimiser.step()
         losses[name] = float(loss.detach())
     assert losses["lif_mpbn()"] < 0.8 * losses["lif()"]
+
+
+SMALL = "net snn(x: R[C = 3, H = 8, W = 8], lif: net = lif_mpbn()) -> R[K = 10] { mpbn_resnet(4, [2, 1], 2, lif)(x) }\n"
+
+
+def test_item_1_a_whole_network_is_folded() -> None:
+    torch.manual_seed(0)
+    module = fl.compile(SMALL, flow="snn", dtype=torch.float64)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+    for step in range(3):
+        optimiser.zero_grad()
+        module(data(8, 3, 8, 8, seed=step)).square().sum().backward()
+        optimiser.step()
+    with torch.no_grad():
+        for m in module.modules():
+            if type(m).__name__.startswith("LifMpbn") and hasattr(m, "bn") and hasattr(m, "step"):
+                m.bn.gamma[0].mul_(-1)
+                m.bn.gamma[1].zero_()
+    module.eval()
+    found = fold_thresholds(module)
+    assert not any(type(m).__name__ in ("BatchNorm", "BatchNorm_2") for m in found.modules())
+    x = data(16, 3, 8, 8, seed=9)
+    assert torch.allclose(found(x), module(x), atol=1e-12)
+    plain = fl.compile("net f(x: R[D = 2]) { 2 * x }", flow="f")
+    with pytest.raises(FlowError, match="no `lif_mpbn`"):
+        fold_thresholds(plain)
+
+
+def convolutions(width: int, stages: list[int], channels: int = 3, classes: int = 10) -> int:
+    """Parameters by hand: kernels, two numbers a channel for each normalisation, and the last layer."""
+    total = 9 * channels * width + 4 * width
+    before = width
+    for s, blocks in enumerate(stages):
+        c = width * 2**s
+        for _ in range(blocks):
+            total += 9 * before * c + 9 * c * c + 8 * c
+            total += before * c + 2 * c if before != c else 0
+            before = c
+    return total + before * classes + classes
+
+
+@pytest.mark.parametrize(("name", "stages"), [("mpbn_resnet19", [3, 3, 2]), ("mpbn_resnet20", [3, 3, 3])])
+def test_presets(name: str, stages: list[int]) -> None:
+    text = f"net f(x: R[C, H, W]) -> R[K = 10] {{ {name}()(x) }}"
+    assert count(text, C=3, H=32, W=32) == convolutions(128, stages)
 
 
 def test_element_wise_statistics() -> None:
