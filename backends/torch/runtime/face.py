@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,6 +20,26 @@ class Face(nn.Module):
         super().__init__()
         # Has the dtype and the device of the module, also when it has no parameters.
         self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def parameter_groups(self, rules: dict[str, dict[str, Any]] | None = None, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for an optimizer, by role and by name; every parameter stands in exactly one.
+
+        `weight_decay` is for weights that multiply values, those of two axes or more; gains, offsets and other vectors get
+        none. `rules` maps patterns of parameters' names (`"*.g"`, `"d.*"`) to options; the last that fits wins over both.
+        """
+        rules = rules or {}
+        unused, groups = set(rules), dict[tuple[Any, ...], dict[str, Any]]()
+        for name, p in self.named_parameters():
+            options: dict[str, Any] = {"weight_decay": weight_decay if p.dim() >= 2 else 0.0}
+            for pattern, given in rules.items():
+                if fnmatchcase(name, pattern):
+                    options |= given
+                    unused.discard(pattern)
+            key = tuple(sorted((k, repr(v)) for k, v in options.items()))
+            groups.setdefault(key, {"params": [], **options})["params"].append(p)
+        if unused:
+            raise bad_input(f"no parameter is named `{sorted(unused)[0]}`", "names are those of `named_parameters()`")
+        return list(groups.values())
 
     def _to_initialise(self, force: bool) -> bool:
         """Whether parameters that start from data are to be set now; if so, they count as set from here on."""

@@ -1,0 +1,100 @@
+"""Generated norms beside torch's own layers, and beside a plain composition of torch ops: forward and backward.
+
+    python benchmarks/norms.py [--rounds 60]
+
+Times are interleaved (each round runs every contender once) and the medians of rounds are compared, so that a slow moment
+of the machine falls on all. One thread, float32, training mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import flowlang as fl
+
+IMAGE, TOKENS = (32, 64, 16, 16), (32, 128, 256)
+
+
+def compiled(body: str, shape: tuple[int, ...]) -> Any:
+    names = ("C", "H", "W") if len(shape) == 4 else ("T", "D")
+    axes = ", ".join(f"{n} = {s}" for n, s in zip(names, shape[1:], strict=True))
+    return fl.compile(f"norm n(x: R[{axes}]) {{ {body} }}", flow="n", seed=0)
+
+
+def evonorm_s0(x: Tensor, m: Any) -> Tensor:
+    """The paper's listing, op by op."""
+    n, c, h, w = x.shape
+    var = x.reshape(n, 32, c // 32, h, w).var((2, 3, 4), unbiased=False, keepdim=True)
+    std = torch.sqrt(var + 1e-5).expand(n, 32, c // 32, h, w).reshape(n, c, h, w)
+    num = x * torch.sigmoid(m.v[:, None, None] * x)
+    return num / std * m.gamma[:, None, None] + m.beta[:, None, None]
+
+
+def channel_norm(x: Tensor, m: Any) -> Tensor:
+    n, c, h, w = x.shape
+    g = x.reshape(n, 32, c // 32 * h * w)
+    mean, var = g.mean(-1, keepdim=True), g.var(-1, unbiased=False, keepdim=True)
+    g = (g - mean) / torch.sqrt(var + 1e-5) * m.gamma[:, None] + m.beta[:, None]
+    return g.reshape(n, c, h, w)
+
+
+
+
+NATIVE: list[tuple[str, str, tuple[int, ...], Callable[[], nn.Module]]] = [
+    ("layer norm", "layer_norm[D](x)", TOKENS, lambda: nn.LayerNorm(256)),
+    ("RMSNorm", "rms_norm[D](x)", TOKENS, lambda: nn.RMSNorm(256, eps=1e-5)),
+    ("group norm (32)", "group_norm[C](32)(x)", IMAGE, lambda: nn.GroupNorm(32, 64)),
+    ("instance norm", "instance_norm[C](x)", IMAGE, lambda: nn.InstanceNorm2d(64)),
+    ("batch norm", "batch_norm[C](x)", IMAGE, lambda: nn.BatchNorm2d(64)),
+]
+COMPOSED: list[tuple[str, str, Callable[[Tensor, Any], Tensor]]] = [
+    ("EvoNorm-S0 (32)", "evonorm_s0(32)(x)", evonorm_s0), ("channel norm (32)", "channel_norm[C](32)(x)", channel_norm),
+]  # fmt: skip
+
+
+def timed(run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    x = x.clone().requires_grad_()
+    start = time.perf_counter()
+    run(x).sum().backward()
+    return time.perf_counter() - start
+
+
+def compare(mine: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor, rounds: int) -> tuple[float, float]:
+    """Median seconds of each, forward and backward."""
+    torch.testing.assert_close(mine(x), other(x), rtol=1e-3, atol=1e-4)
+    found: tuple[list[float], list[float]] = ([], [])
+    for k in range(rounds + 5):
+        order = (0, 1) if k % 2 else (1, 0)
+        for which in order:
+            seconds = timed((mine, other)[which], x)
+            if k >= 5:
+                found[which].append(seconds)
+    return statistics.median(found[0]), statistics.median(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"{'norm':20} {'generated':>10} {'other':>10} {'other / generated':>18}")
+    for name, body, shape, layer in NATIVE:
+        a, b = compare(compiled(body, shape), layer(), torch.randn(*shape), args.rounds)
+        print(f"{name:20} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  torch's own layer")
+    for name, body, formula in COMPOSED:
+        module = compiled(body, IMAGE)
+        inner = next(iter(module.children()))
+        a, b = compare(module, lambda x, f=formula, m=inner: f(x, m), torch.randn(*IMAGE), args.rounds)  # type: ignore[misc]
+        print(f"{name:20} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  composition of torch ops")
+
+
+if __name__ == "__main__":
+    main()
