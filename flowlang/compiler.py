@@ -299,6 +299,7 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
             bad.add(id(region))
             continue
         if not is_map(region):
+            tell_without_effect(comp, region)
             continue
         found = comp.analyses.plan(region)
         if isinstance(found, Failure):
@@ -306,6 +307,19 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
             tell_failure(comp, region, found, anchors)
         tell_rules(comp, region)
     root.broken = root.broken or id(root) in bad
+
+
+def tell_without_effect(comp: Compilation, region: Region) -> None:
+    """Offsets that a norm takes away again."""
+    from flowlang.analysis.invariance import without_effect
+
+    for node in () if region.library else without_effect(region):
+        comp.report.add(
+            Diagnostic(
+                "FL0503", f"`{node.label}` has no effect while training: the norm after it takes any offset away", node.span,
+                severity="warning", suggestion="leave it out, as by `bias = false`",
+            )
+        )  # fmt: skip
 
 
 def tell_rules(comp: Compilation, region: Region) -> None:

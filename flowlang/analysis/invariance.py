@@ -129,6 +129,31 @@ class Follow:
         return inner[0]
 
 
+def adds(user: Node, slot: int) -> bool:
+    """Whether an operand is added to the result: as a term, or as the offset of a convolution."""
+    return user.op in ("add", "sub") or (user.op in ("conv", "conv_transpose") and slot == 2)
+
+
+def without_effect(region: Region) -> list[Node]:
+    """Parameters that may be shifted by any number along their axes without a change of a result while training.
+
+    Asked only of regions that call a norm: elsewhere an offset that vanishes is what the author wrote.
+    """
+    graph = region.graph
+    if not any(n.op == "call" and n.attrs["region"].kind == "norm" for n in graph):
+        return []
+    needed = graph.reachable(list(region.outputs))
+    found = []
+    for node in (graph[n] for n in sorted(needed)):
+        if node.op != "param" or not node.tensor.axes or not any(adds(u, slot) for u, slot in graph.users(node.id)):
+            continue
+        along = frozenset(node.tensor.names)
+        follow = Follow(region, Change("shift", along, True), {node.id: Grade(Fraction(1), along)})
+        if all(follow.of(o).fixed for o in region.outputs):
+            found.append(node)
+    return found
+
+
 # ---- rules --------------------------------------------------------------------------------------
 
 SAME = ("neg", "identity", "abs", "relu", "leaky_relu", "expand", "stop", "within")
@@ -249,6 +274,8 @@ def shifted(graph: Graph, node: Node, gs: Sequence[Grade]) -> Grade:
             return joined(gs, -first.of)
         case "identity" | "stop" | "within":
             return first
+        case "conv" | "conv_transpose" if len(gs) == 3 and gs[0].fixed and gs[1].fixed:
+            return Grade(gs[2].of, frozenset({node.attrs["channel"]}), gs[2].near)
         case "add" | "sub":
             s, t = (g.of or Fraction(0) for g in gs)
             live = [g for g in gs if not g.fixed]

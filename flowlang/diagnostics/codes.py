@@ -56,6 +56,7 @@ CODES: dict[str, str] = {
     # 05 Jacobian, requirements
     "FL0501": "log-det-too-costly",
     "FL0502": "requirement-failed",
+    "FL0503": "no-effect",
     # 06 solvers and paths
     "FL0601": "order-not-reached",
     "FL0602": "bad-solver",

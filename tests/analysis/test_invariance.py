@@ -145,3 +145,25 @@ def test_info_tells_it(tmp_path: Any) -> None:
     out = CliRunner().invoke(cli, ["info", str(spec)]).output
     assert "each sample by itself; unchanged by scaling the input" in out
     assert "centred over D" in out
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("net f(x: R[D = 3]) { batch_norm[H](linear[D -> H = 4](x)) }", ["linear_bias"]),
+    ("net f(x: R[C = 3, H = 4, W = 4]) { batch_norm()(conv(x, 8, kernel = 3)) }", ["conv_bias"]),
+    ("net f(x: R[D = 3]) { batch_norm[H](linear[D -> H = 4](x, bias = false)) }", []),
+    ("net f(x: R[D = 3]) { layer_norm[H](linear[D -> H = 4](x)) }", []),  # an offset for each unit is seen
+    ("net f(x: R[D = 3]) { batch_norm[H](relu(linear[D -> H = 4](x))) }", []),
+    ("net f(x: R[D = 3]) { h = linear[D -> H = 4](x)\n batch_norm[H](h) + h }", []),
+    ("net f(x: R[D = 3]) { batch_norm[D](x) }", []),
+])  # fmt: skip
+def test_an_offset_without_effect_is_told(text: str, names: list[str]) -> None:
+    from tests.catalogue.norms import fl
+
+    told = [d for d in fl.check(text) if d.code == "FL0503"]
+    assert [d.severity for d in told] == ["warning"] * len(names)
+    assert all(n.split("_")[1] in d.message for n, d in zip(names, told, strict=True))
+    if names:
+        module = fl.compile(text, flow="f", dtype=torch.float64)
+        x = data(6, *next(iter(module.inputs.values())))
+        module(x).square().sum().backward()
+        assert float(dict(module.named_parameters())[names[0]].grad.abs().max()) < 1e-9
