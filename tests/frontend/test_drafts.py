@@ -20,6 +20,9 @@ from flowlang.source import Source
 DRAFTS = Path(__file__).parents[1] / "drafts"
 
 DISAGREES = {
+    ("038", 31): "FL0503",  # a bias before batch norm, which takes it away
+    ("038", 32): "FL0503",
+    ("038", 33): "FL0503",
     ("049", 24): "FL0409",  # eps is a tensor parameter, so that n + eps may be 0
     ("050", 10): "FL0409",  # a variance kept in a state of type R may be negative
     ("080", 21): "FL0409",  # likewise
