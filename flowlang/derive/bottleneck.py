@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flowlang.derive.forms import split_causal
 from flowlang.derive.plan import Bottleneck, Failure
 from flowlang.ir.build import Builder
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Node, Region
-from flowlang.ir.interval import POSITIVE, REAL, point
+from flowlang.ir.interval import REAL
 from flowlang.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -107,8 +108,9 @@ def reduced(inv: Inverter, s: int, inner: int) -> tuple[Region, list[tuple[int, 
         if n == s or not isinstance(node.type, TensorType):
             continue
         if n in inside:
-            env[n] = split_triangular(b, source, node, env)
-        elif any(user.id in inside for user, _ in source.users(n)):
+            split = split_causal(b, source, node, env)
+            env[n] = b.copy(node, [env[i] for i in node.inputs]) if split is None else split
+        elif any(user.id in inside and user.id != s for user, _ in source.users(n)):
             env[n] = leaf(b, inv, node)
             if node.op != "const":
                 outer.append((env[n], n))
@@ -129,30 +131,6 @@ def leaf(b: Builder, inv: Inverter, node: Node) -> int:
         "input", node.tensor, batched=node.batched, label=node.label, name=node.label or f"v{node.id}", role="context",
         domain=Domain("R", (), inv.interval(node.id)),
     )  # fmt: skip
-
-
-def split_triangular(b: Builder, source: Graph, node: Node, env: dict[int, int]) -> int:
-    """The same op; a product with a lower-triangular parameter as diagonal part plus strict part."""
-    if node.op == "contract":
-        for k in (0, 1):
-            w, x = source[node.inputs[k]], source[node.inputs[1 - k]]
-            domain = w.attrs.get("domain")
-            lower = w.op == "param" and isinstance(domain, Domain) and domain.structure in ("lower", "unit_lower")
-            if lower and w.tensor.rank == 2 and node.attrs["axes"] == w.tensor.names[-1:]:
-                row, col = w.tensor.names
-                if x.tensor.has(row):
-                    break
-                assert isinstance(domain, Domain)
-                bounds = POSITIVE if domain.structure == "lower" else point(1.0)
-                order = tuple(range(w.tensor.size(row)))
-                matrix, value = env[w.id], env[x.id]
-                diagonal = b.op("diagonal", matrix, row=row, col=col, bounds=bounds)
-                strict = b.op("masked", matrix, row=row, col=col, row_degrees=order, col_degrees=order, strict=True)
-                back = ((row, col),)
-                before = b.op("rename", b.op("contract", strict, value, axes=(col,)), pairs=back)
-                both = b.add(b.mul(b.op("rename", diagonal, pairs=back), value), before)
-                return b.op("rename", both, pairs=((col, row),))
-    return b.copy(node, [env[i] for i in node.inputs])
 
 
 # ---- programs -----------------------------------------------------------------------------------

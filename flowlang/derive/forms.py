@@ -24,7 +24,7 @@ Rewrite = Callable[["Builder", Graph, Node, dict[int, int]], "int | None"]
 
 def forms(region: Region) -> Iterator[Region]:
     """Forms worth a second search, the likeliest first."""
-    for rewrite in (split_causal,):
+    for rewrite in (split_causal, regrouped):
         found = rewritten(region, rewrite)
         if found is not None:
             yield found
@@ -74,6 +74,26 @@ def moved(region: Region, graph: Graph, env: dict[int, int]) -> Region:
         steps=[replace(s, before=env[s.before], after=env[s.after]) for s in region.steps],
         base=None if region.base is None else replace(region.base, arguments=arguments(region.base.arguments)),
     )
+
+
+# ---- scaled columns -----------------------------------------------------------------------------
+
+
+def regrouped(b: Builder, graph: Graph, node: Node, env: dict[int, int]) -> int | None:
+    """Σ (Q·d)·h = Σ Q·(d·h) for a parameter Q with orthonormal columns: the low-rank update that it is (A8)."""
+    if node.op != "contract":
+        return None
+    for k in (0, 1):
+        scaled, h = graph[node.inputs[k]], node.inputs[1 - k]
+        if scaled.op != "mul" or scaled.batched:
+            continue
+        for j in (0, 1):
+            domain = graph[scaled.inputs[j]].attrs.get("domain")
+            d = scaled.inputs[1 - j]
+            known = isinstance(domain, Domain) and domain.structure in ("stiefel", "orthogonal")
+            if known and set(graph[d].tensor.names) <= set(graph[h].tensor.names):
+                return b.op("contract", env[scaled.inputs[j]], b.mul(env[h], env[d]), axes=node.attrs["axes"])
+    return None
 
 
 # ---- strict part and diagonal -------------------------------------------------------------------

@@ -151,6 +151,8 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("radial that turns back", "A8", "x / (1 + sum[D](x ^ 2))", "low rank"),
     Map("radial about another centre", "A8", "param z0: R[D]\nd = x - z0\nr = sqrt(sum[D](d ^ 2))\nd - 3 * x / (1 + r)", "low rank"),
     Map("Sylvester below -1", "A8", "param Q: Stiefel[D, K = 2]\ns = sum[D](Q * x)\nx - 2 * sum[K](Q * tanh(s))", "low rank"),
+    Map("Sylvester with a diagonal below -1", "A8", "param Q: Stiefel[D, K = 2]\nparam d: Interval(-1.1, 2)[K]\nparam M: UnitLowerTriangular[K', K]\ns = sum[D](Q * x)\nx + sum[K](Q * d * tanh(sum[K](M * s)))", "low rank"),
+    Map("Sylvester with an upper and a lower triangle", "A8", "param Q: Stiefel[D, K = 2]\nparam L: LowerTriangular[K', K]\nparam M: LowerTriangular[K', K]\ns = sum[D](Q * x)\nx + sum[K](Q * sum[K'](L * tanh(sum[K](M * s))[K -> K']))", "low rank"),
     Map("Sylvester turned", "A8", "param Q: Stiefel[D, K = 2]\ns = sum[D](Q * x)\nx + 3 * sum[K](Q * tanh(reverse[K](s)))", "low rank"),
     Map("update that reads x too", "A8", UNIT_VECTOR + "x + w * tanh(s) * x", "low rank"),
     # A9: totality and image
@@ -245,6 +247,9 @@ BIJECTIVE: tuple[Map, ...] = (
     Map("mean field", "A7", "x + 0.9 * tanh(mean[D](x))", "contraction"),
     Map("two terms", "A7", "x + 0.4 * tanh(reverse[D](x)) - 0.4 * sin(x)", "contraction"),
     Map("Sylvester with sine", "A8", "param Q: Stiefel[D, K = 2]\ns = sum[D](Q * x)\nx + sum[K](Q * (-0.5 * sin(s)))", "low rank"),
+    Map("Sylvester with two triangles", "A8", "param Q: Stiefel[D, K = 2]\nparam L: LowerTriangular[K', K]\nparam M: LowerTriangular[K', K]\ns = sum[D](Q * x)\nh = tanh(sum[K](M * s))\nx + sum[K](Q * sum[J](L[K -> J, K' -> K] * h[K -> J]))", "low rank"),
+    Map("Sylvester with negative diagonals", "A8", "param Q: Stiefel[D, K = 2]\nparam d: Interval(-0.9, 2)[K]\nparam M: UnitLowerTriangular[K', K]\ns = sum[D](Q * x)\nx + sum[K](Q * d * tanh(sum[K](M * s)))", "low rank"),
+    Map("low rank between others", "A8", "param Q: Stiefel[D, K = 2]\na, b = halves[D](x)\ny = join[D](a, b * exp(tanh(a)))\nz = y + sum[K](Q * 0.5 * tanh(sum[D](Q * y)))\nc, d = halves[D](z)\njoin[D](c + d, c - d)", "low rank"),
     Map("polar square", "A8", "x * (1 + sum[D](x ^ 2))", "low rank"),
     Map("rank one", "A8", UNIT_VECTOR + "x + 2 * w * tanh(s)", "low rank"),
     Map("rank one with sine", "A8", UNIT_VECTOR + "x + 0.9 * w * sin(s)", "low rank"),
@@ -262,6 +267,5 @@ BIJECTIVE: tuple[Map, ...] = (
 
 # Bijections that no clause here proves yet: refused, which is safe.
 NOT_PROVED: tuple[Map, ...] = (
-    Map("Sylvester", "A8", "param Q: Stiefel[D, K = 2]\nparam L: LowerTriangular[K', K]\nparam M: LowerTriangular[K', K]\ns = sum[D](Q * x)\nh = tanh(sum[K](M * s))\nx + sum[K](Q * sum[J](L[K -> J, K' -> K] * h[K -> J]))", "low rank"),
     Map("renamed on the way", "A6", "tanh(x)[D -> E] + x[D -> E]", "scalar"),
 )  # fmt: skip
