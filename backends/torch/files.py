@@ -22,6 +22,7 @@ STANDARD = {
     "Sequence": "from collections.abc import Sequence",
     "AbstractContextManager": "from contextlib import AbstractContextManager",
     "nullcontext": "from contextlib import nullcontext",
+    "fnmatchcase": "from fnmatch import fnmatchcase",
     "pairwise": "from itertools import pairwise",
     "Any": "from typing import Any",
     "ClassVar": "from typing import ClassVar",

@@ -21,11 +21,14 @@ class Face(nn.Module):
         # Has the dtype and the device of the module, also when it has no parameters.
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
-    def parameter_groups(self, rules: dict[str, dict[str, Any]] | None = None, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, rules: dict[str, dict[str, Any]] | None = None, *, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
         """Groups for an optimizer, by role and by name; every parameter stands in exactly one.
 
-        `weight_decay` is for weights that multiply values, those of two axes or more; gains, offsets and other vectors get
-        none. `rules` maps patterns of parameters' names (`"*.g"`, `"d.*"`) to options; the last that fits wins over both.
+        `weight_decay` is for weights that multiply values, those of two axes or more; gains, offsets and other
+        vectors get none. `rules` maps patterns of parameters' names (`"*.g"`, `"d.*"`) to options; the last that
+        fits wins over both.
         """
         rules = rules or {}
         unused, groups = set(rules), dict[tuple[Any, ...], dict[str, Any]]()

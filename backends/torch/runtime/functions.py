@@ -263,7 +263,8 @@ def grouped_norm(x: Tensor, rank: int, groups: int, gain: Tensor | None, offset:
 
 
 def batched_norm(
-    x: Tensor, rank: int, mean: Tensor, var: Tensor, gain: Tensor | None, offset: Tensor | None, training: bool, momentum: float, eps: float
+    x: Tensor, rank: int, mean: Tensor, var: Tensor, gain: Tensor | None, offset: Tensor | None,
+    training: bool, momentum: float, eps: float,
 ) -> Tensor:
     """Batch normalisation by the first of the last `rank` dims; the running values are updated while training."""
     flat = x.reshape(-1, *x.shape[x.dim() - rank :])
