@@ -146,6 +146,8 @@ def test_no_text_of_the_user_becomes_code(greek: str) -> None:
         }
         assert imported <= {
             "__future__",
+            "fnmatch",
+            "warnings",
             "math",
             "collections",
             "contextlib",
