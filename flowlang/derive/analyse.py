@@ -316,7 +316,7 @@ class Analyses:
         for form in itertools.chain([region], () if region.rules else equal_forms(region)):
             found = Inverter(form, self).run()
             if isinstance(found, Plan) and "inverse" not in region.rules:
-                found = self.check_image(form, found) or found
+                found = self.check_image(region, found) or found  # what callers take for the image: that of the text
             if isinstance(found, Plan):
                 return found
             first = first or found

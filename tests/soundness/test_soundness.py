@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.soundness.generate import Maker
+from tests.soundness.generate import Maker, make
 from tests.soundness.judge import judge
 from tests.soundness.run import Tally, run
 
@@ -30,3 +30,9 @@ def test_seeds_whose_generated_code_once_failed(seed: int) -> None:
     verdict = judge(Maker(seed).make(), seed)
     assert verdict.accepted
     assert not verdict.wrong
+
+
+@pytest.mark.parametrize("seed", [27152])
+def test_graphs_that_were_once_accepted_wrongly(seed: int) -> None:
+    """Their masked form was proved onto its own bounds, and callers took those of the text, which are wider."""
+    assert not judge(make(seed), seed).accepted
