@@ -138,7 +138,7 @@ def takes_vectors(name: str) -> bool:
 
 
 def splits(name: str) -> bool:
-    return "coupling" in name or "_c_steps" in name
+    return "coupling" in name or "_c_steps" in name or name == "vp_net"
 
 
 def keeps(name: str, domain: str) -> bool:
