@@ -280,11 +280,12 @@ def save(flow: Flow, path: str | Path, **meta: Any) -> None:
 
     `load` restores the module from that file alone. `meta` adds entries of your own (JSON values).
     """
-    from flowlang.backends.torch.standard import Standardised
+    from flowlang.backends.torch.standard import Standardised, StandardisedModel
     from flowlang.backends.torch.store import write_tensors
 
-    inner: Any = flow.flow if isinstance(flow, Standardised) else flow
-    kept = flow.statistics() if isinstance(flow, Standardised) else {}
+    whole = isinstance(flow, Standardised | StandardisedModel)
+    inner: Any = flow.flow if whole else flow
+    kept = flow.statistics() if whole else {}
     write_tensors(path, inner.state_dict(), {**(getattr(inner, "origin", None) or {}), **kept, **meta})
 
 
@@ -294,16 +295,17 @@ def load(path: str | Path, spec: str | Path | None = None, *, dtype: Any = None,
     Without `spec`, the text inside the file is compiled. A run's folder stands for its `model.safetensors`. With the
     standardisation of a training run, densities and samples are in the units of the data.
     """
-    from flowlang.backends.torch.standard import Standardised
+    from flowlang.backends.torch.runtime import Model
+    from flowlang.backends.torch.standard import Standardised, StandardisedModel
     from flowlang.backends.torch.store import load_state, read_tensors
 
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     tensors, meta = read_tensors(file)
     comp = recompile(file, meta, spec, sets)
     name = meta.get("flow")
-    flow: Flow = compile_from(comp, name if name in comp.flows() else None, dtype=dtype)
+    flow: Flow = compile_from(comp, name if name in comp.flows() + comp.models() else None, dtype=dtype)
     load_state(flow, tensors, str(file))
-    return Standardised.of(flow, meta)
+    return StandardisedModel.of(flow, meta) if isinstance(flow, Model) else Standardised.of(flow, meta)
 
 
 def recompile(file: Path, meta: Mapping[str, Any], spec: str | Path | None, sets: Mapping[str, Any]) -> Compilation:

@@ -209,7 +209,15 @@ class Generator:
             nodes = [program.graph[i] for i in program.inputs]
             table[ascii_name(name)] = dictionary({str(n.label): repr(n.tensor.shape) for n in nodes})
             types |= {str(n.label): string(str(n.tensor)) for n in nodes}
+        types |= {name: string(str(t)) for name, (_, t) in region.data.items()}
         lines = [f"programs = {dictionary(table)}", f"types = {dictionary(types)}"]
+        first = next((n for n, (word, _) in region.data.items() if word == "data"), None)
+        if first is not None:
+            rest = {n: repr(t.shape) for n, (_, t) in region.data.items() if n != first}
+            lines += [f"data_name, data_shape = {string(first)}, {region.data[first][1].shape!r}"]
+            lines += [f"given_shapes = {dictionary(rest)}"] if rest else []
+        context = tuple(n for n, (word, _) in region.data.items() if word == "given")
+        lines += [f"context = {context!r}"] if context else []
         return ["", *"\n".join(lines).split("\n")]
 
     def program_face(self, region: Region) -> list[str]:

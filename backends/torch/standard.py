@@ -1,4 +1,4 @@
-"""A flow together with the standardisation of its data: densities and samples in the data's own units."""
+"""Flows and models together with the standardisation of their data: densities and samples in the data's units."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flowlang.backends.torch.runtime import Flow
+from flowlang.backends.torch.runtime import Flow, Model
 from torch import Tensor
 
 
@@ -22,44 +22,21 @@ class Statistics:
         return {"mean": self.mean.tolist(), "scale": self.scale.tolist()}
 
 
-class Standardised(Flow):
-    """log p(x) = log p_flow((x - mean) / scale) - Σ log scale, and samples mapped back.
+class Scales:
+    """Buffers with the means and scales of the data and of each value beside it."""
 
-    `x` has the shape of the inner flow's data; context inputs are standardised by their own mean and scale.
-    """
-
-    def __init__(
-        self,
-        flow: Flow,
-        mean: Any,
-        scale: Any,
-        given: Mapping[str, tuple[Any, Any]] | None = None,
-    ) -> None:
-        super().__init__()
-        self.flow = flow
-        self.data_shape, self.base_shape = flow.data_shape, flow.base_shape
-        self.emitted_shapes, self.given_shapes = flow.emitted_shapes, flow.given_shapes
-        self.types = flow.types
-        dtype = flow.like.dtype
-        self.register_buffer("like", torch.zeros((), dtype=dtype), persistent=False)
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float64).to(dtype))
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float64).to(dtype))
-        for name, (m, s) in (given or {}).items():
-            self.register_buffer(f"mean_{name}", torch.as_tensor(m, dtype=torch.float64).to(dtype))
-            self.register_buffer(f"scale_{name}", torch.as_tensor(s, dtype=torch.float64).to(dtype))
-        self.origin = getattr(flow, "origin", None)
-
+    flow: Any
+    given_shapes: Any
     mean: Tensor
     scale: Tensor
 
-    @staticmethod
-    def of(flow: Flow, meta: Mapping[str, Any]) -> Flow:
-        """The flow with the statistics that a weights file carries; the flow itself if it carries none."""
-        if "standardiser" not in meta:
-            return flow
-        own = meta["standardiser"]
-        given = {k: (v["mean"], v["scale"]) for k, v in meta.get("given_standardiser", {}).items()}
-        return Standardised(flow, own["mean"], own["scale"], given)
+    def _keep(self, mean: Any, scale: Any, given: Mapping[str, tuple[Any, Any]] | None) -> None:
+        dtype = self.flow.like.dtype
+        register: Any = getattr(self, "register_buffer")  # noqa: B009 (of nn.Module)
+        register("like", torch.zeros((), dtype=dtype), persistent=False)
+        for name, m, s in [("", mean, scale), *((f"_{k}", *v) for k, v in (given or {}).items())]:
+            register(f"mean{name}", torch.as_tensor(m, dtype=torch.float64).to(dtype))
+            register(f"scale{name}", torch.as_tensor(s, dtype=torch.float64).to(dtype))
 
     def standard(self) -> Statistics:
         return Statistics(self.mean.double().cpu().numpy(), self.scale.double().cpu().numpy())
@@ -77,16 +54,50 @@ class Standardised(Flow):
             "given_standardiser": {n: s.to_dict() for n, s in self.given_standard().items()},
         }
 
-    def _standard(self, given: Sequence[Tensor]) -> list[Tensor]:
-        out = []
-        for name, c in zip(self.given_shapes, given, strict=True):
-            mean = getattr(self, f"mean_{name}", None)
-            out.append(c if mean is None else (c - mean) / getattr(self, f"scale_{name}"))
-        return out
+    def _given(self, name: str, value: Tensor) -> Tensor:
+        mean = getattr(self, f"mean_{name}", None)
+        return value if mean is None else (value - mean) / getattr(self, f"scale_{name}")
 
     @property
     def _log_det(self) -> Tensor:
         return -self.scale.log().sum()
+
+
+def statistics_of(meta: Mapping[str, Any]) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
+    own = meta["standardiser"]
+    return own["mean"], own["scale"], {k: (v["mean"], v["scale"]) for k, v in meta.get("given_standardiser", {}).items()}
+
+
+class Standardised(Scales, Flow):
+    """log p(x) = log p_flow((x - mean) / scale) - Σ log scale, and samples mapped back.
+
+    `x` has the shape of the inner flow's data; context inputs are standardised by their own mean and scale.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        mean: Any,
+        scale: Any,
+        given: Mapping[str, tuple[Any, Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.flow = flow
+        self.data_shape, self.base_shape = flow.data_shape, flow.base_shape
+        self.emitted_shapes, self.given_shapes = flow.emitted_shapes, flow.given_shapes
+        self.types = flow.types
+        self._keep(mean, scale, given)
+        self.origin = getattr(flow, "origin", None)
+
+    @staticmethod
+    def of(flow: Flow, meta: Mapping[str, Any]) -> Flow:
+        """The flow with the statistics that a weights file carries; the flow itself if it carries none."""
+        if "standardiser" not in meta:
+            return flow
+        return Standardised(flow, *statistics_of(meta))
+
+    def _standard(self, given: Sequence[Tensor]) -> list[Tensor]:
+        return [self._given(n, c) for n, c in zip(self.given_shapes, given, strict=True)]
 
     def _forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         x, *given = values
@@ -110,3 +121,56 @@ class Standardised(Flow):
     ) -> tuple[Tensor, Tensor]:
         x, log_p = self.flow._sample_and_log_prob(batch, *self._standard(context), generator=generator)
         return x * self.scale + self.mean, log_p + self._log_det
+
+
+class StandardisedModel(Scales, Model):
+    """A trained model whose programs take and give values in the units of the data.
+
+    Inputs that are data of the model are standardised. What `sample`, and programs named `sample_..`, give is mapped
+    back where it has the shape of the data; `log_prob` counts the change of units. Other results are as they are.
+    """
+
+    def __init__(self, flow: Model, mean: Any, scale: Any, given: Mapping[str, tuple[Any, Any]] | None = None) -> None:
+        super().__init__()
+        self.flow = flow
+        self.programs, self.types, self.context = flow.programs, flow.types, flow.context
+        self.data_name, self.data_shape, self.given_shapes = flow.data_name, flow.data_shape, flow.given_shapes  # type: ignore[misc]
+        self._keep(mean, scale, given)
+        self.origin = getattr(flow, "origin", None)
+
+    @staticmethod
+    def of(flow: Model, meta: Mapping[str, Any]) -> Model:
+        """The model with the statistics that a weights file carries; the model itself if it carries none."""
+        return StandardisedModel(flow, *statistics_of(meta)) if "standardiser" in meta else flow
+
+    def __getattr__(self, name: str) -> Any:
+        programs = self.__dict__.get("programs", {})
+        if name not in programs:
+            return super().__getattr__(name)
+
+        def program(*values: Any, shape: Any = (), generator: torch.Generator | None = None) -> Any:
+            if not programs[name] and values:
+                (shape,) = values
+                values = ()
+            return self.run(name, values, shape, generator)
+
+        program.__doc__ = getattr(type(self.flow), name).__doc__
+        return program
+
+    def run(self, name: str, values: tuple[Any, ...], shape: Any, generator: torch.Generator | None) -> Any:
+        fitted = self._fitted(name, values)
+        inputs = [self._in(n, v) for n, v in zip(self.programs[name], fitted, strict=True)]
+        out = self.flow.run(name, tuple(inputs), shape, generator)
+        if name == "log_prob":
+            return out + self._log_det
+        if name.split("_")[0] == "sample":
+            return tuple(map(self._out, out)) if isinstance(out, tuple) else self._out(out)
+        return out
+
+    def _in(self, name: str, value: Tensor) -> Tensor:
+        return (value - self.mean) / self.scale if name == self.data_name else self._given(name, value)
+
+    def _out(self, value: Tensor) -> Tensor:
+        n = len(self.data_shape)
+        fits = tuple(value.shape[value.dim() - n :]) == tuple(self.data_shape)
+        return value * self.scale + self.mean if fits else value

@@ -20,6 +20,7 @@ from flowlang.train.data import Recipe, Table, read_table
 from flowlang.train.loop import FREE, Options, Result, begun_with
 from flowlang.train.loop import train as fit
 from flowlang.train.loop import train_energy as fit_energy
+from flowlang.train.problem import is_model
 
 if TYPE_CHECKING:
     from flowlang.compiler import Compilation
@@ -129,7 +130,7 @@ def say(text: str, *, err: bool = False) -> None:
 @click.pass_context
 def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None, data: str | None, energy: str | None,
           out: str, resume: bool, no_standardise: bool, **rest: Any) -> None:  # fmt: skip
-    """Train a flow on a file of samples, or on an energy.
+    """Train a flow on a file of samples, or on an energy; a model by its program `loss`.
 
     Writes model.safetensors (the best weights, with spec and standardisation), last.safetensors (to resume),
     history.csv, curves.png and samples.png. Ctrl-C keeps everything; --resume goes on as if nothing had happened.
@@ -155,7 +156,7 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
     if energy is not None:
         report_energy(module, function, options.seed)
     pictures(module, table, folder, result)
-    report(result, out, energy is not None)
+    report(result, out, "KL - log Z" if energy is not None else "validation loss" if is_model(module) else "validation")
 
 
 def options_of(ctx: click.Context, folder: Path, values: dict[str, Any], resume: bool) -> Options:
@@ -185,21 +186,22 @@ def fit_sizes(spec: str, sets: tuple[str, ...], flow: str | None, table: Table) 
     if spec == "-":
         return sets
     comp = analyse(spec, parse_sets(sets))
-    if not comp.ok or not comp.flows():
+    if not comp.ok or not comp.flows() + comp.models():
         return sets
     region = comp.regions.get(pick_flow(comp, flow))
-    if region is None or not region.inputs or id(region) not in comp.elab.witnessed:
+    if region is None or id(region) not in comp.elab.witnessed:
         return sets
-    axes = region.graph[region.inputs[0]].tensor.axes
+    types = region.input_types() or [t for word, t in region.data.values() if word == "data"]
+    axes = types[0].axes if types else ()
     if len(axes) != 1 or any(s.partition("=")[0].strip() == axes[0].name for s in sets):
         return sets
     return (*sets, f"{axes[0].name}={table.x.shape[1]}")
 
 
-def report(result: Result, out: str, energy: bool) -> None:
-    what = "KL - log Z" if energy else "validation"
+def report(result: Result, out: str, what: str) -> None:
+    unit = "" if what.endswith("loss") else " nats"
     click.echo(
-        f"{out}: best {what} {result.best_validation:.4f} nats at epoch {result.best_epoch} of"
+        f"{out}: best {what} {result.best_validation:.4f}{unit} at epoch {result.best_epoch} of"
         f" {result.history[-1]['epoch']:.0f} (stopped: {result.stopped})"
     )
     if result.skipped:
@@ -224,10 +226,13 @@ def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> 
     from flowlang.train.plots import learning_curve, samples_plot
 
     try:
-        learning_curve(result.history, folder / "curves.png")
+        model = is_model(module)
+        learning_curve(result.history, folder / "curves.png", "" if model else "nats for each sample")
         trained = load(folder)
         n = 2000 if table is None else min(len(table), 2000)
         context = {} if table is None else {k: v[:n] for k, v in table.given.items()}
+        if model and not set(module.programs.get("sample", ("",))) <= set(context):
+            return  # no program `sample`, or one that needs more than there is
         drawn = draw_samples(trained, n, 0, context)
         samples_plot(None if table is None else table.x[:n], drawn, folder / "samples.png", table.columns if table else ())
     except FlowError as e:
@@ -253,18 +258,47 @@ def trained_flow(spec: str | None, sets: tuple[str, ...], weights: str) -> tuple
     return load(file, spec, **parse_sets(sets)).eval(), meta
 
 
-def draw_samples(flow: Any, n: int, seed: int, given: dict[str, Any]) -> Any:
+def draw_samples(flow: Any, n: int, seed: int, given: dict[str, Any], program: str = "sample") -> Any:
     """Samples as a float64 array; with context rows, one for each."""
     import torch
 
     context = {k: torch.as_tensor(np.asarray(v)).to(flow.like.dtype) for k, v in given.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = flow.sample((n,), generator=torch.Generator().manual_seed(seed), **context)
+        generator = torch.Generator().manual_seed(seed)
+        if is_model(flow):
+            with torch.no_grad():
+                found = run_program(flow, program, n, context, generator)
+        else:
+            found = flow.sample((n,), generator=generator, **context)
     return found.double().numpy()
 
 
-def densities(flow: Any, table: Table, seed: int = 0, batch: int = 8192) -> Any:
+def need_program(flow: Any, name: str) -> dict[str, tuple[int, ...]]:
+    """The inputs of a model's program (FL0804)."""
+    if name not in flow.programs:
+        raise FlowError(
+            Diagnostic("FL0804", f"this model has no program `{name}`",
+                       suggestion=f"choose one by --program; it has {', '.join(f'`{p}`' for p in flow.programs)}")
+        )  # fmt: skip
+    inputs: dict[str, tuple[int, ...]] = flow.programs[name]
+    return inputs
+
+
+def run_program(flow: Any, name: str, n: int, values: dict[str, Any], generator: Any) -> Any:
+    """The (first) result of a model's program at values by name, or n draws of one that takes none."""
+    inputs = need_program(flow, name)
+    for wanted in inputs:
+        if wanted not in values:
+            raise FlowError(
+                Diagnostic("FL0804", f"`{name}` takes `{wanted}`, which is not given", suggestion=f"as in `--given {wanted}=..`")
+            )
+    found = flow.run(name, tuple(values[k] for k in inputs), (n,), generator)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def densities(flow: Any, table: Table, seed: int = 0, batch: int = 8192, program: str = "log_prob") -> Any:
+    """Values of `log_prob`, or of another program of a model, for each row; what a program averages, for each batch."""
     import torch
 
     x = torch.as_tensor(table.x).to(flow.like.dtype)
@@ -273,7 +307,12 @@ def densities(flow: Any, table: Table, seed: int = 0, batch: int = 8192) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for k in range(0, len(x), batch):
-            parts.append(flow.log_prob(x[k : k + batch], **{n: v[k : k + batch] for n, v in given.items()}))
+            part, context = x[k : k + batch], {n: v[k : k + batch] for n, v in given.items()}
+            if is_model(flow):
+                found = run_program(flow, program, len(part), {flow.data_name: part, **context}, None)
+                parts.append(found if found.dim() else found.expand(len(part)))
+            else:
+                parts.append(flow.log_prob(part, **context))
     return torch.cat(parts).double().numpy()
 
 
@@ -297,8 +336,10 @@ weights_option = click.option(
     "--given", "given", multiple=True, metavar="NAME=NUMBERS", help="A value of a context input, the same for all samples."
 )
 @click.option("--raw", is_flag=True, help="Leave dequantised columns as they are, instead of rounding to their steps.")
+@click.option("--program", default="sample", show_default=True, metavar="NAME", help="Which program of a model draws them.")
 def sample(
-    spec: str | None, sets: tuple[str, ...], weights: str, count: int, seed: int, out: str, given: tuple[str, ...], raw: bool
+    spec: str | None, sets: tuple[str, ...], weights: str, count: int, seed: int, out: str, given: tuple[str, ...], raw: bool,
+    program: str,
 ) -> None:  # fmt: skip
     """Draw samples from a trained flow (of its own spec, if none is named)."""
     if count < 1:
@@ -310,14 +351,14 @@ def sample(
             value = np.array([float(v) for v in numbers])
         except ValueError:
             raise click.UsageError(f"--given {name} takes numbers here") from None
-        shape = flow.given_shapes.get(name)
+        shape = {**flow.given_shapes, **getattr(flow, "programs", {}).get(program, {})}.get(name)
         if shape is not None and value.size == int(np.prod(shape)):
             value = value.reshape(shape)
         context[name] = np.repeat(value[None], count, axis=0)
     flow.check_inverse = True
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        drawn = draw_samples(flow, count, seed, context)
+        drawn = draw_samples(flow, count, seed, context, program)
     for w in told:
         click.echo(f"note: {w.message}", err=True)
     recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else Recipe()
@@ -375,27 +416,34 @@ def printed(x: Any, recipe: Recipe) -> list[list[Any]]:
 @with_data
 @seed_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write log p of each row (.npy or .csv).")
+@click.option(
+    "--program", default="log_prob", show_default=True, metavar="NAME", help="What to evaluate, of a model: any program of its data."
+)
 @json_option
 def score(
-    spec: str | None, sets: tuple[str, ...], weights: str, data: str, seed: int, out: str | None, as_json: bool, **chosen: Any
+    spec: str | None, sets: tuple[str, ...], weights: str, data: str, seed: int, out: str | None, program: str, as_json: bool,
+    **chosen: Any,
 ) -> None:  # fmt: skip
-    """Log-density of each row under a trained flow, in the units of the data.
+    """Log-density of each row under a trained flow or model, in the units of the data.
 
-    Columns, categories and steps are those of the training, unless they are chosen anew.
+    Columns, categories and steps are those of the training, unless they are chosen anew. Of a model, `--program`
+    takes another of its programs, as `accuracy`.
     """
-    from flowlang.train.problem import check_shapes
+    from flowlang.train.problem import check_shapes, scalars
 
     flow, meta = trained_flow(spec, sets, weights)
     recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
-    table = read(data, chosen, seed, recipe)
+    table = scalars(flow, read(data, chosen, seed, recipe))
     check_shapes(flow, table)
-    found = densities(flow, table, seed)
+    found = densities(flow, table, seed, program=program)
     if out is not None:
-        write_samples(Path(out), found[:, None] if out.endswith(".csv") else found, Recipe(("log_prob",)), True)
+        write_samples(Path(out), found[:, None] if out.endswith(".csv") else found, Recipe((program,)), True)
     error = float(found.std() / np.sqrt(len(found)))
     facts = {"rows": len(found), "mean": float(found.mean()), "standard_error": error}
     click.echo(
-        json.dumps(facts) if as_json else f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats"
+        json.dumps(facts) if as_json else
+        f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats" if program == "log_prob" else
+        f"{len(found)} rows: mean {program} {facts['mean']:.4f} ± {error:.4f}"
     )
 
 

@@ -44,8 +44,11 @@ MODULE_NAMES = frozenset(
         "call_super_init",
         "children",
         "compile",
+        "context",
         "cpu",
         "cuda",
+        "data_name",
+        "data_shape",
         "double",
         "dump_patches",
         "eval",
@@ -56,6 +59,7 @@ MODULE_NAMES = frozenset(
         "get_extra_state",
         "get_parameter",
         "get_submodule",
+        "given_shapes",
         "half",
         "ipu",
         "like",
@@ -157,7 +161,9 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
     defs: list[tree.Declaration] = []
     for statement in declaration.body or ():
         if isinstance(statement, tree.Declare) and statement.word in ("data", "given"):
-            inputs += declare_data(body, statement)
+            declared = declare_data(body, statement)
+            inputs += declared
+            body.region.data |= {i.name: (statement.word, i.type) for i in declared}
         elif isinstance(statement, tree.Declaration) and statement.kind == "def":
             defs.append(statement)
             body.names[statement.name] = Local(statement, body)

@@ -95,7 +95,7 @@ FREE = {"epochs", "patience", "max_seconds", "devices", "accelerator", "resume",
 
 @dataclass
 class Result:
-    """What came of it; nats for each sample, in the units of the data."""
+    """What came of it; nats for each sample, in the units of the data (of a model: its loss)."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     best_validation: float = math.inf
@@ -144,7 +144,7 @@ def make_fabric(o: Options) -> Any:
 def train(
     flow: Flow, table: Table, out: str | Path, options: Options | None = None, meta: dict[str, Any] | None = None
 ) -> Result:
-    """Fits a flow to a table by maximum likelihood.
+    """Fits a flow to a table by maximum likelihood, or a model by its program `loss`.
 
     Writes to `out`: `model.safetensors` (best validation), `last.safetensors` (everything to go on from) and
     `history.csv`; leaves the best weights in `flow`.
@@ -233,7 +233,7 @@ class Trainer:
         if o.resume:
             self.restore()
         until = time.monotonic() + o.max_seconds if o.max_seconds else math.inf
-        bar = Bar(o, self.problem.batches, self.result.main, self.epoch * self.problem.batches + self.step)
+        bar = Bar(o, self.problem.unit, self.problem.batches, self.result.main, self.epoch * self.problem.batches + self.step)
         with Interrupts().heard() as interrupts, bar:
             if not self.result.history:
                 self.validate(math.nan)
@@ -457,8 +457,9 @@ def begun_with(out: Path, given: dict[str, Any]) -> Options:
 class Bar:
     """Progress on a terminal, batch by batch; quiet elsewhere."""
 
-    def __init__(self, o: Options, batches: int, main: bool, done: int):
+    def __init__(self, o: Options, unit: str, batches: int, main: bool, done: int):
         self.shown: Any = None
+        self.unit = f" {unit}" if unit else ""
         if not (o.progress and main):
             return
         try:
@@ -482,7 +483,7 @@ class Bar:
 
     def say(self, mean: float, valid: float) -> None:
         if self.shown is not None:
-            self.shown.set_postfix_str(f"train {mean:.4f}, validation {valid:.4f} nats")
+            self.shown.set_postfix_str(f"train {mean:.4f}, validation {valid:.4f}{self.unit}")
 
 
 __all__ = ["Options", "Result", "begun_with", "train", "train_energy"]

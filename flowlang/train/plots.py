@@ -40,7 +40,7 @@ def plain(ax: Any) -> None:
     ax.tick_params(labelsize=8)
 
 
-def learning_curve(history: Sequence[dict[str, float]], path: str | Path) -> None:
+def learning_curve(history: Sequence[dict[str, float]], path: str | Path, unit: str = "nats for each sample") -> None:
     """Training and held-out loss over epochs, scaled to what happens after the first steps."""
     fig = figure(6, 3.6)
     ax = fig.subplots()
@@ -60,7 +60,7 @@ def learning_curve(history: Sequence[dict[str, float]], path: str | Path) -> Non
             low, high = float(tail.min()), float(np.quantile(tail, 0.98))
             ax.set_ylim(low - 0.15 * (high - low + 1e-3), high + 0.15 * (high - low + 1e-3))
     ax.set_xlabel("epoch")
-    ax.set_ylabel("loss (nats for each sample)")
+    ax.set_ylabel(f"loss ({unit})" if unit else "loss")
     ax.legend(frameon=False, fontsize=8)
     plain(ax)
     write(fig, path)

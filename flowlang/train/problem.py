@@ -1,10 +1,14 @@
-"""What is minimised: -log p of samples, or reverse KL to an energy. The trainer sees only this face."""
+"""What is minimised: -log p of samples, a model's own `loss`, or reverse KL to an energy.
+
+The trainer sees only the face `Problem`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -27,6 +31,7 @@ class Problem(Protocol):
 
     batches: int  # in one epoch
     offset: float  # from what the module says to what is reported
+    unit: str  # of what is reported
 
     @property
     def module(self) -> nn.Module: ...
@@ -57,35 +62,64 @@ class NegativeLogLikelihood(nn.Module):
         return -self.flow.log_prob(x, **given)
 
 
+class ModelLoss(nn.Module):
+    """A model's program `loss` as `forward`: its mean over a batch."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.flow = model
+
+    def forward(self, x: Tensor, given: dict[str, Tensor]) -> Tensor:
+        values = {self.flow.data_name: x, **given}
+        found: Tensor = self.flow.loss(*(values[n] for n in self.flow.programs["loss"]))
+        return found
+
+
 class Likelihood:
-    """Maximum likelihood on a table; a part is held out, statistics come from the rest."""
+    """Maximum likelihood on a table; a part is held out, statistics come from the rest.
+
+    A model's own `loss` takes the place of -log p. It reads the model's first `data` standardised, and what is
+    `given` too; other `data`, as labels and targets, as they are.
+    """
+
+    module: nn.Module
 
     def __init__(self, flow: Flow, table: Table, *, batch: int, validation: float, seed: int, standardise: bool):
+        table = scalars(flow, table)
         check_shapes(flow, table)
         rows, held = split(len(table), [validation], seed)
         if len(rows) < 2 or len(held) < 1:
             raise FlowError(
                 Diagnostic("FL0802", f"{len(table)} samples are too few to train and validate", suggestion="bring more data")
             )  # fmt: skip
-        self.flow, self.module = flow, NegativeLogLikelihood(flow)
+        self.flow, self.own = flow, is_model(flow)  # own: a loss of its own
+        self.module = ModelLoss(flow) if self.own else NegativeLogLikelihood(flow)
+        self.unit = "" if self.own else "nats"
+        if self.own:
+            check_loss(flow)
         self.size, self.seed, self.rows = batch, seed, rows
         part = table.take(rows)
-        whole = flow.types.get("data", "").startswith("Int")  # whole numbers stay as they are: the flow dequantises
+        whole = flow.types.get(data_name(flow), "").startswith("Int")  # whole numbers stay as they are: the flow dequantises
         columns = table.columns if table.x.ndim == 2 else ()
         self.standard = Standardiser.fit(part.x, columns) if standardise and not whole else Standardiser.identity(table.x.shape[1:])
-        self.given_standard = {k: Standardiser.fit_context(v) for k, v in part.given.items()}
+        labels = set() if not self.own else {k for k in part.given if k not in flow.context}
+        self.given_standard = {
+            k: Standardiser.identity(v.shape[1:]) if k in labels else Standardiser.fit_context(v)
+            for k, v in part.given.items()
+        }
         dtype = flow.like.dtype
         self.x, self.given = self.tensors(part, dtype)
         self.rounded = torch.as_tensor(part.rounded) if part.rounded is not None else None
         self.widths = torch.as_tensor(table.widths())
         self.held_x, self.held_given = self.tensors(table.take(held), dtype)
         self.batches = math.ceil(len(self.x) / batch)
-        self.offset = -self.standard.log_det
+        self.offset = 0.0 if self.own else -self.standard.log_det
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))
         self.print = digest(table)
         # Parameters that start from data (actnorm): from the same batch in every process; a resumed run brings its own.
         first = slice(max(batch, 256))
-        flow.initialise(self.x[first], **{k: c[first] for k, c in self.given.items()})
+        if not self.own:
+            flow.initialise(self.x[first], **{k: c[first] for k, c in self.given.items()})
 
     def tensors(self, table: Table, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         x = torch.as_tensor(self.standard.apply(table.x)).to(dtype)
@@ -119,7 +153,8 @@ class Likelihood:
         total = 0.0
         for k in range(0, len(self.held_x), VALIDATION_BATCH):
             given = {n: move(c[k : k + VALIDATION_BATCH]) for n, c in self.held_given.items()}
-            total -= float(self.flow.log_prob(move(self.held_x[k : k + VALIDATION_BATCH]), **given).double().sum())
+            x = move(self.held_x[k : k + VALIDATION_BATCH])
+            total += float(self.module(x, given).double().mean()) * len(x)
         return total / len(self.held_x) + self.offset
 
     def meta(self) -> dict[str, Any]:
@@ -151,6 +186,7 @@ class Variational:
     """A flow fitted to an unnormalised density exp(-energy(x)), by samples of its own (Rezende & Mohamed 2015)."""
 
     offset = 0.0
+    unit = "nats"
 
     def __init__(self, flow: Flow, energy: Callable[[Tensor], Tensor], *, batch: int, batches: int, seed: int):
         if flow.given_shapes:
@@ -203,6 +239,39 @@ def importance(flow: Flow, energy: Callable[[Tensor], Tensor], *, count: int = 2
     }  # fmt: skip
 
 
+def is_model(flow: Any) -> bool:
+    """Whether this is a model, with programs of its own."""
+    return hasattr(flow, "programs")
+
+
+def data_name(flow: Any) -> str:
+    return str(getattr(flow, "data_name", "data"))
+
+
+def check_loss(model: Any) -> None:
+    """A model is trained by its program `loss`, of its data (FL0804)."""
+    if "loss" not in model.programs:
+        raise FlowError(
+            Diagnostic("FL0804", "this model has no program `loss`, by which to train it", suggestion="as in `def loss { .. }`")
+        )
+    for name in model.programs["loss"]:
+        if name != model.data_name and name not in model.given_shapes:
+            raise FlowError(
+                Diagnostic("FL0804", f"`loss` takes `{name}`, which is no data of the model",
+                           suggestion=f"declare it, as in `given {name}: R`, or draw it in `loss`")
+            )  # fmt: skip
+
+
+def scalars(flow: Flow, table: Table) -> Table:
+    """One column for a value of one number has no axis."""
+
+    def fitted(x: Array, shape: Any) -> Array:
+        return x[:, 0] if shape is not None and tuple(shape) == () and x.shape[1:] == (1,) else x
+
+    given = {k: fitted(v, flow.given_shapes.get(k)) for k, v in table.given.items()}
+    return replace(table, x=fitted(table.x, flow.data_shape), given=given)
+
+
 def check_shapes(flow: Flow, table: Table) -> None:
     """Data and context of a table against those of a flow (FL0802)."""
     have, want = tuple(table.x.shape[1:]), tuple(flow.data_shape)
@@ -244,4 +313,4 @@ def digest(table: Table) -> str:
     return found.hexdigest()
 
 
-__all__ = ["Likelihood", "Problem", "Variational", "check_shapes", "importance", "seed_of"]
+__all__ = ["Likelihood", "Problem", "Variational", "check_shapes", "importance", "is_model", "scalars", "seed_of"]

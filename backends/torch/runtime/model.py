@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from flowlang.backends.torch.runtime.errors import bad_input
@@ -50,6 +50,10 @@ class Model(Face):
     """
 
     programs: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
+    data_name = ""  # the first entry of `data`: what is fitted; others, labels and targets too, are in `given_shapes`
+    data_shape: tuple[int, ...] = ()
+    given_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
+    context: tuple[str, ...] = ()  # those of them that are declared as `given`
 
     def forward(self, *values: Tensor, generator: torch.Generator | None = None) -> Any:
         """The program `loss`, so that wrappers for several processes see a forward pass."""
@@ -57,6 +61,16 @@ class Model(Face):
 
     def run(self, name: str, values: tuple[Any, ...], shape: Any, generator: torch.Generator | None) -> Any:
         """Runs a program on checked values of one batch shape."""
+        fitted = self._fitted(name, values)
+        program = getattr(self, f"_{name}")
+        if not self.programs[name]:
+            fitted = [(shape,) if isinstance(shape, int) else tuple(shape)]
+        out = program(*fitted, generator)
+        averaged = name.startswith("loss") or name.endswith("_loss")
+        return out.mean() if averaged and isinstance(out, Tensor) else out
+
+    def _fitted(self, name: str, values: tuple[Any, ...]) -> list[Any]:
+        """A program's values, checked and broadcast to one batch shape."""
         if name not in self.programs:
             raise bad_input(
                 f"this model has no program `{name}`", f"its programs are {', '.join(f'`{p}`' for p in self.programs)}"
@@ -65,15 +79,9 @@ class Model(Face):
         if len(values) != len(inputs):
             expected = ", ".join(f"`{k}`: {self.types.get(k, v)}" for k, v in inputs.items()) or "no values"
             raise bad_input(f"`{name}` got {len(values)} values", f"it takes {expected}")
-        program = getattr(self, f"_{name}")
-        averaged = name.startswith("loss") or name.endswith("_loss")
-        if not inputs:
-            out = program((shape,) if isinstance(shape, int) else tuple(shape), generator)
-            return out.mean() if averaged and isinstance(out, Tensor) else out
         checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(inputs.items(), values, strict=True)]
         batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
-        out = program(*(v.expand(batch + s) for _, v, s in checked), generator)
-        return out.mean() if averaged and isinstance(out, Tensor) else out
+        return [v.expand(batch + s) for _, v, s in checked]
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}({', '.join(inputs)})" for name, inputs in self.programs.items())
