@@ -438,12 +438,13 @@ def score(
     found = densities(flow, table, seed, program=program)
     if out is not None:
         write_samples(Path(out), found[:, None] if out.endswith(".csv") else found, Recipe((program,)), True)
+    averaged = program.startswith("loss") or program.endswith("_loss")  # one number for each batch, not each row
     error = float(found.std() / np.sqrt(len(found)))
-    facts = {"rows": len(found), "mean": float(found.mean()), "standard_error": error}
+    facts = {"rows": len(found), "mean": float(found.mean())} | ({} if averaged else {"standard_error": error})
     click.echo(
         json.dumps(facts) if as_json else
         f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats" if program == "log_prob" else
-        f"{len(found)} rows: mean {program} {facts['mean']:.4f} ± {error:.4f}"
+        f"{len(found)} rows: mean {program} {facts['mean']:.4f}" + ("" if averaged else f" ± {error:.4f}")
     )
 
 

@@ -71,6 +71,7 @@ MODULE_NAMES = frozenset(
         "named_modules",
         "named_parameters",
         "origin",
+        "parameter_groups",
         "parameters",
         "programs",
         "register_backward_hook",

@@ -79,6 +79,8 @@ class Model(Face):
         if len(values) != len(inputs):
             expected = ", ".join(f"`{k}`: {self.types.get(k, v)}" for k, v in inputs.items()) or "no values"
             raise bad_input(f"`{name}` got {len(values)} values", f"it takes {expected}")
+        if not inputs:
+            return []
         checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(inputs.items(), values, strict=True)]
         batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
         return [v.expand(batch + s) for _, v, s in checked]
