@@ -130,7 +130,9 @@ def say(text: str, *, err: bool = False) -> None:
 @click.pass_context
 def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None, data: str | None, energy: str | None,
           out: str, resume: bool, no_standardise: bool, **rest: Any) -> None:  # fmt: skip
-    """Train a flow on a file of samples, or on an energy; a model by its program `loss`.
+    """Train a flow on a file of samples, or on an energy.
+
+    A model is trained by its program `loss`.
 
     Writes model.safetensors (the best weights, with spec and standardisation), last.safetensors (to resume),
     history.csv, curves.png and samples.png. Ctrl-C keeps everything; --resume goes on as if nothing had happened.
