@@ -255,9 +255,9 @@ def export_onnx(
     sampling programs, unless `seed` asks for a random op inside.
     """
     from flowlang.backends.onnx.files import export_files
-    from flowlang.backends.torch.standard import Standardised
+    from flowlang.backends.torch.standard import Standardised, StandardisedModel
 
-    whole = flow if isinstance(flow, Standardised) else None
+    whole = flow if isinstance(flow, Standardised | StandardisedModel) else None
     module = whole.flow if whole is not None else flow
     if type(module) not in origins:
         raise FlowError(

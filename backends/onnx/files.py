@@ -70,6 +70,11 @@ def export_files(
 ) -> dict[str, Path]:  # fmt: skip
     """Writes one checked model for each program; gives their paths."""
     need_onnx()
+    if comp.regions[name].kind == "model":
+        raise FlowError(
+            Diagnostic("FL0701", f"`{name}` is a model, and programs of models cannot be exported to ONNX yet",
+                       comp.regions[name].span, suggestion="a flow with the step `cnf(v)` exports density and sampler of a field")
+        )  # fmt: skip
     from flowlang.backends.onnx.build import DEFAULT_OPSET, Options, Standard, Unlowered, export
 
     check_options(programs, opset)

@@ -24,7 +24,7 @@ LAZY = {
     "train": ("training", "Train a flow on a file of samples, or on an energy."),
     "evolve": ("evolving", "Search layers of normalisation and activation by evolution (Liu et al. 2020)."),
     "sample": ("training", "Draw samples from a trained flow (of its own spec, if none is named)."),
-    "score": ("training", "Log-density of each row under a trained flow, in the units of the data."),
+    "score": ("training", "Log-density of each row under a trained flow or model, in the units of the data."),
 }
 ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "evolve", "std", "new")
 

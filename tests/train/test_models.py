@@ -146,3 +146,10 @@ def test_the_commands_train_sample_and_score_a_model(
     assert "mean log p" in said("score", "-w", "out", "--data", "x.npy")
     assert "mean loss" in said("score", "-w", "out", "--data", "x.npy", "--program", "loss")
     assert "no program `nothing`" in said("score", "-w", "out", "--data", "x.npy", "--program", "nothing", code=1)
+
+
+def test_programs_of_models_are_refused_by_the_export_in_words(tmp_path: Path) -> None:
+    train(fl.compile(MATCHING, seed=0), table(), tmp_path, options(epochs=1))
+    for model in (fl.compile(MATCHING, seed=0), fl.load(tmp_path)):
+        with pytest.raises(fl.FlowError, match="programs of models cannot be exported"):
+            fl.export_onnx(model, tmp_path / "m.onnx", ["sample"])
