@@ -265,7 +265,7 @@ def export_onnx(
         )
     comp, name = origins[type(module)]
     return export_files(
-        comp, name, module, path, list(programs or default_programs(comp.regions[name])), opset=opset, seed=seed,
+        comp, name, module, path, list(default_programs(comp.regions[name]) if programs is None else programs), opset=opset, seed=seed,
         standard=whole.standard() if whole is not None else None,
         given_standard=whole.given_standard() if whole is not None else None,
     )  # fmt: skip
