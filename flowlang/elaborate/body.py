@@ -644,15 +644,13 @@ class Body:
         value = self.ev(expr.value)
         if isinstance(value, Poison):
             return value
-        if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
-            return apply(self, Bracketed(value, expr.items, expr.span), [], {}, expr.span)
         if isinstance(value, Pending):
             value = Tensor(self.tensor(value, expr.value.span), self)
         if isinstance(value, Tensor):
             return axis_rules.index_tensor(self, self.capture(value), expr.items)
         if isinstance(value, list):
             return self.index_list(value, expr)
-        if isinstance(value, Builtin) and value.name in ("zeros", "ones"):
+        if isinstance(value, Builtin) and value.name in ("zeros", "ones", "checker"):
             return value.fn(self, Arguments(axes=expr.items, span=expr.span))
         if isinstance(value, Declared | Instance | Builtin | BuiltinNet | AppliedBuiltin):
             return Bracketed(value, expr.items, expr.span)

@@ -574,10 +574,21 @@ def index(body: Body, args: Arguments) -> Any:
 
 def checker(body: Body, args: Arguments) -> Any:
     """1, 0, 1, ... along an axis."""
-    expect(body, args, "checker", 1)
-    t = body.b.type(operand(body, args))
-    axis = one_axis(body, args, t, "checker")
-    i = body.b.op("index", axis=axis, size=t.size(axis))
+    expect(body, args, "checker", 0, 1)
+    if args.positional:
+        t = body.b.type(operand(body, args))
+        axis = one_axis(body, args, t, "checker")
+        count = t.size(axis)
+    else:  # `checker[D]`: D has a size here, or is given one
+        item = args.axes[0] if len(args.axes) == 1 else None
+        if item is None or not isinstance(item.left, tree.Name):
+            raise body.fail("FL0307", "`checker` needs one axis", span(args), suggestion="as in `checker[D]`")
+        axis = item.left.id
+        known = static_size(body, item.eq) if item.eq is not None else body.axes.get(axis)
+        if known is None:
+            raise body.fail("FL0310", f"the size of axis `{axis}` is open", item.span, suggestion=f"as in `checker[{axis} = 4]`")
+        count = known
+    i = body.b.op("index", axis=axis, size=count)
     odd = body.b.op("mod", i, body.b.const(2))
     return body.node("sub", body.b.const(1.0), odd, span=span(args))
 

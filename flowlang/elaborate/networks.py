@@ -184,7 +184,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
 
     def same() -> Any:
         axis = source or (t.names[-1] if t.rank == 1 else None)
-        if axis is None:
+        if axis is None or (item is not None and item.arrow is not None):
             raise body.fail(
                 "FL0304", "the output size of `linear` is open", span, suggestion="as in `linear[D -> E = 64]`"
             )

@@ -154,7 +154,9 @@ def test_each_copy_has_its_own_parameters(loop: str) -> None:
 
 
 def test_copies_of_a_for_may_differ_in_size() -> None:
-    text = "net f(x: R[D]) -> R[D] { h = x[D -> H];  for w in [5, 7] { h := linear[H -> H = w](h) };  linear[H -> D](h) }"
+    text = (
+        "net f(x: R[D]) -> R[D] { h = x[D -> H];  for w in [5, 7] { h := linear[H -> H = w](h) };  linear[H -> D](h) }"
+    )
     assert parameters(text, D=3) == (3 * 5 + 5) + (5 * 7 + 7) + (7 * 3 + 3)
 
 
