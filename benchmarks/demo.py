@@ -1,13 +1,15 @@
 """The main job: a flow on real data, from its text to pictures, beside two baselines. `make demo` runs it.
 
-Diamonds (53,940 rows, 7 columns). Every model sees the same numbers: dequantised by their printed step, split 80/10/10,
-standardised by the training part. For each of three seeds (noise, split and start of all models) the flow, a Gaussian
-with full covariance and Gaussian mixtures are fitted on the training part; the mixture's size and the flow's epoch are
-chosen on the validation part; densities are compared on the test part, with a bootstrap over its rows. (Training of
-the flow draws the noise anew in each epoch.)
+Diamonds (7 columns). The protocol, the same for every model:
 
-The requirement is 0.1 nat for each dimension better than both. The mixtures still gain a little with more components
-than the candidates have, so a margin over the mixture that is near the requirement must not be read as met for good.
+* Stones are split once, by a fixed seed: 12,000 to train on, 15 % to validate, 15 % to test. More rows would be there
+  to train on; 12,000 keep all fits of all seeds within a few minutes on two cores.
+* Columns are dequantised by their printed step: one draw of noise for each row and seed, the same for all models.
+* Validation chooses the mixture's size, its regularisation and the flow's epoch; it chose the flow's spec and options too.
+* The test part is scored once for each seed (noise and start of all models), with a bootstrap over its rows.
+
+The requirement is 0.1 nat for each dimension better than both. It is met over the Gaussian and not over the mixture
+(seen: 0.084, 0.077 and 0.094 for the three seeds); the run says so.
 """
 
 from __future__ import annotations
@@ -32,35 +34,48 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "specs" / "diamonds.flow"
 STEPS = {"carat": 0.01, "cut": 1.0, "color": 1.0, "clarity": 1.0, "depth": 0.1, "table": 1.0, "price": 1.0}
 SEEDS = (0, 1, 2)
-MIXTURES = (16, 64, 160)
+SPLIT = 12345
+TRAINING, HELD_OUT = 12_000, 0.15
+MIXTURES = ((40, 1e-5), (60, 1e-5), (60, 1e-4), (90, 1e-5), (90, 1e-4), (150, 1e-4))  # components, least variance
 EPOCHS = 30
 TARGET = 0.1  # nats for each dimension
+ONNX = 1e-3  # nats by which a log-density in float32 may differ between onnxruntime and torch
 
 
 # ---- the data, the same for every model -----------------------------------------------------------
 
 
 def prepared(csv: Path, seed: int) -> dict[str, Any]:
-    """Parts of the table after dequantisation, and the statistics of the training part."""
-    from flowlang.train.data import Standardiser, read_table, split
+    """Parts of the table after dequantisation, and the statistics of the training part.
+
+    `known` has the training and the validation part in such an order that the trainer, which splits by its seed,
+    finds them again.
+    """
+    from flowlang.train.data import Standardiser, Table, read_table, split
 
     table = read_table(csv, dequantise=STEPS, seed=seed)
-    rest, test = split(len(table), [0.1], seed)
-    known = table.take(rest)
-    # The trainer holds out the same rows, as it is given the same seed.
-    train, validation = split(len(known), [1 / 9], seed)
-    standard = Standardiser.fit(known.x[train], table.columns)
+    n = len(table)
+    order = np.random.default_rng(SPLIT).permutation(n)
+    held = round(HELD_OUT * n)
+    train, validation, test = order[: n - 2 * held][:TRAINING], order[n - 2 * held : n - held], order[n - held :]
+    fitted = table.x[train]
+    size = len(fitted) + held
+    rows, kept = split(size, [held / size], seed)
+    x = np.empty((size, fitted.shape[1]))
+    x[rows], x[kept] = fitted, table.x[validation]
+    standard = Standardiser.fit(fitted, table.columns)
     return {
-        "known": known, "standard": standard, "train": standard.apply(known.x[train]),
-        "validation": standard.apply(known.x[validation]), "test": standard.apply(table.x[test]),
-        "test_raw": table.x[test], "table": table,
+        "known": Table(x, recipe=table.recipe, notes=table.notes), "share": held / size, "standard": standard,
+        "train": standard.apply(fitted), "validation": standard.apply(table.x[validation]),
+        "test": standard.apply(table.x[test]), "test_raw": table.x[test], "validation_raw": table.x[validation],
+        "table": table,
     }  # fmt: skip
 
 
 # ---- one process each -----------------------------------------------------------------------------
 
 
-def fit_flow(csv: Path, seed: int, epochs: int, out: Path) -> dict[str, Any]:
+def fit_flow(csv: Path, seed: int, epochs: int, out: Path, part: str) -> dict[str, Any]:
     import torch
 
     import flowlang as fl
@@ -71,30 +86,30 @@ def fit_flow(csv: Path, seed: int, epochs: int, out: Path) -> dict[str, Any]:
     parts = prepared(csv, seed)
     flow = fl.compile(SPEC, seed=seed)
     options = Options(
-        epochs=epochs, batch=256, lr=8e-3, ema=0.99, validation=1 / 9, patience=epochs, seed=seed, progress=False,
+        epochs=epochs, batch=256, lr=8e-3, ema=0.99, validation=parts["share"], patience=epochs, seed=seed, progress=False,
         accelerator="cpu",
     )  # fmt: skip
     result = train(flow, parts["known"], out, options, {"recipe": vars(parts["table"].recipe)})
     trained = fl.load(out).eval()
     with torch.no_grad():
-        found = trained.log_prob(torch.as_tensor(parts["test_raw"]).float()).double().numpy()
+        found = trained.log_prob(torch.as_tensor(parts[f"{part}_raw"]).float()).double().numpy()
     return {
         "log_prob": found, "validation": -result.best_validation, "epoch": result.best_epoch,
         "history": result.history, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def fit_mixture(csv: Path, seed: int, components: int) -> dict[str, Any]:
+def fit_mixture(csv: Path, seed: int, components: int, least: float, part: str) -> dict[str, Any]:
     from sklearn.mixture import GaussianMixture
 
     began = time.perf_counter()
     parts = prepared(csv, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit that has not converged is used as it is; validation judges it
-        model = GaussianMixture(components, max_iter=200, random_state=seed).fit(parts["train"])
+        model = GaussianMixture(components, reg_covar=least, max_iter=100, random_state=seed).fit(parts["train"])
     offset = parts["standard"].log_det
     return {
-        "log_prob": model.score_samples(parts["test"]) + offset,
+        "log_prob": model.score_samples(parts[part]) + offset,
         "validation": float(model.score(parts["validation"])) + offset, "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
@@ -153,16 +168,24 @@ def verified() -> list[dict[str, Any]]:
     return [{"check": c.name, "error": c.error, "tolerance": c.tolerance, "ok": c.ok} for c in checks]
 
 
-def fit_all(csv: Path, out: Path, epochs: int, seeds: tuple[int, ...]) -> tuple[dict[int, Any], dict[int, dict[int, Any]]]:
+Fits = dict[int, dict[tuple[int, float], Any]]  # by seed, components and least variance
+GAUSSIAN = (1, 1e-6)
+
+
+def fit_all(csv: Path, out: Path, epochs: int, seeds: tuple[int, ...], part: str) -> tuple[dict[int, Any], Fits]:
     """Every fit, spread over the cores; the long ones first."""
     workers = max(os.cpu_count() or 1, 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        flows = {s: pool.submit(fit_flow, csv, s, epochs, out / f"seed{s}") for s in seeds}
-        mixtures = {s: {k: pool.submit(fit_mixture, csv, s, k) for k in (*reversed(MIXTURES), 1)} for s in seeds}
+        flows = {s: pool.submit(fit_flow, csv, s, epochs, out / f"seed{s}", part) for s in seeds}
+        mixtures = {
+            s: {k: pool.submit(fit_mixture, csv, s, *k, part) for k in (*reversed(MIXTURES), GAUSSIAN)} for s in seeds
+        }
         for s, f in flows.items():
             found = f.result()
-            print(f"  flow, seed {s}: epoch {found['epoch']} of {epochs} was best, {found['seconds']:.0f} s", flush=True)
-        done: dict[int, dict[int, Any]] = {s: {k: result(f) for k, f in fits.items()} for s, fits in mixtures.items()}
+            print(
+                f"  flow, seed {s}: epoch {found['epoch']} of {epochs} was best, {found['seconds']:.0f} s", flush=True
+            )
+        done: Fits = {s: {k: result(f) for k, f in fits.items()} for s, fits in mixtures.items()}
     return {s: f.result() for s, f in flows.items()}, done
 
 
@@ -170,26 +193,26 @@ def result(f: Future[dict[str, Any]]) -> dict[str, Any]:
     return f.result()
 
 
-def table_of(flows: dict[int, Any], mixtures: dict[int, dict[int, Any]], dims: int) -> dict[str, Any]:
+def table_of(flows: dict[int, Any], mixtures: Fits, dims: int, part: str) -> dict[str, Any]:
     from flowlang.cli.tables import table
 
     rows, facts = [], {}
     for s, flow in flows.items():
-        best = max((k for k in mixtures[s] if k > 1), key=lambda k: mixtures[s][k]["validation"])
-        gaussian, mixture = mixtures[s][1], mixtures[s][best]
+        best = max(MIXTURES, key=lambda k: mixtures[s][k]["validation"])
+        gaussian, mixture = mixtures[s][GAUSSIAN], mixtures[s][best]
         against = {"gaussian": compare(flow, gaussian, dims, s), "mixture": compare(flow, mixture, dims, s)}
         facts[str(s)] = {
-            "test_nll": {"gaussian": -float(gaussian["log_prob"].mean()), "mixture": -float(mixture["log_prob"].mean()),
+            f"{part}_nll": {"gaussian": -float(gaussian["log_prob"].mean()), "mixture": -float(mixture["log_prob"].mean()),
                          "flow": -float(flow["log_prob"].mean())},
-            "mixture_components": best,
-            "mixture_validation": {k: -v["validation"] for k, v in mixtures[s].items()},
+            "mixture_components": best[0], "mixture_least_variance": best[1],
+            "mixture_validation": {f"{k[0]}, {k[1]:g}": -v["validation"] for k, v in mixtures[s].items()},
             "flow_better_by_nats_per_dimension": against, "flow_epoch": flow["epoch"],
         }  # fmt: skip
-        nll = facts[str(s)]["test_nll"]
-        rows.append([str(s), f"{nll['gaussian']:.3f}", f"{nll['mixture']:.3f} (k = {best})", f"{nll['flow']:.3f}",
+        nll = facts[str(s)][f"{part}_nll"]
+        rows.append([str(s), f"{nll['gaussian']:.3f}", f"{nll['mixture']:.3f} (k = {best[0]})", f"{nll['flow']:.3f}",
                      *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in against.values())])  # fmt: skip
     head = ["seed", "Gaussian", "mixture", "flow", "flow better than Gaussian by", "flow better than mixture by"]
-    print("Test negative log-likelihood in nats for each row (lower is better);")
+    print(f"{part.capitalize()} negative log-likelihood in nats for each row (lower is better);")
     print("differences in nats for each dimension, with their bootstrap 95 % interval.\n")
     print(table(head, rows))
     return facts
@@ -202,7 +225,9 @@ def verdict(facts: dict[str, Any]) -> dict[str, bool]:
         found = [f["flow_better_by_nats_per_dimension"][name] for f in facts.values()]
         out[f"{name}_margin"] = all(c["mean"] >= TARGET for c in found)
         out[f"{name}_interval_above_0"] = all(c["low"] > 0 for c in found)
-    out["mixture_chosen_below_the_largest"] = all(f["mixture_components"] < max(MIXTURES) for f in facts.values())
+    out["mixture_chosen_below_the_largest"] = all(
+        f["mixture_components"] < max(k for k, _ in MIXTURES) for f in facts.values()
+    )
     return out
 
 
@@ -288,6 +313,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "out" / "demo")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument(
+        "--part", choices=["test", "validation"], default="test", help="what to score; to tune on validation"
+    )
     chosen = parser.parse_args()
     out: Path = chosen.out
     out.mkdir(parents=True, exist_ok=True)
@@ -304,10 +332,10 @@ def main() -> int:
         data = datasets.load("diamonds")
         datasets.write(data, csv)
         dims = len(data.columns)
-        report.head(f"Training on {data.rows:,} rows of {dims} columns: {', '.join(data.columns)}")
-        flows, mixtures = fit_all(csv, out, chosen.epochs, SEEDS)
-        report.head("Scores on the test part")
-        facts = table_of(flows, mixtures, dims)
+        report.head(f"Training on {TRAINING:,} of {data.rows:,} rows of {dims} columns: {', '.join(data.columns)}")
+        flows, mixtures = fit_all(csv, out, chosen.epochs, SEEDS, chosen.part)
+        report.head(f"Scores on the {chosen.part} part")
+        facts = table_of(flows, mixtures, dims, chosen.part)
         found = verdict(facts)
         tell(found)
         folder = out / f"seed{SEEDS[0]}"
@@ -325,7 +353,7 @@ def main() -> int:
     (out / "report.json").write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
     print(f"\nAll of it: {out / 'report.json'}   [{whole['seconds']:.0f} s]")
     # Fails where something is wrong; how large a margin is, is a finding, told above and in the report.
-    return 0 if all(c["ok"] for c in checks) and alone == 0 else 1
+    return 0 if all(c["ok"] for c in checks) and alone == 0 and onnx["max_error"] <= ONNX else 1
 
 
 if __name__ == "__main__":

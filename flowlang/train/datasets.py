@@ -109,14 +109,18 @@ GRADES = {
 
 
 def diamonds(_: np.random.Generator) -> Dataset:
-    """Weight, grades (0 is the worst), proportions and price of 53,940 diamonds (pydataset, from ggplot2)."""
-    table = read_pydataset("diamonds")
+    """Weight, grades (0 is the worst), proportions and price of 53,940 diamonds (pydataset, from ggplot2).
+
+    Without those whose length, width and depth in millimetres cannot be true (0, or beyond 20).
+    """
+    whole = read_pydataset("diamonds")
+    table = whole[(whole.x > 0) & (whole.y > 0) & (whole.y < 20) & (whole.z > 1.5) & (whole.z < 20)]
     columns: Columns = {"carat": table["carat"].to_numpy(float)}
     for name, order in GRADES.items():
         columns[name] = table[name].map({k: i for i, k in enumerate(order)}).to_numpy(float)
     for name in ("depth", "table", "price"):
         columns[name] = table[name].to_numpy(float)
-    return Dataset(columns)
+    return Dataset(columns, f"{len(whole) - len(table)} stones of impossible size left out")
 
 
 def read_pydataset(name: str) -> Any:
