@@ -179,6 +179,10 @@ class Writer:
         """The batch dims, to be spread into a shape."""
         return f"*{self.batch}"
 
+    def with_batch(self, sizes: str) -> str:
+        """Arguments of `expand`: the batch dims, then sizes. A spread of no dims at all would be no argument."""
+        return f"*{self.batch}, {sizes}" if sizes else self.batch
+
     # ---- operands -------------------------------------------------------------------------------
 
     def type(self, n: int) -> TensorType:
@@ -866,7 +870,7 @@ def _expand(w: Writer, n: Node) -> Expr:
         return Expr(w.full(repr(n.tensor.shape), i))
     text = w.aligned(i, n.tensor).at(ATOM)
     if w.graph[i].batched:
-        return Expr(f"{text}.expand({w.batch_text()}, {sizes})")
+        return Expr(f"{text}.expand({w.with_batch(sizes)})")
     return Expr(f"{text}.expand({sizes})")
 
 
@@ -1085,8 +1089,7 @@ def _call_arguments(w: Writer, n: Node) -> list[str]:
             if missing:
                 text = f"{text}[..., {', '.join([*index, *([':'] * len(own))])}]"
             shape = ", ".join([*(str(sizes[a]) for a in lifted), *(str(t.size(a)) for a in own)])
-            front = f"{w.batch_text()}, " if some_batched else ""
-            out.append(f"{text}.expand({front}{shape})")
+            out.append(f"{text}.expand({w.with_batch(shape) if some_batched else shape})")
         else:
             out.append(argument(w, i))
     return out
@@ -1243,7 +1246,7 @@ def _scan(w: Writer, n: Node) -> Expr | None:
         else:
             text = f"torch.stack({order}, {-t.rank})"
             if not region.graph[region.outputs[k]].batched:
-                text += f".expand({w.batch_text()}, {', '.join(str(a.size) for a in t.axes)})"
+                text += f".expand({w.with_batch(', '.join(str(a.size) for a in t.axes))})"
         w.lines.append(f"{names[k]} = {text}  # [{', '.join(t.names)}]")
     _bind_results(w, n, names)
     return None
@@ -1256,7 +1259,7 @@ def _carried_start(w: Writer, i: int, over_batch: bool) -> str:
     return (
         w.full(f"({sizes},)" if not w.type(i).axes else f"({sizes})", i)
         if w.is_number(i)
-        else f"{w.tensor(i)}.expand({sizes})"
+        else f"{w.tensor(i)}.expand({w.with_batch(', '.join(str(a.size) for a in w.type(i).axes))})"
     )
 
 

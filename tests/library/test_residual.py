@@ -238,6 +238,7 @@ def test_the_log_det_of_a_contraction_is_no_part_of_a_graph() -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
     assert torch.allclose(torch.compile(flow.log_prob, backend="aot_eager")(x), wanted)
+    torch.compiler.reset()
     with pytest.raises(Exception, match="series of random length"):
         torch.compile(flow.log_prob, backend="aot_eager", fullgraph=True)(x)
     with pytest.raises(fl.FlowError, match="series of random length"):
