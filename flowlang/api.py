@@ -66,7 +66,9 @@ def library_flow(name: str) -> Source | None:
         return Source.of(f"std:{name}", f"{doc}{entry.span.text}\n")
     if entry.kind != "bijector":
         return None
-    tensors = [p for ps in entry.parameters for p in ps if p.type is not None and not p.given and is_tensor_type(p.type)]
+    tensors = [
+        p for ps in entry.parameters for p in ps if p.type is not None and not p.given and is_tensor_type(p.type)
+    ]
     data = tensors[0].type.span.text if tensors and tensors[0].type is not None else "R[D]"
     data = re.sub(r",?\s*\.\.", "", data).replace("[]", "[D]")
     return Source.of(f"std:{name}", f"flow {name}_flow {{\n  data x: {data}\n  {name}\n  base normal\n}}\n")
@@ -205,7 +207,9 @@ def compile_function(comp: Compilation, name: str, like: str) -> Any:
     if target is None:
         nets = [f"`{d.name}`" for d in comp.module.declared() if d.kind in ("net", "norm")]
         raise FlowError(
-            Diagnostic("FL0804", f"this spec has no net `{name}`", suggestion=f"its nets are {', '.join(nets) or 'none'}")
+            Diagnostic(
+                "FL0804", f"this spec has no net `{name}`", suggestion=f"its nets are {', '.join(nets) or 'none'}"
+            )
         )
     declaration = target.declaration
     tensors = [p for ps in declaration.parameters for p in ps if p.type is not None and is_tensor_type(p.type)]
@@ -245,7 +249,7 @@ origins: weakref.WeakKeyDictionary[type, tuple[Compilation, str]] = weakref.Weak
 
 def export_onnx(
     flow: Any, path: str | Path, programs: Sequence[str] | None = None, *, opset: int | None = None,
-    seed: int | None = None,
+    seed: int | None = None, dynamic: Sequence[str] | None = None,
 ) -> dict[str, Path]:  # fmt: skip
     """Writes ONNX models of a compiled flow, one file for each program; gives their paths.
 
@@ -253,6 +257,9 @@ def export_onnx(
     goes to `path`, several to `FILE.PROGRAM.onnx`. Programs: log_prob, forward, inverse, sample,
     sample_and_log_prob; by default log_prob and sample. A network has `forward` alone. Noise is an input of the
     sampling programs, unless `seed` asks for a random op inside.
+
+    The batch may have any size. So may the axes named by `dynamic`; by default those whose size the spec leaves open
+    (`data x: R[C = 3, H, W]`) where no weight depends on it. What cannot keep them open is refused (FL0701).
     """
     from flowlang.backends.onnx.files import export_files
     from flowlang.backends.torch.standard import Standardised, StandardisedModel
@@ -261,18 +268,52 @@ def export_onnx(
     module = whole.flow if whole is not None else flow
     if type(module) not in origins:
         raise FlowError(
-            Diagnostic("FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec")
+            Diagnostic(
+                "FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec"
+            )
         )
     comp, name = origins[type(module)]
     return export_files(
         comp, name, module, path, list(default_programs(comp.regions[name]) if programs is None else programs), opset=opset, seed=seed,
         standard=whole.standard() if whole is not None else None,
         given_standard=whole.given_standard() if whole is not None else None,
+        dynamic=dynamic, at=Resized(comp, name, module),
     )  # fmt: skip
 
 
 def default_programs(region: Region) -> tuple[str, ...]:
     return ("forward",) if region.kind in ("net", "norm") else ("log_prob", "sample")
+
+
+class Resized:
+    """The same flow, weights included, at other sizes of its inputs' axes."""
+
+    def __init__(self, comp: Compilation, name: str, module: Any):
+        self.comp, self.name, self.module = comp, name, module
+        self.known: dict[tuple[tuple[str, int], ...], Any] = {}
+
+    def __call__(self, sizes: Mapping[str, int]) -> Any:
+        """Region, facts and module; None where the spec does not allow the sizes. Raises OtherWeights."""
+        from flowlang.backends.onnx.dynamic import OtherWeights
+
+        key = tuple(sorted(sizes.items()))
+        if key not in self.known:
+            elab = self.comp.elab
+            comp = compile_source(self.comp.source, loader=elab.loader, sets={**elab.sets, **sizes}, sized=True, build=self.name)
+            self.known[key] = None
+            if comp.ok:
+                module = fresh(*generate_from(comp, self.name, standalone=False), 0, None)
+                try:
+                    module.load_state_dict(self.module.state_dict())
+                except RuntimeError:
+                    raise OtherWeights from None
+                dtypes = {t.dtype for t in self.module.parameters()}
+                self.known[key] = (
+                    comp.regions[self.name],
+                    comp.analyses,
+                    module.to(*dtypes) if len(dtypes) == 1 else module,
+                )
+        return self.known[key]
 
 
 def save(flow: Flow, path: str | Path, **meta: Any) -> None:

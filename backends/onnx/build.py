@@ -6,12 +6,13 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+from flowlang.backends.onnx.dynamic import WAY_AROUND, General, points_of, small_points
 from flowlang.backends.onnx.graph import INT, REAL, Builder, Shape, Value
 from flowlang.backends.onnx.lower import Lowering, Noise, Shared, Unlowered, Weights
 from flowlang.backends.onnx.model import DEFAULT_OPSET, HIGHEST_OPSET, LOWEST_OPSET, finish
@@ -32,9 +33,18 @@ class Standard:
     mean: Any
     scale: Any
 
-    @property
-    def log_det(self) -> float:
-        return -float(np.log(self.scale).sum())
+    def log_det(self, shape: Sequence[int]) -> float:
+        """Of a sample of that shape: the constants may be one for an axis of any size."""
+        return -float(np.log(np.broadcast_to(self.scale, shape)).sum())
+
+    def along(self, free: Sequence[bool]) -> Standard | None:
+        """With one number along the free axes, None where they differ there."""
+        mean, scale = (
+            np.broadcast_to(v, np.broadcast_shapes(np.shape(v), (1,) * len(free))) for v in (self.mean, self.scale)
+        )
+        at = tuple(slice(0, 1) if f else slice(None) for f in free)
+        same = all((v == v[at]).all() for v in (mean, scale))
+        return Standard(mean[at], scale[at]) if same else None
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,13 @@ class Model:
         self.random_shape: Value | None = None
 
     def build(self) -> onnx.ModelProto:
+        return self.finished(self.lowered())
+
+    def finished(self, outputs: Mapping[str, Value], free: Mapping[str, Any] | None = None) -> onnx.ModelProto:
+        return finish(self.g, self.region.name, outputs, self.metadata(free or {}), self.region.doc or "")
+
+    def lowered(self) -> dict[str, Value]:
+        """The graph of the program in the builder; gives the outputs by name."""
         g = self.g
         program = self.analyses.program(self.region, self.name)
         shared = Shared(self.analyses.program, self.draw)
@@ -107,7 +124,7 @@ class Model:
         for key, v in outputs.items():
             rank = self.output_ranks[key]
             outputs[key] = g.expand(v, ("batch", *v.shape[v.rank - rank :]))
-        return finish(g, self.region.name, outputs, self.metadata(), self.region.doc or "")
+        return outputs
 
     # ---- inputs and outputs -----------------------------------------------------------------------------
 
@@ -151,16 +168,17 @@ class Model:
         if standard is None:
             return out
         g = self.g
+        log_det = standard.log_det(self.region.graph[self.region.inputs[0]].tensor.shape)
         if self.name == "log_prob":
-            return {names[0]: g.add(found[0], standard.log_det)}
+            return {names[0]: g.add(found[0], log_det)}
         if self.name == "forward":
-            return {**out, names[-1]: g.add(found[-1], standard.log_det)}
+            return {**out, names[-1]: g.add(found[-1], log_det)}
         raw = g.add(g.mul(found[0], g.const(standard.scale)), g.const(standard.mean))
         out[names[0]] = raw
         if self.name == "inverse":
-            out[names[-1]] = g.sub(found[-1], standard.log_det)
+            out[names[-1]] = g.sub(found[-1], log_det)
         if self.name == "sample_and_log_prob":
-            out[names[-1]] = g.add(found[-1], standard.log_det)
+            out[names[-1]] = g.add(found[-1], log_det)
         return out
 
     def output_names(self, program: Program) -> list[str]:
@@ -237,16 +255,18 @@ class Model:
 
     # ---- metadata ---------------------------------------------------------------------------------------
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self, free: Mapping[str, Any]) -> dict[str, str]:
         graph, o = self.region.graph, self.options
         axes = {
-            (graph[i].label or f"x{k}"): [[a.name, a.size] for a in graph[i].tensor.axes]
+            (graph[i].label or f"x{k}"): [[a.name, None if a.name in free else a.size] for a in graph[i].tensor.axes]
             for k, i in enumerate([*self.region.inputs, *self.region.context])
         }
         found: dict[str, Any] = {
             "flowlang_version": __version__, "flow": self.region.name, "program": self.name, "opset": str(o.opset),
             "dtype": self.g.dtype, "axes": json.dumps(axes, ensure_ascii=False), **o.metadata,
         }  # fmt: skip
+        if free:
+            found["free_axes"] = json.dumps(free, ensure_ascii=False)
         if o.seed is not None:
             found["seed"] = str(o.seed)
         elif self.noise:
@@ -270,4 +290,49 @@ def export(
     return Model(region, analyses, module, program, o).build()
 
 
-__all__ = ["DEFAULT_OPSET", "HIGHEST_OPSET", "LOWEST_OPSET", "PROGRAMS", "Options", "Standard", "Unlowered", "export"]
+Instance = tuple[Region, Analyses, Any]  # a flow at some sizes: region, facts, module
+At = Callable[[Mapping[str, int]], Instance | None]  # the same flow at other sizes; None where they are not allowed
+
+
+def export_open(at: At, multiples: Mapping[str, int], program: str, options: Options) -> onnx.ModelProto:
+    """The model of one program with axes of any size (multiples of the given numbers)."""
+    points = points_of(multiples)
+    for small in small_points(multiples):
+        # Small sizes may meet other rules (a shift beyond the axis). The smallest that does not is what is promised.
+        try:
+            return _open(at, [*points, small], multiples, program, options)
+        except Unlowered:
+            continue
+    return _open(at, points, multiples, program, options)
+
+
+def _open(
+    at: At, points: Sequence[Mapping[str, int]], multiples: Mapping[str, int], program: str, options: Options
+) -> onnx.ModelProto:
+    flows = [at(p) for p in points]
+    data = flows[0]
+    assert data is not None
+    if any(f is None for f in flows):
+        node = data[0].graph[data[0].inputs[0]]
+        raise Unlowered(node, "sizes of its axes depend on one another", WAY_AROUND)
+    models = [Model(*f, program, options) for f in flows if f is not None]
+    outputs = [m.lowered() for m in models]
+    base = models[0]
+    general = General(points, [m.g for m in models], base.region.graph[base.region.inputs[0]])
+    general.compare(outputs)
+    general.apply()
+    free = {a: {"multiple_of": m, "at_least": min(p[a] for p in points)} for a, m in multiples.items()}
+    return base.finished(outputs[0], free)
+
+
+__all__ = [
+    "DEFAULT_OPSET",
+    "HIGHEST_OPSET",
+    "LOWEST_OPSET",
+    "PROGRAMS",
+    "Options",
+    "Standard",
+    "Unlowered",
+    "export",
+    "export_open",
+]

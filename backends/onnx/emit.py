@@ -518,14 +518,26 @@ def _conv(w: Lowering, n: Node) -> Value:
     kernel = w.type(n.inputs[1]).shape[2:]
     others = [w.value(i) for i in n.inputs[1:]]
     own = [n.attrs["channel"], *n.attrs["space"]]
-    return moving(w, n, "Conv", own, *others, **windows(n, kernel), dilations=list(n.attrs["dilation"]), group=int(n.attrs["groups"]))
+    return moving(
+        w,
+        n,
+        "Conv",
+        own,
+        *others,
+        **windows(n, kernel),
+        dilations=list(n.attrs["dilation"]),
+        group=int(n.attrs["groups"]),
+    )
 
 
 @emitter("conv_transpose")
 def _conv_transpose(w: Lowering, n: Node) -> Value:
     a, kernel = n.attrs, w.type(n.inputs[1]).shape[2:]
     more = tuple(max(-p, -q, 0) for p, q in a["padding"])
-    if any(p < 0 or (q < 0 and m >= max(s, d)) for (p, q), m, s, d in zip(a["padding"], more, a["stride"], a["dilation"], strict=True)):
+    if any(
+        p < 0 or (q < 0 and m >= max(s, d))
+        for (p, q), m, s, d in zip(a["padding"], more, a["stride"], a["dilation"], strict=True)
+    ):
         raise Unlowered(n, "ONNX cannot add so many zeros after a transposed convolution", "use a larger window")
     attributes = windows(n, kernel)
     attributes["pads"] = [p for p, _ in a["padding"]] + [max(q, 0) for _, q in a["padding"]]

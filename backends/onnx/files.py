@@ -6,14 +6,19 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import Diagnostic, FlowError
 
 if TYPE_CHECKING:
+    from flowlang.backends.onnx.build import At, Options, Standard
+
     from flowlang.compiler import Compilation
+    from flowlang.ir.graph import Region
+    from flowlang.ir.types import TensorType
 
 PROGRAMS = ("log_prob", "forward", "inverse", "sample", "sample_and_log_prob")
 
@@ -64,18 +69,81 @@ def write(path: Path, blob: bytes) -> None:
         ) from None
 
 
+def inputs_of(region: Region) -> dict[str, TensorType]:
+    """The types of data and context, by name."""
+    nodes = [region.graph[i] for i in (*region.inputs, *region.context)]
+    return {n.label or f"x{k}": n.tensor for k, n in enumerate(nodes)}
+
+
+def free_axes(
+    comp: Compilation, name: str, wanted: Sequence[str] | None, at: At | None, options: Options
+) -> dict[str, int]:
+    """The axes of any size, with the number of which each size is a multiple.
+
+    Not named (`wanted` None), they are those that the spec leaves open and on which neither a weight's shape nor a
+    standardisation constant depends. A named one that cannot be open is refused.
+    """
+    from flowlang.backends.onnx.dynamic import multiple_of
+
+    if at is None:
+        return {}
+    types = inputs_of(comp.regions[name])
+    have = {a.name for t in types.values() for a in t.axes}
+    unknown = [a for a in wanted or () if a not in have]
+    if unknown:
+        raise FlowError(
+            Diagnostic("FL0804", f"`{unknown[0]}` is no axis of the inputs of `{name}`",
+                       suggestion=f"its axes are {', '.join(f'`{a}`' for a in sorted(have))}")
+        )  # fmt: skip
+    out: dict[str, int] = {}
+    for axis in dict.fromkeys(wanted if wanted is not None else [a for a in comp.elab.open_axes if a in have]):
+        found = multiple_of(at, axis)
+        reason = "the flow's weights, or what they act on, have its size"
+        if found is not None and not along_one(comp.regions[name], options, [axis]):
+            found, reason = None, "its standardisation has numbers for each place of it"
+        if found is not None:
+            out[axis] = found
+        elif wanted is not None:
+            raise FlowError(
+                Diagnostic(
+                    "FL0804", f"axis `{axis}` cannot be of any size: {reason}", suggestion="leave it out of `dynamic`"
+                )
+            )
+    return out
+
+
+def along_one(region: Region, options: Options, free: Sequence[str]) -> Options | None:
+    """The options with standardisation constants that have one number along the free axes; None where they differ."""
+    types = inputs_of(region)
+    data = next(iter(types))
+    made: dict[str, Standard | None] = {}
+    for key, s in {data: options.standard, **options.given_standard}.items():
+        made[key] = s.along([a.name in free for a in types[key].axes]) if s is not None else None
+        if s is not None and made[key] is None:
+            return None
+    given = {k: v for k, v in made.items() if k in options.given_standard and v is not None}
+    return replace(options, standard=made[data], given_standard=given)
+
+
+def along(region: Region, options: Options, free: Mapping[str, int]) -> Options:
+    found = along_one(region, options, list(free))
+    assert found is not None
+    return found
+
+
 def export_files(
     comp: Compilation, name: str, module: Any, path: str | Path, programs: Sequence[str], *, opset: int | None = None,
-    seed: int | None = None, standard: Any = None, given_standard: Any = None,
+    seed: int | None = None, standard: Any = None, given_standard: Any = None, dynamic: Sequence[str] | None = None,
+    at: At | None = None,
 ) -> dict[str, Path]:  # fmt: skip
-    """Writes one checked model for each program; gives their paths."""
+    """Writes one checked model for each program; gives their paths. `at` gives the flow at other sizes of its axes."""
     need_onnx()
     if comp.regions[name].kind == "model":
         raise FlowError(
             Diagnostic("FL0701", f"`{name}` is a model, and programs of models cannot be exported to ONNX yet",
                        comp.regions[name].span, suggestion="a flow with the step `cnf(v)` exports density and sampler of a field")
         )  # fmt: skip
-    from flowlang.backends.onnx.build import DEFAULT_OPSET, Options, Standard, Unlowered, export
+    from flowlang.backends.onnx.build import DEFAULT_OPSET, Options, Standard, Unlowered, export, export_open
 
     check_options(programs, opset)
     if comp.regions[name].kind in ("net", "norm") and set(programs) != {"forward"}:
@@ -92,10 +160,16 @@ def export_files(
     if comp.elab.sets:
         metadata["set"] = json.dumps(dict(comp.elab.sets))
     options = Options(opset or DEFAULT_OPSET, seed, kept(standard), given, metadata)
+    free = free_axes(comp, name, dynamic, at, options)
+    if free:
+        options = along(comp.regions[name], options, free)
     out: dict[str, Path] = {}
     for program in dict.fromkeys(programs):
         try:
-            model = export(comp.regions[name], comp.analyses, module, program, options)
+            if at is not None and free:
+                model = export_open(at, free, program, options)
+            else:
+                model = export(comp.regions[name], comp.analyses, module, program, options)
         except Unlowered as e:
             raise FlowError(
                 Diagnostic("FL0701", f"cannot be exported to ONNX: {e.reason}", e.node.span, suggestion=e.suggestion)

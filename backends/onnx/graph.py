@@ -52,6 +52,7 @@ class Node:
     bodies: dict[str, Body] = field(default_factory=dict)
     group: tuple[int, str] | None = None  # nodes that were made together, and as what
     domain: str = ""
+    origin: Any = None  # the node of the IR that it was made for
 
 
 @dataclass(eq=False)
@@ -153,6 +154,7 @@ class Builder:
         self.scopes: list[str] = []
         self.batch: Value | None = None  # the batch size, int64 of shape [1]
         self.group: tuple[int, str] | None = None
+        self.origin: Any = None  # the IR node that is being lowered
         self._constants: dict[Hashable, Value] = {}
         self._numbers: dict[tuple[str, float | int | bool], Value] = {}
 
@@ -202,7 +204,7 @@ class Builder:
             for body in self.stack[: level + 1]:
                 if key in body.known:
                     return body.known[key]
-        node = Node(op, list(inputs), [], attrs, "/".join(self.scopes), op, group=self.group)
+        node = Node(op, list(inputs), [], attrs, "/".join(self.scopes), op, group=self.group, origin=self.origin)
         node.outputs = [Value(tuple(s), kind, level=level, node=node) for s in shapes]
         self.stack[level].nodes.append(node)
         if pure:
@@ -544,7 +546,9 @@ class Builder:
         self.stack.pop()
         count = self.const(rounds, INT) if isinstance(rounds, int) else rounds
         here = len(self.stack) - 1
-        node = Node("Loop", [count, None, *carried], [], {}, "/".join(self.scopes), hint, {"body": body})
+        node = Node(
+            "Loop", [count, None, *carried], [], {}, "/".join(self.scopes), hint, {"body": body}, origin=self.origin
+        )
         node.outputs = [Value(v.shape, v.kind, level=here, node=node) for v in carried]
         for r in results[len(carried) :]:
             assert isinstance(rounds, int)

@@ -101,7 +101,9 @@ class Lowering:
             raise Unlowered(
                 node, f"`{node.op}` has no ONNX form", DECLINED.get(node.op, "write it with other functions")
             )
+        before, self.g.origin = self.g.origin, node
         found = rule(self, node)
+        self.g.origin = before
         if isinstance(found, Value):
             self.name(found, node)
             if isinstance(node.type, TensorType):

@@ -146,7 +146,8 @@ def fuse_slices(part: Body) -> None:
     for node in part.nodes:
         if node.op == "Slice" and len(node.inputs) == 4:
             axes = node.inputs[3]
-            if axes is not None and axes.array is not None and axes.array.size == 1:
+            fixed = all(v is not None and v.array is not None for v in node.inputs[1:3])
+            if fixed and axes is not None and axes.array is not None and axes.array.size == 1:
                 found.setdefault((id(node.inputs[0]), int(axes.array[0])), []).append(node)
     for (_, axis), nodes in found.items():
         source = nodes[0].inputs[0]

@@ -24,10 +24,14 @@ from flowlang.cli.common import flow_option, set_option
               help="File for one program; several go to FILE.PROGRAM.onnx.")  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset, 18 to 25. [default: 18]")
 @click.option("--seed", type=int, help="Draw noise inside, by a random op with this seed; it is an input otherwise.")
+@click.option(
+    "--dynamic", metavar="AXES",
+    help="Axes of any size, as H,W; `none` fixes all. [default: those whose size the spec leaves open]",
+)  # fmt: skip
 @click.option("--double", is_flag=True, help="float64 instead of float32.")
 def export(
     spec: str, sets: tuple[str, ...], flow: str | None, weights: str | None, programs: tuple[str, ...], out: str,
-    opset: int | None, seed: int | None, double: bool,
+    opset: int | None, seed: int | None, dynamic: str | None, double: bool,
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
     from flowlang.api import compile_from, export_onnx
@@ -46,7 +50,10 @@ def export(
         module = made
     if double:
         module.double()
-    for program, file in export_onnx(made, out, programs or None, opset=opset, seed=seed).items():
+    axes = (
+        None if dynamic is None else [] if dynamic == "none" else [a.strip() for a in dynamic.split(",") if a.strip()]
+    )
+    for program, file in export_onnx(made, out, programs or None, opset=opset, seed=seed, dynamic=axes).items():
         click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")
     if weights is None:
         click.echo("fresh weights: give trained ones with --weights")

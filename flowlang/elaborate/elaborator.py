@@ -58,6 +58,7 @@ class Elaborator:
         self.library = library
         self.sets = dict(sets or {})
         self.used_sets: set[str] = set()
+        self.open_axes: dict[str, int] = {}  # sizes of a model's inputs that the spec leaves open, as they were set
         self.witness = 3
         self.regions: dict[Hashable, Region] = {}
         self.requirements: dict[int, list[tuple[tree.Require, Body]]] = {}
@@ -296,6 +297,8 @@ class Elaborator:
             value = self.sets[name]
             if value < 0 or value > limits.AXIS_SIZE:
                 raise body.fail("FL0901", f"an axis of size {value} is outside the limits", entry.span)
+            if size is None:
+                self.open_axes[name] = int(value)
             return int(value)
         if size is not None:
             return size
