@@ -13,12 +13,12 @@ import torch
 from flowlang.backends.onnx.build import Options, Unlowered, export, export_open
 from flowlang.backends.onnx.dynamic import fit_size, multiple_of, points_of, small_points
 from flowlang.backends.onnx.files import PROGRAMS
+from flowlang.backends.torch.standard import Standardised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowlang as fl
 from flowlang.api import Resized, analyse
-from flowlang.backends.torch.standard import Standardised
 from tests.backends.onnx.support import difference, feeds_of, flow_of, reference, session
 
 GLOW = """flow f {
