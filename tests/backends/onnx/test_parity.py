@@ -33,6 +33,26 @@ CASES |= {
     "glow_step": ("data x: R[C = 4, H = 2, W = 2]\n", "glow_step(8)", "normal"),
     "hamiltonian_step": ("", "hamiltonian_step(force = force())", "normal"),
     "langevin_step": ("", "langevin_step(force = force())", "normal"),
+    "jet_affine": ("data x: R[T = 3, D = 4]\ngiven a: R[T = 3, D = 4]\n", "jet_affine(jet_vit(8, 1, 2))", "normal"),
+    "jet_tokens": ("data x: R[T = 4, D = 4]\n", "jet_tokens", "normal"),
+    "jet_spatial_coupling": ("data x: R[T = 4, D = 4]\n", "jet_spatial_coupling(jet_vit(8, 1, 2))", "normal"),
+    "jet_steps": ("data x: R[C = 1, H = 4, W = 4]\n", "jet_steps(4, 2, 6, 2, 8, 1, 2)", "normal"),
+    "tail_lu": ("", "tail_lu(2)", "normal"),
+    "tail_permutation": ("", "tail_permutation(2)", "normal"),
+    "light_tails": ("", "light_tails(2)", "student_t(df = 4)"),
+    "mtaf_steps": ("", "mtaf_steps(2, 2, [16])", "normal"),
+    # At its own width the test's random shift of the weights makes log-densities of -1e16.
+    "tarflow_block": ("data x: R[T = 3, D = 4]\n", "tarflow_block(tarflow_net(16, 2, 8))", "normal"),
+    "tarflow_guided_block": (
+        "data x: R[T = 3, D = 4]\ngiven guidance: R, y: Int(-1..2)\n", "tarflow_guided_block(tarflow_net(16, 2, 8, 2), classes = 2)", "normal",
+    ),
+    "modified_rq_spline": (
+        "given w: R[D = 4], h: R[D = 4], d: R[D = 4], shift: R[D = 4]\n", "modified_rq_spline", "normal",
+    ),
+    **{
+        name: ("data x: R[C = 4, H = 2, W = 2]\ngiven c: R[E = 3, H = 2, W = 2]\n", f"{name}(robust_conditioner(8))", "normal")
+        for name in ("modified_rq_spline_coupling", "modified_rq_spline_injector", "cond_affine_coupling")
+    },
 }  # fmt: skip
 # Maps that others are made of: their parameters are values of the flow, and the entries that use them are tested.
 PARTS = {"planar_map", "radial_map"}
