@@ -312,6 +312,10 @@ class Builder:
             source, first = x.node.inputs[0], x.node.attrs["perm"]
             assert source is not None
             return self.transpose(source, [first[p] for p in perm])
+        table = row_of(x)
+        if table is not None and x.node is not None:
+            turned_table = self.const(np.transpose(table, [0, *(p + 1 for p in perm)]), x.kind)
+            return self.op("Gather", turned_table, x.node.inputs[1], shape=turned_table.shape[1:], kind=x.kind, axis=0)
         return self.op("Transpose", x, shape=tuple(x.shape[p] for p in perm), kind=x.kind, perm=tuple(perm))
 
     def reshape(self, x: Value, shape: Sequence[Dim]) -> Value:
@@ -325,6 +329,10 @@ class Builder:
             x = x.node.inputs[0]
             if target == x.shape:
                 return x
+        table = row_of(x)
+        if table is not None and x.node is not None:
+            flat = self.const(table.reshape((table.shape[0], *target)), x.kind)
+            return self.op("Gather", flat, x.node.inputs[1], shape=target, kind=x.kind, axis=0)
         numbers: list[int] = []
         for k, d in enumerate(target):
             if isinstance(d, int):
@@ -558,6 +566,15 @@ class Builder:
 
     def _here(self, op: str, v: Value) -> Value:
         return self.multi(op, v, shapes=[v.shape], kind=v.kind, pure=False)[0]
+
+
+def row_of(v: Value) -> Array | None:
+    """The constant of whose rows (along the first axis) a value is one: its form can be changed beforehand."""
+    node = v.node
+    if node is None or v.array is not None or node.op != "Gather" or node.attrs["axis"] != 0:
+        return None
+    table, index = node.inputs[0], node.inputs[1]
+    return table.array if table is not None and index is not None and index.rank == 0 else None
 
 
 def turned(v: Value) -> int | None:

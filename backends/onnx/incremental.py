@@ -2,7 +2,7 @@
 
 The schedule (`flowlang.derive.schedule`) says which rows of each value a stage computes. Here every stage has
 as many rows as the largest one, so that one loop body with fixed shapes serves all stages; what pads a stage is
-computed like the rest and read by nobody. Stored values are `[.., stages, rows, ..]`. Weights are arranged by
+computed like the rest and read by nobody. Stored values have stages times rows where the rows' axis is. Weights are arranged by
 stage before the loop, and columns of places that are not filled yet are 0 there by the schedule's own proof.
 """
 
@@ -57,7 +57,6 @@ class Incremental:
         self.stored = [plan.entry, *sorted(plan.stored - {plan.entry})]
         self.buffers: dict[int, Value] = {}
         self.stage: Value | None = None
-        self.units: dict[tuple[int, ...], Value] = {}
 
     def run(self, hint: str) -> Value:
         """The solved value, axes as in the body's entry."""
@@ -81,13 +80,12 @@ class Incremental:
     def finish(self, buffer: Value) -> Value:
         entry, t = self.plan.entry, self.source[self.plan.entry].tensor
         place = self.places[entry].place_of()
-        flat = self.flat(entry, buffer)
         axis = t.position(self.plan.rows[entry].axis) - t.rank
         order = [place[i] for i in range(t.axes[axis].size)]
         return (
-            flat
-            if order == list(range(len(place))) == list(range(flat.shape[axis]))
-            else self.g.take(flat, axis, order)
+            buffer
+            if order == list(range(len(place))) == list(range(buffer.shape[axis]))
+            else self.g.take(buffer, axis, order)
         )  # type: ignore[arg-type]
 
     # ---- storage ------------------------------------------------------------------------------------------
@@ -102,25 +100,23 @@ class Incremental:
         return self.source[n].tensor.resized(self.plan.rows[n].axis, self.places[n].rows)
 
     def shape(self, n: int) -> Shape:
-        """The stored value: stages and rows where the row axis is."""
-        t, p, k = self.source[n].tensor, self.places[n], self.position(n)
-        sizes = [a.size for a in t.axes]
-        at = k + t.rank
-        return (*self.w.leads, *sizes[:at], p.stages, p.rows, *sizes[at + 1 :])
-
-    def flat(self, n: int, buffer: Value) -> Value:
+        """The stored value: all stages' rows where the row axis is."""
         t, p = self.source[n].tensor, self.places[n]
-        sizes = [p.stages * p.rows if a.name == self.plan.rows[n].axis else a.size for a in t.axes]
-        return self.g.reshape(buffer, (*self.w.leads, *sizes))
+        return (*self.w.leads, *t.resized(self.plan.rows[n].axis, p.stages * p.rows).shape)
 
     def store(self, n: int, new: Value) -> Value:
-        """The buffer with this stage's rows written: its places hold 0 so far. (`Where` broadcasts slowly.)"""
+        """The buffer with this stage's rows written: its places hold 0 so far.
+
+        (`Pad` copies; a product with a row of the identity, or `Where`, broadcasts, and takes many times longer.)
+        """
         assert self.stage is not None
-        p, k = self.places[n], self.position(n)
-        shape = (p.stages, p.stages, *[1] * -k)
-        unit = self.units.setdefault(shape, self.g.const(np.eye(p.stages).reshape(shape)))
-        here = self.g.op("Gather", unit, self.stage, shape=unit.shape[1:], axis=0)
-        return self.g.add(self.buffers[n], self.g.mul(self.g.unsqueeze(new, [k - 1]), here))
+        g, p, axis = self.g, self.places[n], self.position(n) + new.rank
+        pads = np.zeros((p.stages, 2 * new.rank), dtype=np.int64)
+        pads[:, axis] = np.arange(p.stages) * p.rows
+        pads[:, new.rank + axis] = pads[::-1, axis]
+        here = g.op("Gather", g.const(pads, INT), self.stage, shape=pads.shape[1:], kind=INT, axis=0)
+        shape = tuple(p.stages * p.rows if k == axis else d for k, d in enumerate(new.shape))
+        return g.add(self.buffers[n], g.op("Pad", new, here, shape=shape))
 
     # ---- the loop's graph -----------------------------------------------------------------------------------
 
@@ -143,12 +139,12 @@ class Incremental:
         if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known:
             return self.nodes[i]
         t, axis = self.source[i].tensor, self.plan.rows[i].axis
-        flat = self.flat(i, self.buffers[i])
+        stored = self.buffers[i]
         if read.known:
-            return self.leaf(flat, t.resized(axis, self.places[i].stages * self.places[i].rows))
-        return self.rows_read(node, i, read, flat)
+            return self.leaf(stored, t.resized(axis, self.places[i].stages * self.places[i].rows))
+        return self.rows_read(node, i, read, stored)
 
-    def rows_read(self, node: Node, i: int, read: Read, flat: Value) -> int:
+    def rows_read(self, node: Node, i: int, read: Read, stored: Value) -> int:
         """The rows of a stored value that the reader's new rows read."""
         t, axis = self.source[i].tensor, self.plan.rows[i].axis
         own = Places(Rows(read.rows.axis, read.rows.order, tuple(e - read.rows.ends[0] for e in read.rows.ends)))
@@ -156,7 +152,7 @@ class Incremental:
             raise NotStatic
         place = self.places[i].place_of()
         table = np.vectorize(lambda index: place.get(int(index), 0))(own.index)
-        picked = self.at_stage(flat, table, t.position(axis) - t.rank)
+        picked = self.at_stage(stored, table, t.position(axis) - t.rank)
         return self.leaf(picked, t.resized(axis, own.rows))
 
     def leaf(self, v: Value, t: TensorType) -> int:
