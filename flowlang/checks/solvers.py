@@ -103,7 +103,8 @@ def step_rule(declaration: tree.Declaration) -> StepRule:
 def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
     names = {p.name for ps in declaration.parameters for p in ps}
     missing = [n for n in RULE_PARAMETERS if n not in names]
-    if missing and any(p.type is not None for p in declaration.parameters[-1]):
+    last = declaration.parameters[-1] if declaration.parameters else ()
+    if missing and any(p.type is not None for p in last):
         report.add(
             Diagnostic(
                 "FL0902", f"`{declaration.name}` steps values of other types than `R`, which has no meaning yet",
