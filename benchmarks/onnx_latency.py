@@ -33,7 +33,7 @@ Call = Callable[[], Any]
 STEPS = {
     "nsf": "rqs_coupling(bins = 8, net = mlp(64, 64, act = relu))",
     "realnvp": "affine_coupling(net = mlp(64, 64, act = relu))",
-    "maf": "affine_autoregressive(hidden = [64, 64])",
+    "maf": "affine_autoregressive(hidden = [64, 64], act = relu)",
 }
 
 

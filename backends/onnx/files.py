@@ -48,6 +48,18 @@ def check_options(programs: Sequence[str], opset: int | None) -> None:
         )  # fmt: skip
 
 
+def check_weights(module: Any) -> None:
+    """A model with weights that are not numbers would answer NaN to everything."""
+    bad = [n for n, t in module.named_parameters() if not t.detach().isfinite().all()]
+    bad += [n for n, t in module.named_buffers() if t.is_floating_point() and t.isnan().any()]
+    if bad:
+        named = ", ".join(f"`{n}`" for n in bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        raise FlowError(
+            Diagnostic("FL0803", f"the weights hold values that are not finite: {named}",
+                       suggestion="export the weights of an earlier checkpoint, or train again with a smaller rate")
+        )  # fmt: skip
+
+
 def file_of(path: Path, program: str, several: bool) -> Path:
     """FILE.onnx for one program; FILE.PROGRAM.onnx for each of several."""
     stem = path.with_suffix("") if path.suffix == ".onnx" else path
@@ -149,6 +161,8 @@ def export_files(
     if comp.regions[name].kind in ("net", "norm") and set(programs) != {"forward"}:
         other = next(p for p in programs if p != "forward")
         raise FlowError(Diagnostic("FL0804", f"`{other}` is no program of a network", suggestion="export `forward`"))
+
+    check_weights(module)
 
     def kept(s: Any) -> Standard | None:
         if s is None or ((s.mean == 0).all() and (s.scale == 1).all()):

@@ -227,7 +227,21 @@ class Builder:
         x, y = self.value(a), self.value(b)
         if is_number(y, 0.0):
             return x
-        return y if is_number(x, 0.0) else self.binary("Add", x, y)
+        if is_number(x, 0.0):
+            return y
+        return self._add_flat(x, y) or self.binary("Add", x, y)
+
+    def _add_flat(self, x: Value, y: Value) -> Value | None:
+        """A bias on a linear layer whose results were split is added before the split, where it joins the product."""
+        parts = unflattened(x)
+        if parts is None or y.shape != parts or (y.array is None and row_of(y) is None):
+            return None
+        assert x.node is not None
+        flat = x.node.inputs[0]
+        assert flat is not None
+        if flat.node is None or flat.node.op != "MatMul":
+            return None
+        return self.reshape(self.add(flat, self.reshape(y, (flat.shape[-1],))), x.shape)
 
     def sub(self, a: Value | float, b: Value | float) -> Value:
         x, y = self.value(a), self.value(b)
@@ -463,6 +477,11 @@ class Builder:
 
     def pick(self, x: Value, axis: int, index: int) -> Value:
         """One index of an axis, which goes."""
+        parts = unflattened(x)
+        if parts is not None and x.node is not None and x.node.inputs[0] is not None and axis % x.rank == x.rank - 2:
+            width = parts[-1]
+            assert isinstance(width, int)
+            return self.slice(x.node.inputs[0], -1, index * width, (index + 1) * width)
         shape = tuple(d for k, d in enumerate(x.shape) if k != axis % x.rank)
         return self.op("Gather", x, self.const(index, INT), shape=shape, kind=x.kind, axis=axis % x.rank)
 
@@ -575,6 +594,17 @@ def row_of(v: Value) -> Array | None:
         return None
     table, index = node.inputs[0], node.inputs[1]
     return table.array if table is not None and index is not None and index.rank == 0 else None
+
+
+def unflattened(v: Value) -> Shape | None:
+    """The two axes into which the last one of another value was split to give this."""
+    node = v.node
+    if node is None or v.array is not None or node.op != "Reshape" or v.rank < 2:
+        return None
+    source = node.inputs[0]
+    if source is None or source.array is not None or source.shape[:-1] != v.shape[:-2]:
+        return None
+    return v.shape[-2:] if all(isinstance(d, int) for d in v.shape[-2:]) and isinstance(source.shape[-1], int) else None
 
 
 def turned(v: Value) -> int | None:

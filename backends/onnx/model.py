@@ -57,6 +57,7 @@ def fuse(body: Body) -> None:
         fuse_linear(part, uses)
         fuse_sums(part, uses)
         fuse_slices(part)
+        fuse_scales(part, uses)
 
 
 def fuse_linear(part: Body, uses: Counter[int]) -> None:
@@ -165,6 +166,46 @@ def fuse_slices(part: Body) -> None:
         drop = {id(n) for n in nodes}
         at = part.nodes.index(nodes[0])
         part.nodes = [*part.nodes[:at], split, *(n for n in part.nodes[at:] if id(n) not in drop)]
+
+
+def fuse_scales(part: Body, uses: Counter[int]) -> None:
+    """A number that multiplies one part of a linear layer's results goes into the layer's weights."""
+    renewed: dict[int, Value] = {}
+    for node in part.nodes:
+        node.inputs = [renewed.get(id(v), v) if v is not None else None for v in node.inputs]
+        if node.op != "Mul":
+            continue
+        number = next((v for v in node.inputs if v is not None and v.array is not None and v.array.ndim == 0), None)
+        v = next((v for v in node.inputs if v is not number), None)
+        if number is None or v is None or v.node is None or v.node.op != "Split" or uses[id(v)] != 1:
+            continue
+        split, source = v.node, v.node.inputs[0]
+        assert source is not None
+        layer = source.node
+        whole = layer is not None and layer.op == "Gemm" and uses[id(source)] == len(split.outputs)
+        if layer is None or not whole or split.attrs["axis"] not in (-1, source.rank - 1):
+            continue
+        x, weight, bias = layer.inputs
+        if weight is None or bias is None or weight.array is None or bias.array is None:
+            continue
+        scale = np.ones(weight.shape[1])  # type: ignore[arg-type]
+        sizes = [o.shape[-1] for o in split.outputs]
+        place = split.outputs.index(v)
+        first = sum(n for n in sizes[:place] if isinstance(n, int))
+        scale[first : first + sizes[place]] = number.array  # type: ignore[operator]
+        layer.inputs = [
+            x, Value(weight.shape, array=weight.array * scale, name=weight.name),
+            Value(weight.shape[1:], array=np.broadcast_to(bias.array, scale.shape) * scale, name=bias.name),
+        ]  # fmt: skip
+        renewed[id(node.outputs[0])] = v
+        uses[id(v)] = uses[id(node.outputs[0])]
+    if renewed:
+        part.outputs = [renewed.get(id(v), v) for v in part.outputs]
+        for inner in every_node(part):
+            inner.inputs = [renewed.get(id(v), v) if v is not None else None for v in inner.inputs]
+        for inner_body in bodies(part):
+            inner_body.outputs = [renewed.get(id(v), v) for v in inner_body.outputs]
+        part.nodes = [n for n in part.nodes if id(n.outputs[0]) not in renewed]
 
 
 def bodies(body: Body) -> Iterator[Body]:

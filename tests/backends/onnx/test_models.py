@@ -281,6 +281,20 @@ def test_an_unwritable_path_and_a_foreign_module_are_diagnostics(tmp_path: Path)
     assert [d.code for d in e.value.diagnostics] == ["FL0804"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_a_diagnostic(value: float, tmp_path: Path) -> None:
+    flow = fl.compile(COUPLING, seed=0)
+    name, weight = next(flow.named_parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] = value
+    with pytest.raises(fl.FlowError) as e:
+        fl.export_onnx(flow, tmp_path / "f.onnx")
+    (d,) = e.value.diagnostics
+    assert d.code == "FL0803"
+    assert f"`{name}`" in d.message
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_onnx_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import sys
 
