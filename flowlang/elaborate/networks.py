@@ -321,6 +321,7 @@ class Made:
     def hidden_layer(
         self, h: int, before: str, width: int, known: tuple[int, ...], own: tuple[int, ...]
     ) -> tuple[int, str]:
+        self.body.elab.count_round(self.body, self.span)  # layers are written out
         self.count += 1
         unit = free_name(self.body.b.type(h), f"H{self.count}")
         start = start_of(self.body, None, Fans(self.body.b.type(h).size(before), width), self.span)

@@ -55,3 +55,9 @@ def test_damaged_specs(seed: int) -> None:
 def test_many_damaged_specs(seed: int) -> None:
     for text in mutants(1000, seed):
         survive(text)
+
+
+def test_layers_of_a_network_are_counted() -> None:
+    """Found by a mutant: a hundred thousand layers took minutes and gigabytes."""
+    spec = "flow f {\n  data x: R[D = 3]\n  affine_autoregressive(blocks = 100000)\n  base normal\n}\n"
+    assert [d.code for d in compile_source(Source.of("deep.flow", spec)).report.errors] == ["FL0901"]
