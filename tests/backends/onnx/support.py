@@ -66,6 +66,15 @@ def data_of(comp: Compilation, name: str, shape: tuple[int, ...], generator: np.
     return lo + np.logaddexp(0, x) + 1e-3 if math.isfinite(lo) else hi - np.logaddexp(0, x) - 1e-3
 
 
+def context_of(comp: Compilation, name: str, label: str, shape: list[int], generator: np.random.Generator) -> np.ndarray:
+    """Normal numbers; whole numbers of its range for a label."""
+    region = comp.regions[name]
+    domain = next((region.graph[c].attrs.get("domain") for c in region.context if region.graph[c].label == label), None)
+    if domain is not None and domain.name == "Int" and math.isfinite(domain.interval.lo):
+        return generator.integers(int(domain.interval.lo), int(domain.interval.hi) + 1, shape).astype(np.float64)
+    return generator.standard_normal(shape)
+
+
 def noise_like(kind: str, shape: list[int], generator: np.random.Generator, df: float | None) -> np.ndarray:
     match kind:
         case "normal":
@@ -131,7 +140,7 @@ def feeds_of(
         elif k == 0 and program in ("log_prob", "forward"):
             found = data_of(comp, name, tuple(shape), generator)
         else:
-            found = generator.standard_normal(shape)
+            found = context_of(comp, name, i.name, shape, generator)
         feeds[i.name] = np.asarray(found, dtype=np.int64 if "int64" in i.type else real)
     return feeds
 
