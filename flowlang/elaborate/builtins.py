@@ -273,7 +273,11 @@ def reduction(op: str) -> Fn:
         names = reduced_axes(body, args, t, shown)
         if op == "sum":
             return sum_of(body, x, names, span(args))
-        extra: dict[str, Any] = {"ddof": int(args.keywords.get("ddof", 0))} if op in ("var", "std") else {}
+        ddof = args.keywords.get("ddof", 0)
+        if not isinstance(ddof, int) or isinstance(ddof, bool) or ddof < 0:
+            raise body.fail("FL0306", f"`ddof` of `{shown}` is a whole number from 0 on, and this is {describe(ddof)}", args.span,
+                            suggestion="as in `ddof = 1`")  # fmt: skip
+        extra: dict[str, Any] = {"ddof": ddof} if op in ("var", "std") else {}
         pooled = any(isinstance(i.left, tree.Name) and i.left.id == "B" for i in args.axes)
         moment = ("batch_" if pooled else "") + op.replace("std", "var")
         if pooled or op == "std":

@@ -106,7 +106,8 @@ def convolution(op: str) -> Any:
             return Instance(inst.target, options, span, args.axes or inst.axes)
         x = body.tensor(*tensors[0])
         t = body.b.type(x)
-        given = weight_given(body, options.get("weight"), transposed, int(options.get("groups", 1)), span)
+        groups = numbers(body, op, "groups", options.get("groups", 1), 1, 1, span)[0]
+        given = weight_given(body, options.get("weight"), transposed, groups, span)
         if given is not None:
             options["kernel"], options["out"] = list(given.kernel), given.out
         channel, space = space_of(body, op, t, args, inst.axes, options.get("kernel"))
@@ -114,7 +115,6 @@ def convolution(op: str) -> Any:
         kernel = numbers(body, op, "kernel", options.get("kernel", 3), n, 1, span)
         stride = numbers(body, op, "stride", options.get("stride", 1), n, 1, span)
         dilation = numbers(body, op, "dilation", options.get("dilation", 1), n, 1, span)
-        groups = numbers(body, op, "groups", options.get("groups", 1), 1, 1, span)[0]
         if "padding" in options:
             padding = tuple((p, p) for p in numbers(body, op, "padding", options["padding"], n, 0, span))
         else:

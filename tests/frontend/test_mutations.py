@@ -61,3 +61,15 @@ def test_layers_of_a_network_are_counted() -> None:
     """Found by a mutant: a hundred thousand layers took minutes and gigabytes."""
     spec = "flow f {\n  data x: R[D = 3]\n  affine_autoregressive(blocks = 100000)\n  base normal\n}\n"
     assert [d.code for d in compile_source(Source.of("deep.flow", spec)).report.errors] == ["FL0901"]
+
+
+@pytest.mark.parametrize("option", ["groups", "kernel", "stride", "dilation", "padding", "out"])
+def test_options_of_a_convolution_are_whole_numbers(option: str) -> None:
+    """Found by a mutant: `groups` was read as a number before it was known to be one."""
+    spec = f"net n(x: R[C = 4, H = 4, W = 4]) {{ conv(x, {'' if option == 'out' else 'out = 4, '}{option} = tanh) }}\n"
+    assert [d.code for d in compile_source(Source.of("conv.flow", spec)).report.errors] == ["FL0306"]
+
+
+def test_ddof_is_a_whole_number() -> None:
+    spec = "norm n(x: R[C = 4]) { x / std[C](x, ddof = tanh) }\n"
+    assert len(compile_source(Source.of("std.flow", spec)).report.errors) == 1
