@@ -275,7 +275,7 @@ def reduction(op: str) -> Fn:
             return sum_of(body, x, names, span(args))
         ddof = args.keywords.get("ddof", 0)
         if not isinstance(ddof, int) or isinstance(ddof, bool) or ddof < 0:
-            raise body.fail("FL0306", f"`ddof` of `{shown}` is a whole number from 0 on, and this is {describe(ddof)}", args.span,
+            raise body.fail("FL0306", f"`ddof` of `{shown}` is a whole number from 0 on, and this is {describe(ddof)}", span(args),
                             suggestion="as in `ddof = 1`")  # fmt: skip
         extra: dict[str, Any] = {"ddof": ddof} if op in ("var", "std") else {}
         pooled = any(isinstance(i.left, tree.Name) and i.left.id == "B" for i in args.axes)
