@@ -249,7 +249,7 @@ def draw(out: Path, folder: Path, csv: Path, flows: dict[int, Any]) -> None:
     import torch
 
     import flowlang as fl
-    from flowlang.train.plots import learning_curve, samples_plot
+    from flowlang.plots import learning_curve, samples_plot
 
     table = prepared(csv, SEEDS[0])["table"]
     trained = fl.load(folder).eval()

@@ -225,7 +225,7 @@ def report_energy(module: Any, function: Any, seed: int) -> None:
 
 def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> None:
     """Learning curves and samples, where matplotlib is installed."""
-    from flowlang.train.plots import learning_curve, samples_plot
+    from flowlang.plots import learning_curve, samples_plot
 
     try:
         model = is_model(module)
@@ -375,7 +375,7 @@ def write_samples(path: Path, drawn: Any, recipe: Recipe, raw: bool) -> None:
     from flowlang.backends.torch.store import replace_file
 
     if path.suffix == ".png":
-        from flowlang.train.plots import samples_plot
+        from flowlang.plots import samples_plot
 
         make_folder(path.parent)
         samples_plot(None, drawn, path, recipe.columns)

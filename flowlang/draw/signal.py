@@ -95,7 +95,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], title: str, path: str | Path) -> None:
     """Predicted and measured variance along the depth, on a logarithmic scale; the band spans the seeds."""
-    from flowlang.train.plots import DATA, SAMPLES, figure, plain, write
+    from flowlang.plots import DATA, SAMPLES, figure, plain, write
 
     fig = figure(7, 3.6)
     ax = fig.subplots()
