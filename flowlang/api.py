@@ -255,7 +255,8 @@ def export_onnx(
 
     `flow` is what `compile` gave, or a trained flow, whose standardisation is then part of the models. One program
     goes to `path`, several to `FILE.PROGRAM.onnx`. Programs: log_prob, forward, inverse, sample,
-    sample_and_log_prob; by default log_prob and sample. A network has `forward` alone. Noise is an input of the
+    sample_and_log_prob; by default log_prob and sample. A network has `forward` alone, a model its named programs
+    (losses for each sample; by default all the others). Noise is an input of the
     sampling programs, unless `seed` asks for a random op inside.
 
     The batch may have any size. So may the axes named by `dynamic`; by default those whose size the spec leaves open
@@ -282,6 +283,9 @@ def export_onnx(
 
 
 def default_programs(region: Region) -> tuple[str, ...]:
+    """Density and sampler of a flow, the one program of a network, all but losses of a model."""
+    if region.kind == "model":
+        return tuple(p for p in region.programs if "loss" not in p.split("_")) or tuple(region.programs)
     return ("forward",) if region.kind in ("net", "norm") else ("log_prob", "sample")
 
 

@@ -20,7 +20,8 @@ from flowlang.backends.torch.codegen import ClassScope, Generator
 
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.programs import Program
-from flowlang.ir.graph import Region
+from flowlang.ir.graph import Node, Region
+from flowlang.ir.types import TensorType
 from flowlang.version import __version__
 
 PROGRAMS = ("log_prob", "forward", "inverse", "sample", "sample_and_log_prob")
@@ -111,12 +112,19 @@ class Model:
     def finished(self, outputs: Mapping[str, Value], free: Mapping[str, Any] | None = None) -> onnx.ModelProto:
         return finish(self.g, self.region.name, outputs, self.metadata(free or {}), self.region.doc or "")
 
+    def source(self) -> Program:
+        return self.analyses.program(self.region, self.name)
+
+    def quiet(self) -> bool:
+        """Whether no input tells the size of the batch: nothing is fed, and noise is drawn inside or not at all."""
+        return self.options.seed is not None and self.name.startswith("sample")
+
     def lowered(self) -> dict[str, Value]:
         """The graph of the program in the builder; gives the outputs by name."""
         g = self.g
-        program = self.analyses.program(self.region, self.name)
+        program = self.source()
         shared = Shared(self.analyses.program, self.draw)
-        if self.options.seed is not None and not program.inputs and self.name.startswith("sample"):
+        if not program.inputs and self.quiet():
             g.batch = g.input(self.fresh("batch_size"), (1,), INT)
         arguments = self.inputs(program)
         found = Lowering(g, shared, self.weights, ("batch",)).program(program, arguments)
@@ -255,11 +263,15 @@ class Model:
 
     # ---- metadata ---------------------------------------------------------------------------------------
 
+    def entries(self) -> list[Node]:
+        """What the program takes, as it is declared."""
+        return [self.region.graph[i] for i in [*self.region.inputs, *self.region.context]]
+
     def metadata(self, free: Mapping[str, Any]) -> dict[str, str]:
-        graph, o = self.region.graph, self.options
+        o = self.options
         axes = {
-            (graph[i].label or f"x{k}"): [[a.name, None if a.name in free else a.size] for a in graph[i].tensor.axes]
-            for k, i in enumerate([*self.region.inputs, *self.region.context])
+            (node.label or f"x{k}"): [[a.name, None if a.name in free else a.size] for a in node.tensor.axes]
+            for k, node in enumerate(self.entries())
         }
         found: dict[str, Any] = {
             "flowlang_version": __version__, "flow": self.region.name, "program": self.name, "opset": str(o.opset),
@@ -281,13 +293,68 @@ class Model:
         return found
 
 
+class ModelProgram(Model):
+    """A named program of a model being exported: data goes in and comes out in its own units, losses stay per sample."""
+
+    def source(self) -> Program:
+        return self.analyses.program(self.region.programs[self.name], "forward")
+
+    def quiet(self) -> bool:
+        region = self.region.programs[self.name]
+        return self.options.seed is not None or not Generator(self.region, self.analyses, "").noisy(region, "forward")
+
+    def entries(self) -> list[Node]:
+        region = self.region.programs[self.name]
+        return [region.graph[i] for i in region.inputs]
+
+    def data(self) -> tuple[str, TensorType] | None:
+        """The model's first data: what is fitted."""
+        return next(((n, t) for n, (word, t) in self.region.data.items() if word == "data"), None)
+
+    def inputs(self, program: Program) -> list[Value]:
+        first = self.data()
+        arguments = []
+        for i in program.inputs:
+            label = str(program.graph[i].label)
+            v = self.g.input(self.fresh(label), ("batch", *program.graph[i].tensor.shape))
+            self.see(v)
+            fitted = first is not None and label == first[0]
+            standard = self.options.standard if fitted else self.options.given_standard.get(label)
+            if standard is not None:
+                v = self.g.div(self.g.sub(v, self.g.const(standard.mean)), self.g.const(standard.scale))
+            arguments.append(v)
+        return arguments
+
+    def outputs(self, program: Program, found: list[Value]) -> dict[str, Value]:
+        taken = {program.graph[i].label for i in program.inputs}
+        first = self.data()
+        names = []
+        for o in program.outputs:
+            label = program.graph[o].label
+            names.append(self.fresh(label if label is not None and label not in taken else self.name))
+        self.output_ranks = {k: program.graph[o].tensor.rank for k, o in zip(names, program.outputs, strict=True)}
+        out = dict(zip(names, found, strict=True))
+        standard = self.options.standard
+        if standard is None or first is None:
+            return out
+        g = self.g
+        if self.name == "log_prob":
+            return {names[0]: g.add(found[0], standard.log_det(first[1].shape))}
+        if self.name.split("_")[0] == "sample":
+            for k, o in zip(names, program.outputs, strict=True):
+                if program.graph[o].tensor.shape == first[1].shape:
+                    out[k] = g.add(g.mul(out[k], g.const(standard.scale)), g.const(standard.mean))
+        return out
+
+
 def export(
     region: Region, analyses: Analyses, module: Any, program: str, options: Options | None = None
 ) -> onnx.ModelProto:
     """The model of one program. Raises Unlowered for what ONNX cannot express."""
     o = options or Options()
     assert LOWEST_OPSET <= o.opset <= HIGHEST_OPSET
-    return Model(region, analyses, module, program, o).build()
+    made = ModelProgram if region.kind == "model" else Model
+    return made(region, analyses, module, program, o).build()
 
 
 Instance = tuple[Region, Analyses, Any]  # a flow at some sizes: region, facts, module

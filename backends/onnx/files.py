@@ -32,15 +32,21 @@ def need_onnx() -> None:
         ) from None
 
 
-def check_options(programs: Sequence[str], opset: int | None) -> None:
+def check_programs(programs: Sequence[str], region: Region) -> None:
+    """The names are programs of the flow, network or model."""
+    among = tuple(region.programs) if region.kind == "model" else ("forward",) if region.kind in ("net", "norm") else PROGRAMS
+    unknown = [p for p in programs if p not in among]
+    kind = "network" if region.kind == "norm" else {"net": "network"}.get(region.kind, region.kind)
+    if unknown or not programs:
+        message = f"`{unknown[0]}` is no program of a {kind}" if unknown else "no program is named"
+        raise FlowError(
+            Diagnostic("FL0804", message, suggestion=f"choose from {', '.join(f'`{p}`' for p in among)}")
+        )
+
+
+def check_opset(opset: int | None) -> None:
     from flowlang.backends.onnx.model import HIGHEST_OPSET, LOWEST_OPSET
 
-    unknown = [p for p in programs if p not in PROGRAMS]
-    if unknown or not programs:
-        message = f"`{unknown[0]}` is no program of a flow" if unknown else "no program is named"
-        raise FlowError(
-            Diagnostic("FL0804", message, suggestion=f"choose from {', '.join(f'`{p}`' for p in PROGRAMS)}")
-        )
     if opset is not None and not LOWEST_OPSET <= opset <= HIGHEST_OPSET:
         raise FlowError(
             Diagnostic("FL0804", f"opset {opset} is not supported",
@@ -150,18 +156,12 @@ def export_files(
 ) -> dict[str, Path]:  # fmt: skip
     """Writes one checked model for each program; gives their paths. `at` gives the flow at other sizes of its axes."""
     need_onnx()
-    if comp.regions[name].kind == "model":
-        raise FlowError(
-            Diagnostic("FL0701", f"`{name}` is a model, and programs of models cannot be exported to ONNX yet",
-                       comp.regions[name].span, suggestion="a flow with the step `cnf(v)` exports density and sampler of a field")
-        )  # fmt: skip
     from flowlang.backends.onnx.build import DEFAULT_OPSET, Options, Standard, Unlowered, export, export_open
 
-    check_options(programs, opset)
-    if comp.regions[name].kind in ("net", "norm") and set(programs) != {"forward"}:
-        other = next(p for p in programs if p != "forward")
-        raise FlowError(Diagnostic("FL0804", f"`{other}` is no program of a network", suggestion="export `forward`"))
-
+    check_programs(programs, comp.regions[name])
+    check_opset(opset)
+    if comp.regions[name].kind == "model":
+        at = None  # sizes are as compiled; the batch alone is free
     check_weights(module)
 
     def kept(s: Any) -> Standard | None:

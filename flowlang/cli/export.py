@@ -18,7 +18,7 @@ from flowlang.cli.common import flow_option, set_option
 )
 @click.option(
     "--program", "programs", multiple=True, metavar="NAME",
-    help="log_prob, forward, inverse, sample or sample_and_log_prob; may be repeated. [default: log_prob, sample]",
+    help="log_prob, forward, inverse, sample or sample_and_log_prob, or a model's program; may be repeated. [default: log_prob, sample; of a model all but losses]",
 )  # fmt: skip
 @click.option("-o", "--out", default="flow.onnx", show_default=True, type=click.Path(dir_okay=False),
               help="File for one program; several go to FILE.PROGRAM.onnx.")  # fmt: skip
@@ -35,11 +35,11 @@ def export(
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
     from flowlang.api import compile_from, export_onnx
-    from flowlang.backends.onnx.files import check_options, need_onnx
+    from flowlang.backends.onnx.files import check_opset, need_onnx
     from flowlang.cli.common import load_ok
 
     need_onnx()
-    check_options(programs or ("forward",), opset)
+    check_opset(opset)
     if weights is None:
         made: Any = compile_from(load_ok(spec, sets, False, sized=True), flow, seed=0)
         module = made

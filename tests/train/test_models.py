@@ -148,8 +148,19 @@ def test_the_commands_train_sample_and_score_a_model(
     assert "no program `nothing`" in said("score", "-w", "out", "--data", "x.npy", "--program", "nothing", code=1)
 
 
-def test_programs_of_models_are_refused_by_the_export_in_words(tmp_path: Path) -> None:
+def test_programs_of_a_trained_model_are_exported_in_the_units_of_the_data(tmp_path: Path) -> None:
+    import onnxruntime
+
     train(fl.compile(MATCHING, seed=0), table(), tmp_path, options(epochs=1))
-    for model in (fl.compile(MATCHING, seed=0), fl.load(tmp_path)):
-        with pytest.raises(fl.FlowError, match="programs of models cannot be exported"):
-            fl.export_onnx(model, tmp_path / "m.onnx", ["sample"])
+    model: Any = fl.load(tmp_path)
+    files = fl.export_onnx(model, tmp_path / "m.onnx")
+    assert set(files) == {"sample", "log_prob"}
+    run = {k: onnxruntime.InferenceSession(str(v)) for k, v in files.items()}
+    x = table().x[:7].astype(np.float32)
+    (log_p,) = run["log_prob"].run(None, {"x1": x})
+    with torch.no_grad():
+        assert np.allclose(log_p, model.log_prob(torch.as_tensor(x)).numpy(), atol=1e-4)
+    (drawn,) = run["sample"].run(None, {"x0": np.zeros((3, 2), np.float32)})
+    assert np.all(np.abs(drawn - [[30.0, -10.0]]) < 5)
+    with pytest.raises(fl.FlowError, match="`forward` is no program of a model"):
+        fl.export_onnx(model, tmp_path / "m.onnx", ["forward"])
