@@ -22,7 +22,6 @@ from flowlang.version import __version__
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
-    from flowlang.ir.graph import Region
 
 
 def source_of(spec: str | Path) -> tuple[Source, Path | None]:
@@ -262,7 +261,7 @@ def export_onnx(
     The batch may have any size. So may the axes named by `dynamic`; by default those whose size the spec leaves open
     (`data x: R[C = 3, H, W]`) where no weight depends on it. What cannot keep them open is refused (FL0701).
     """
-    from flowlang.backends.onnx.files import export_files
+    from flowlang.backends.onnx.files import default_programs, export_files
     from flowlang.backends.torch.standard import Standardised, StandardisedModel
 
     whole = flow if isinstance(flow, Standardised | StandardisedModel) else None
@@ -280,13 +279,6 @@ def export_onnx(
         given_standard=whole.given_standard() if whole is not None else None,
         dynamic=dynamic, at=Resized(comp, name, module),
     )  # fmt: skip
-
-
-def default_programs(region: Region) -> tuple[str, ...]:
-    """Density and sampler of a flow, the one program of a network, all but losses of a model."""
-    if region.kind == "model":
-        return tuple(p for p in region.programs if "loss" not in p.split("_")) or tuple(region.programs)
-    return ("forward",) if region.kind in ("net", "norm") else ("log_prob", "sample")
 
 
 class Resized:

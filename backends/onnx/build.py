@@ -21,7 +21,6 @@ from flowlang.backends.torch.codegen import ClassScope, Generator
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.programs import Program
 from flowlang.ir.graph import Node, Region
-from flowlang.ir.types import TensorType
 from flowlang.version import __version__
 
 PROGRAMS = ("log_prob", "forward", "inverse", "sample", "sample_and_log_prob")
@@ -97,6 +96,7 @@ class Model:
         import torch
 
         self.region, self.analyses, self.name, self.options = region, analyses, name, options
+        self.program = self.program_of()
         kept = itertools.chain(module.parameters(), module.buffers())
         dtype = next((t.dtype for t in kept if t.is_floating_point()), torch.get_default_dtype())
         self.g = Builder("float64" if dtype == torch.float64 else "float32", options.opset)
@@ -106,33 +106,39 @@ class Model:
         self.taken: set[str] = set()
         self.random_shape: Value | None = None
 
+    def program_of(self) -> Program:
+        return self.analyses.program(self.region, self.name)
+
+    @property
+    def place(self) -> Node:
+        """What a refusal without a place of its own points at."""
+        region = self.program.region
+        return region.graph[[*region.inputs, *region.outputs][0]]
+
     def build(self) -> onnx.ModelProto:
         return self.finished(self.lowered())
 
     def finished(self, outputs: Mapping[str, Value], free: Mapping[str, Any] | None = None) -> onnx.ModelProto:
         return finish(self.g, self.region.name, outputs, self.metadata(free or {}), self.region.doc or "")
 
-    def source(self) -> Program:
-        return self.analyses.program(self.region, self.name)
-
-    def quiet(self) -> bool:
-        """Whether no input tells the size of the batch: nothing is fed, and noise is drawn inside or not at all."""
-        return self.options.seed is not None and self.name.startswith("sample")
-
     def lowered(self) -> dict[str, Value]:
         """The graph of the program in the builder; gives the outputs by name."""
-        g = self.g
-        program = self.source()
+        g, program = self.g, self.program
         shared = Shared(self.analyses.program, self.draw)
-        if not program.inputs and self.quiet():
+        if not program.inputs and (self.options.seed is not None or not self.noisy()):
             g.batch = g.input(self.fresh("batch_size"), (1,), INT)
         arguments = self.inputs(program)
+        names = self.output_names(program)  # before those of noise
         found = Lowering(g, shared, self.weights, ("batch",)).program(program, arguments)
-        outputs = self.outputs(program, found)
+        outputs = self.outputs(program, names, found)
         for key, v in outputs.items():
             rank = self.output_ranks[key]
             outputs[key] = g.expand(v, ("batch", *v.shape[v.rank - rank :]))
         return outputs
+
+    def noisy(self) -> bool:
+        """Whether the program draws noise, whose inputs tell the batch."""
+        return self.weights.generator.noisy(self.program.region, self.program.name)
 
     # ---- inputs and outputs -----------------------------------------------------------------------------
 
@@ -154,22 +160,24 @@ class Model:
             name = self.fresh(label)
             v = self.g.input(name, ("batch", *node.tensor.shape))
             self.see(v)
-            if k < mapped:
-                standard = self.options.standard if self.name in ("log_prob", "forward") else None
-            else:
-                standard = self.options.given_standard.get(label)
+            standard = self.standard_of(label, mapped=k < mapped)
             if standard is not None:
                 v = self.g.div(self.g.sub(v, self.g.const(standard.mean)), self.g.const(standard.scale))
             arguments.append(v)
         return arguments
+
+    def standard_of(self, label: str, mapped: bool) -> Standard | None:
+        """The constants by which an input is standardised."""
+        if not mapped:
+            return self.options.given_standard.get(label)
+        return self.options.standard if self.name in ("log_prob", "forward") else None
 
     def see(self, v: Value) -> None:
         """The batch size can be read from the first batched input."""
         if self.g.batch is None and "batch" in v.shape[:1]:
             self.g.batch = self.g.op("Shape", v, shape=(1,), kind=INT, start=0, end=1)
 
-    def outputs(self, program: Program, found: list[Value]) -> dict[str, Value]:
-        names = self.output_names(program)
+    def outputs(self, program: Program, names: list[str], found: list[Value]) -> dict[str, Value]:
         out = dict(zip(names, found, strict=True))
         self.output_ranks = {k: program.graph[o].tensor.rank for k, o in zip(names, program.outputs, strict=True)}
         standard = self.options.standard
@@ -211,6 +219,8 @@ class Model:
     def draw(self, name: str, kind: str, shape: Shape, df: float | None, degrees: Value | None) -> Value:
         if self.options.seed is not None:
             return self.random(name, kind, shape, degrees)
+        if len(self.g.stack) > 1:  # one input would be the same draw in each round
+            raise Unlowered(self.g.origin, "a draw in each round of a loop cannot be an input", "export with a seed")
         name = self.fresh(name)
         self.noise.append(Noise(name, kind, shape, df))
         v = self.g.input(name, shape, INT if kind == "geometric" else REAL)
@@ -261,17 +271,17 @@ class Model:
             made.node.hint = name.rsplit("/", 1)[-1]
         return made
 
+    def named(self) -> list[int]:
+        """The inputs whose axes the metadata name."""
+        return [*self.region.inputs, *self.region.context]
+
     # ---- metadata ---------------------------------------------------------------------------------------
 
-    def entries(self) -> list[Node]:
-        """What the program takes, as it is declared."""
-        return [self.region.graph[i] for i in [*self.region.inputs, *self.region.context]]
-
     def metadata(self, free: Mapping[str, Any]) -> dict[str, str]:
-        o = self.options
+        graph, o = self.program.region.graph, self.options
         axes = {
-            (node.label or f"x{k}"): [[a.name, None if a.name in free else a.size] for a in node.tensor.axes]
-            for k, node in enumerate(self.entries())
+            (graph[i].label or f"x{k}"): [[a.name, None if a.name in free else a.size] for a in graph[i].tensor.axes]
+            for k, i in enumerate(self.named())
         }
         found: dict[str, Any] = {
             "flowlang_version": __version__, "flow": self.region.name, "program": self.name, "opset": str(o.opset),
@@ -294,57 +304,44 @@ class Model:
 
 
 class ModelProgram(Model):
-    """A named program of a model being exported: data goes in and comes out in its own units, losses stay per sample."""
+    """A named program of a `model`: its inputs are data, labels and parameters, and each result has an output."""
 
-    def source(self) -> Program:
+    def program_of(self) -> Program:
         return self.analyses.program(self.region.programs[self.name], "forward")
 
-    def quiet(self) -> bool:
-        region = self.region.programs[self.name]
-        return self.options.seed is not None or not Generator(self.region, self.analyses, "").noisy(region, "forward")
+    @property
+    def data(self) -> str | None:
+        return next((n for n, (word, _) in self.region.data.items() if word == "data"), None)
 
-    def entries(self) -> list[Node]:
-        region = self.region.programs[self.name]
-        return [region.graph[i] for i in region.inputs]
+    def standard_of(self, label: str, mapped: bool) -> Standard | None:
+        return self.options.standard if label == self.data else self.options.given_standard.get(label)
 
-    def data(self) -> tuple[str, TensorType] | None:
-        """The model's first data: what is fitted."""
-        return next(((n, t) for n, (word, t) in self.region.data.items() if word == "data"), None)
-
-    def inputs(self, program: Program) -> list[Value]:
-        first = self.data()
-        arguments = []
-        for i in program.inputs:
-            label = str(program.graph[i].label)
-            v = self.g.input(self.fresh(label), ("batch", *program.graph[i].tensor.shape))
-            self.see(v)
-            fitted = first is not None and label == first[0]
-            standard = self.options.standard if fitted else self.options.given_standard.get(label)
-            if standard is not None:
-                v = self.g.div(self.g.sub(v, self.g.const(standard.mean)), self.g.const(standard.scale))
-            arguments.append(v)
-        return arguments
-
-    def outputs(self, program: Program, found: list[Value]) -> dict[str, Value]:
-        taken = {program.graph[i].label for i in program.inputs}
-        first = self.data()
-        names = []
-        for o in program.outputs:
-            label = program.graph[o].label
-            names.append(self.fresh(label if label is not None and label not in taken else self.name))
+    def outputs(self, program: Program, names: list[str], found: list[Value]) -> dict[str, Value]:
+        """Samples and densities are those of raw data; a loss comes out for each sample."""
+        g, standard = self.g, self.options.standard
         self.output_ranks = {k: program.graph[o].tensor.rank for k, o in zip(names, program.outputs, strict=True)}
         out = dict(zip(names, found, strict=True))
-        standard = self.options.standard
-        if standard is None or first is None:
-            return out
-        g = self.g
-        if self.name == "log_prob":
-            return {names[0]: g.add(found[0], standard.log_det(first[1].shape))}
-        if self.name.split("_")[0] == "sample":
-            for k, o in zip(names, program.outputs, strict=True):
-                if program.graph[o].tensor.shape == first[1].shape:
-                    out[k] = g.add(g.mul(out[k], g.const(standard.scale)), g.const(standard.mean))
+        shape = self.region.data[self.data][1].shape if self.data is not None else None
+        if standard is not None and shape is not None:
+            for (key, v), o in zip(out.items(), program.outputs, strict=True):
+                if self.name == "log_prob":
+                    out[key] = g.add(v, standard.log_det(shape))
+                elif self.name.split("_")[0] == "sample" and program.graph[o].tensor.shape == shape:
+                    out[key] = g.add(g.mul(v, g.const(standard.scale)), g.const(standard.mean))
         return out
+
+    def output_names(self, program: Program) -> list[str]:
+        """The name that the program gives a result; of one that has none, or an input's, the program's own."""
+        taken = {program.graph[i].label for i in program.inputs}
+        labels = [program.graph[o].label for o in program.outputs]
+        return [self.fresh(n if n is not None and n not in taken else self.name) for n in labels]
+
+    def named(self) -> list[int]:
+        return list(self.program.inputs)
+
+
+def model_of(region: Region, analyses: Analyses, module: Any, program: str, options: Options) -> Model:
+    return (ModelProgram if region.kind == "model" else Model)(region, analyses, module, program, options)
 
 
 def export(
@@ -353,8 +350,7 @@ def export(
     """The model of one program. Raises Unlowered for what ONNX cannot express."""
     o = options or Options()
     assert LOWEST_OPSET <= o.opset <= HIGHEST_OPSET
-    made = ModelProgram if region.kind == "model" else Model
-    return made(region, analyses, module, program, o).build()
+    return model_of(region, analyses, module, program, o).build()
 
 
 Instance = tuple[Region, Analyses, Any]  # a flow at some sizes: region, facts, module
@@ -377,15 +373,12 @@ def _open(
     at: At, points: Sequence[Mapping[str, int]], multiples: Mapping[str, int], program: str, options: Options
 ) -> onnx.ModelProto:
     flows = [at(p) for p in points]
-    data = flows[0]
-    assert data is not None
-    if any(f is None for f in flows):
-        node = data[0].graph[data[0].inputs[0]]
-        raise Unlowered(node, "sizes of its axes depend on one another", WAY_AROUND)
-    models = [Model(*f, program, options) for f in flows if f is not None]
-    outputs = [m.lowered() for m in models]
+    models = [model_of(*f, program, options) for f in flows if f is not None]
     base = models[0]
-    general = General(points, [m.g for m in models], base.region.graph[base.region.inputs[0]])
+    if len(models) < len(flows):
+        raise Unlowered(base.place, "sizes of its axes depend on one another", WAY_AROUND)
+    outputs = [m.lowered() for m in models]
+    general = General(points, [m.g for m in models], base.place)
     general.compare(outputs)
     general.apply()
     free = {a: {"multiple_of": m, "at_least": min(p[a] for p in points)} for a, m in multiples.items()}

@@ -422,15 +422,29 @@ def _gather(w: Lowering, n: Node) -> Value:
     x, index = w.value(i), w.g.cast(w.value(k), INT)
     ti, tk = w.type(i), w.type(k)
     axis = n.attrs["axis"]
-    if x.rank != ti.rank and index.rank != tk.rank:
-        raise Unlowered(n, "an index that varies with the sample cannot pick from values that do", "use `onehot`")
-    if any(ti.has(a) for a in tk.names if a != axis):
-        raise Unlowered(n, "the index shares an axis with the values", "use `onehot`")
+    shared = [a for a in tk.names if ti.has(a) and a != axis]
+    if shared or (x.rank != ti.rank and index.rank != tk.rank):
+        return _gather_each(w, n, x, index, shared)
     rest = [a for a in ti.names if a != axis]
     front = x.rank - ti.rank
     v = w.ordered(x, ti.names, [axis, *rest])
     shape = (*v.shape[:front], *index.shape, *(ti.size(a) for a in rest))
     return w.g.op("Gather", v, index, shape=shape, axis=front)
+
+
+def _gather_each(w: Lowering, n: Node, x: Value, index: Value, shared: list[str]) -> Value:
+    """Each sample, and each place along axes that both have, is picked from by its own index."""
+    (ti, tk), axis = (w.type(i) for i in n.inputs), n.attrs["axis"]
+    rest = [a for a in ti.names if a != axis and a not in shared]
+    own = [a for a in tk.names if a not in shared]
+    x, index = w.ordered(x, ti.names, [*shared, axis, *rest]), w.ordered(index, tk.names, [*shared, *own])
+    leads = broadcast(w.lead(x, ti.rank), w.lead(index, tk.rank))
+    x = w.g.expand(x, (*leads, *x.shape[x.rank - ti.rank :]))
+    index = w.g.unsqueeze(w.g.expand(index, (*leads, *index.shape[index.rank - tk.rank :])), [-1])
+    batch = len(leads) + len(shared)
+    shape = (*index.shape[:-1], *x.shape[batch + 1 :])
+    found = w.g.op("GatherND", x, index, shape=shape, kind=x.kind, batch_dims=batch)
+    return w.ordered(found, [*shared, *own, *rest], n.tensor.names)
 
 
 # ---- matrices -----------------------------------------------------------------------------------

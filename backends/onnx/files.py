@@ -32,15 +32,29 @@ def need_onnx() -> None:
         ) from None
 
 
-def check_programs(programs: Sequence[str], region: Region) -> None:
-    """The names are programs of the flow, network or model."""
-    among = tuple(region.programs) if region.kind == "model" else ("forward",) if region.kind in ("net", "norm") else PROGRAMS
-    unknown = [p for p in programs if p not in among]
-    kind = "network" if region.kind == "norm" else {"net": "network"}.get(region.kind, region.kind)
+def programs_of(region: Region) -> tuple[str, ...]:
+    """What can be exported of a flow, a model or a network."""
+    if region.kind == "model":
+        return tuple(region.programs)
+    return ("forward",) if region.kind in ("net", "norm") else PROGRAMS
+
+
+def default_programs(region: Region) -> tuple[str, ...]:
+    """Density and sampler of a flow, the one program of a network, all but losses of a model."""
+    have = programs_of(region)
+    if region.kind == "model":
+        return tuple(p for p in have if "loss" not in p.split("_")) or have
+    return have if have == ("forward",) else ("log_prob", "sample")
+
+
+def check_programs(region: Region, programs: Sequence[str]) -> None:
+    have = programs_of(region)
+    unknown = [p for p in programs if p not in have]
     if unknown or not programs:
+        kind = "network" if region.kind in ("net", "norm") else region.kind
         message = f"`{unknown[0]}` is no program of a {kind}" if unknown else "no program is named"
         raise FlowError(
-            Diagnostic("FL0804", message, suggestion=f"choose from {', '.join(f'`{p}`' for p in among)}")
+            Diagnostic("FL0804", message, suggestion=f"choose from {', '.join(f'`{p}`' for p in have)}")
         )
 
 
@@ -89,8 +103,17 @@ def write(path: Path, blob: bytes) -> None:
 
 def inputs_of(region: Region) -> dict[str, TensorType]:
     """The types of data and context, by name."""
+    if region.kind == "model":
+        return {n: t for n, (_, t) in region.data.items()}
     nodes = [region.graph[i] for i in (*region.inputs, *region.context)]
     return {n.label or f"x{k}": n.tensor for k, n in enumerate(nodes)}
+
+
+def data_of(region: Region) -> str:
+    """The name of the data."""
+    if region.kind == "model":
+        return next((n for n, (word, _) in region.data.items() if word == "data"), "")
+    return next(iter(inputs_of(region)))
 
 
 def free_axes(
@@ -133,8 +156,8 @@ def free_axes(
 def along_one(region: Region, options: Options, free: Sequence[str]) -> Options | None:
     """The options with standardisation constants that have one number along the free axes; None where they differ."""
     types = inputs_of(region)
-    data = next(iter(types))
-    made: dict[str, Standard | None] = {}
+    data = data_of(region)
+    made: dict[str, Standard | None] = {data: None}
     for key, s in {data: options.standard, **options.given_standard}.items():
         made[key] = s.along([a.name in free for a in types[key].axes]) if s is not None else None
         if s is not None and made[key] is None:
@@ -158,10 +181,8 @@ def export_files(
     need_onnx()
     from flowlang.backends.onnx.build import DEFAULT_OPSET, Options, Standard, Unlowered, export, export_open
 
-    check_programs(programs, comp.regions[name])
+    check_programs(comp.regions[name], programs)
     check_opset(opset)
-    if comp.regions[name].kind == "model":
-        at = None  # sizes are as compiled; the batch alone is free
     check_weights(module)
 
     def kept(s: Any) -> Standard | None:
