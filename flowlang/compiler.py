@@ -298,6 +298,9 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
         if id(region) in bad or any(id(c.region) in bad for c in region.children.values()):
             bad.add(id(region))
             continue
+        if tell_rough(comp, region, anchors):
+            bad.add(id(region))
+            continue
         if not is_map(region):
             tell_without_effect(comp, region)
             continue
@@ -307,6 +310,22 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
             tell_failure(comp, region, found, anchors)
         tell_rules(comp, region)
     root.broken = root.broken or id(root) in bad
+
+
+def tell_rough(comp: Compilation, region: Region, anchors: Mapping[int, Span]) -> bool:
+    """Whether a derivative is asked for that is no graph, which is told."""
+    for node in region.graph:
+        if "tangents" not in node.attrs:
+            continue
+        op = comp.analyses.rough(node.attrs["region"], node.attrs["method"])
+        if op is not None:
+            span, notes = place(node.span, region, anchors)
+            comp.report.add(
+                Diagnostic("FL0606", f"`{shown(op)}` in the function that is differentiated here has no derivative that is a graph", span,
+                           notes=notes, suggestion="leave it out of the function, or hide it by `stop(..)`")
+            )  # fmt: skip
+            return True
+    return False
 
 
 def tell_without_effect(comp: Compilation, region: Region) -> None:

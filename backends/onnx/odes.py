@@ -17,6 +17,7 @@ from flowlang.backends.onnx.solvers import any_of, finite
 from flowlang.analysis.solvers import order
 from flowlang.ir.graph import Node
 from flowlang.ir.tableau import Tableau
+from flowlang.ir.tangents import plain_method
 from flowlang.ir.types import TensorType
 
 State = list[Value]
@@ -49,7 +50,7 @@ def _integrate(w: Lowering, n: Node) -> Result:
     g = w.g
     x = n.inputs[0]
     traced = bool(n.attrs.get("log_det"))
-    along = n.attrs["method"] == "divergence_along"
+    along = plain_method(n.attrs) == "divergence_along"
     before = [w.value(i) for i in n.inputs[1 : 1 + along]]
     after = [w.value(i) for i in n.inputs[1 + along :]]
     child = n.attrs["child"]

@@ -13,6 +13,7 @@ from flowlang.derive.programs import Program, is_map
 from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops.splines import SPLINES, bin_axis, kind_of, numbers_of
+from flowlang.ir.tangents import plain_method
 from flowlang.ir.types import TensorType, TupleType
 
 if TYPE_CHECKING:
@@ -1271,7 +1272,7 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
     """`ode_steps(rates, state, batch, start, stop, steps, method)`, or the adaptive one with its tolerances."""
     x = n.inputs[0]
     traced = bool(n.attrs.get("log_det"))
-    along = n.attrs["method"] == "divergence_along"
+    along = plain_method(n.attrs) == "divergence_along"
     rank = w.type(x).rank
     batch = f"{w.variable(x)}.shape[:-{rank}]" if rank else f"{w.variable(x)}.shape"
     before = [w.variable(i) for i in n.inputs[1 : 1 + along]]

@@ -9,6 +9,7 @@ from flowlang.analysis.constants import Constants, holds, support_of
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.ops import OPS
 from flowlang.ir.relation import Relation, Support
+from flowlang.ir.tangents import plain_method
 from flowlang.ir.types import Axis, TensorType, result_axes
 
 REPEAT_ROUNDS = 64  # beyond this many distinct rounds a repeated relation is taken as full
@@ -153,7 +154,7 @@ def call_relation(graph: Graph, node: Node, index: int, slot: int, summaries: Su
     if node.op == "choose":
         return Relation.equal(result, argument) if slot % (len(node.inputs) // 2) == index else None
     region: Region = node.attrs["region"]
-    if node.attrs.get("method", "forward") != "forward":
+    if plain_method(node.attrs) != "forward":
         return Relation.full(result, argument)
     if node.op == "repeat":
         return repeat_relation(graph, node, index, slot, summaries)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from flowlang.ir.graph import Node, Region
+from flowlang.ir.graph import Node, Region, result_types
 from flowlang.ir.interval import REAL
 from flowlang.ir.ops import OPS
 from flowlang.ir.types import TensorType
@@ -56,6 +56,9 @@ class Fields:
 
     def call(self, node: Node, operands: list[Growth | None]) -> list[Growth | None]:
         region: Region = node.attrs["region"]
+        if "tangents" in node.attrs:  # a derivative of what is Lipschitz need not be
+            moves = any(o is not None for o in operands)
+            return [Growth(False, False, node) if moves else None for _ in result_types(node.type)]
         if node.op != "repeat":
             return self.of(region, tuple(operands))
         carried = int(node.attrs["carried"])

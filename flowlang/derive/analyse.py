@@ -10,7 +10,8 @@ from flowlang.analysis.dependence import Summaries
 from flowlang.analysis.ranges import Ranges, Violation, law_support
 from flowlang.derive import explain
 from flowlang.derive.forms import forms
-from flowlang.derive.forward_mode import Tangents, divergence_program, jvp_program
+from flowlang.derive.forward_mode import divergence_program, jvp_program
+from flowlang.derive.frozen import frozen
 from flowlang.derive.jvp import NoDerivative
 from flowlang.derive.masks import split_by_mask
 from flowlang.derive.plan import (
@@ -31,11 +32,12 @@ from flowlang.derive.plan import (
 from flowlang.derive.programs import Program, build, is_map
 from flowlang.derive.search import Inverter
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update
+from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update, result_types
 from flowlang.ir.interval import POSITIVE, REAL, Interval
 from flowlang.ir.lipschitz import constant
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
+from flowlang.ir.tangents import FROZEN, Tangents, plain_method
 
 REPEAT_BOUND_ROUNDS = 4
 
@@ -94,7 +96,10 @@ class Analyses:
         if not own:
             return
         operands = [ranges.interval(i) for i in node.inputs]
-        if node.attrs.get("method", "forward") != "forward":
+        how: Tangents | None = node.attrs.get("tangents")
+        if how is not None:
+            operands = [operands[k] for k in how.values(len(inner.inputs), len(operands))]
+        elif plain_method(node.attrs) != "forward":
             operands = [REAL] * len(arguments)
         elif node.op == "repeat":
             operands = self.carried_bounds(inner, int(node.attrs["carried"]), operands)[0]
@@ -167,7 +172,10 @@ class Analyses:
         if node.op in ("bracket_solve", "scan_solve", "fixed_point_solve", "estimate_log_det"):
             return (self.solver_bounds(graph, node, operands, sink),)
         region: Region = node.attrs["region"]
-        method = node.attrs.get("method", "forward")
+        method = plain_method(node.attrs)
+        how: Tangents | None = node.attrs.get("tangents")
+        if how is not None:
+            operands = [operands[k] for k in how.values(len(region.inputs), len(operands))]
         if node.attrs.get("log_det"):
             return self.program_call_bounds(graph, node, region, method, operands, sink)
         if method == "inverse":
@@ -180,6 +188,8 @@ class Analyses:
             if isinstance(domain, Domain) and not settled and not iv.within(domain.interval):
                 sink.append(Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), iv, graph))
                 operands = [domain.interval if j == k else o for j, o in enumerate(operands)]
+        if how is not None:
+            return tuple(REAL for _ in result_types(node.type))
         if node.op == "scan":
             return self.scan_bounds(graph, node, operands, sink)
         if node.op == "repeat":
@@ -349,7 +359,10 @@ class Analyses:
         if key not in self._programs:
             plan = self.plan(region) if is_map(region) else None
             assert not isinstance(plan, Failure), plan
-            self._programs[key] = derivative(region, name) or build(region if plan is None else plan.region, plan, name)
+            if name.startswith(FROZEN):
+                self._programs[key] = frozen(self.program(region, name.removeprefix(FROZEN)))
+            else:
+                self._programs[key] = derivative(region, name) or build(region if plan is None else plan.region, plan, name)
         return self._programs[key]
 
     def rough(self, region: Region, name: str) -> str | None:

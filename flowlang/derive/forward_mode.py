@@ -8,7 +8,6 @@ vectors it gives the Jacobian, and its trace is the exact divergence. Calls beco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from flowlang.derive.jvp import NoDerivative
@@ -16,38 +15,8 @@ from flowlang.derive.program import Program, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops import OPS
-from flowlang.ir.text import readable
+from flowlang.ir.tangents import DIRECTION, FROZEN, Tangents, basis, plain_method
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
-
-DIRECTION = "direction~"
-
-
-@readable
-@dataclass(frozen=True, slots=True)
-class Tangents:
-    """Which arguments of a region (inputs, then context) carry a tangent, and in how many directions at once."""
-
-    slots: tuple[int, ...]
-    directions: int | None = None
-
-    def type(self, t: TensorType) -> TensorType:
-        """The type of a tangent of a value: directions in front."""
-        axes = () if self.directions is None else (Axis(DIRECTION, self.directions),)
-        return TensorType((*axes, *t.axes))
-
-    @property
-    def method(self) -> str:
-        """The name of the program."""
-        slots = "_".join(map(str, self.slots))
-        return f"jvp_{slots}" if self.directions is None else f"jvp_{slots}_along_{self.directions}"
-
-    @staticmethod
-    def named(method: str) -> Tangents | None:
-        """The tangents of a program's name, None for programs of other kinds."""
-        if not method.startswith("jvp_"):
-            return None
-        slots, _, directions = method.removeprefix("jvp_").partition("_along_")
-        return Tangents(tuple(map(int, slots.split("_"))), int(directions) if directions else None)
 
 
 class DirectionalBuilder(Builder):
@@ -172,7 +141,8 @@ class ForwardMode:
         args = [self.values[i] for i in node.inputs]
         types = list(result_types(node.type))
         varying = [k for k, i in enumerate(node.inputs) if i in self.tangents]
-        plain = callee.kind in ("net", "norm") and node.attrs.get("method", "forward") == "forward"
+        frozen = str(node.attrs.get("method", "forward")).startswith(FROZEN)
+        plain = callee.kind in ("net", "norm") and plain_method(node.attrs) == "forward"
         if varying and not plain:
             raise NoDerivative(node.id)
         if not varying:
@@ -187,7 +157,7 @@ class ForwardMode:
         inputs += args[mapped:] + [self.argument_tangent(node, k, how) for k in varying if k >= mapped]
         lifted = [Axis(n, s) for n, s in node.attrs.get("lifted", ())]
         moved = [self.result_tangent(t, lifted, how) for t in types]
-        attrs = {**dict(node.attrs), "method": how.method, "tangents": how}
+        attrs = {**dict(node.attrs), "method": FROZEN * frozen + how.method, "tangents": how}
         if node.op == "repeat":
             attrs["carried"] = 2 * mapped
         new = self.b.graph.add(node.op, tuple(inputs), TupleType((*types, *moved)), attrs, span=node.span, batched=True)
@@ -232,20 +202,6 @@ def jvp_program(region: Region, how: Tangents) -> Program:
     outputs += [mode.tangent(o, how.type(region.graph[o].tensor)) for o in region.outputs]
     mode.program.outputs = outputs
     return prune(mode.program)
-
-
-def basis(b: Builder, t: TensorType) -> int:
-    """The unit vectors of a space: 1 where the direction is the entry's flat index."""
-    flat: int | None = None
-    stride = t.count
-    for a in t.axes:
-        stride //= a.size
-        index = b.op("index", axis=a.name, size=a.size)
-        part = index if stride == 1 else b.mul(index, b.const(stride))
-        flat = part if flat is None else b.add(flat, part)
-    assert flat is not None
-    same = b.op("eq", b.op("index", axis=DIRECTION, size=t.count), flat)
-    return b.op("where", same, b.const(1.0), b.const(0.0))
 
 
 def divergence_program(region: Region, *, exact: bool = True) -> Program:

@@ -240,7 +240,7 @@ class Body:
         if id(outer) not in self.captured_instances:
             inner = Instance(
                 outer.target, outer.arguments, outer.span, outer.axes, owner=self, label=outer.label,
-                name=self.fresh_child_name(name), inverted=outer.inverted, lipschitz=outer.lipschitz,
+                name=self.fresh_child_name(name), inverted=outer.inverted, lipschitz=outer.lipschitz, frozen=outer.frozen,
             )  # fmt: skip
             inner.shared = True
             self.captured_instances[id(outer)] = (inner, outer)

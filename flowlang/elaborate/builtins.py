@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, apply
 from flowlang.elaborate.convolution import CONVOLUTIONS, POOLS
+from flowlang.elaborate.derivatives import differentiated, frozen
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean
@@ -708,7 +709,7 @@ def lipschitz(body: Body, args: Arguments) -> Any:
         )
     return Instance(
         value.target, value.arguments, span(args), value.axes, owner=value.owner, name=value.name, label=value.label, shared=value.shared,
-        lipschitz=float(limit),
+        lipschitz=float(limit), frozen=value.frozen,
     )  # fmt: skip
 
 
@@ -935,12 +936,10 @@ def _table() -> dict[str, Any]:
     put("running", running)
     put("first_batch", first_batch)
     put("lipschitz", lipschitz)
-    for name, what in {
-        "grad": "gradients of functions",
-        "jvp": "derivatives of functions", "vjp": "derivatives of functions", "divergence": "derivatives of functions",
-        "derivative": "derivatives of functions", "ema": "copies of networks", "frozen": "copies of networks",
-        "copy": "copies of networks", "onehot": "integer values", "resize": "images",
-    }.items():  # fmt: skip
+    for name in ("grad", "jvp", "vjp", "divergence", "derivative"):
+        put(name, differentiated(name))
+    put("frozen", frozen)
+    for name, what in {"ema": "copies of networks", "copy": "copies of networks", "onehot": "integer values", "resize": "images"}.items():
         put(name, not_yet(name, what), later=True)
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")

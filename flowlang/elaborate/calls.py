@@ -21,6 +21,7 @@ from flowlang.elaborate.values import (
     Builtin,
     BuiltinNet,
     Declared,
+    Derivative,
     Instance,
     Local,
     LogProb,
@@ -35,6 +36,7 @@ from flowlang.elaborate.values import (
     describe,
 )
 from flowlang.ir.graph import Emission, Region
+from flowlang.ir.tangents import FROZEN
 from flowlang.ir.types import TensorType, TupleType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -177,6 +179,10 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
             return call_path(body, fn, args)
         case LogProb():
             return log_density(body, fn, args)
+        case Derivative():
+            from flowlang.elaborate.derivatives import call_derivative
+
+            return call_derivative(body, fn, args)
         case Local():
             return call_local(body, fn, args)
         case _:
@@ -270,7 +276,7 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
     else:
         full = Instance(
             inst.target, statics, inst.span, inst.axes, owner=inst.owner, name=inst.name, label=inst.label, inverted=inst.inverted,
-            shared=inst.shared, lipschitz=inst.lipschitz,
+            shared=inst.shared, lipschitz=inst.lipschitz, frozen=inst.frozen,
         )  # fmt: skip
     axes = args.axes or inst.axes
     return call_instance(body, full, tensors, extras, axes, args.span)
@@ -365,6 +371,7 @@ def partial(body: Body, inst: Instance, statics: dict[str, Any], args: Arguments
         label=None,
         inverted=inst.inverted,
         lipschitz=inst.lipschitz,
+        frozen=inst.frozen,
     )
 
 
@@ -860,7 +867,7 @@ def emit_call(
     attrs = {
         "child": child.name,
         "region": region,
-        "method": "inverse" if inst.inverted else "forward",
+        "method": FROZEN * inst.frozen + ("inverse" if inst.inverted else "forward"),
         "lifted": front,
     }
     weighed = body.region.kind == "program" and region.kind in ("bijector", "chain")

@@ -201,6 +201,7 @@ class Elaborator:
                 value.axes,
                 inverted=value.inverted,
                 lipschitz=value.lipschitz,
+                frozen=value.frozen,
             )
         return value
 
@@ -376,7 +377,7 @@ class Elaborator:
         if isinstance(value, Instance):
             inner = Instance(
                 value.target, value.arguments, value.span, value.axes, owner=body, name=body.fresh_child_name(name),
-                label=value.label or name, inverted=value.inverted, lipschitz=value.lipschitz,
+                label=value.label or name, inverted=value.inverted, lipschitz=value.lipschitz, frozen=value.frozen,
             )  # fmt: skip
             if value.owner is not None:
                 inner.shared = True

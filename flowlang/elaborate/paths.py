@@ -38,12 +38,18 @@ def symbolic(declaration: tree.Declaration, given: Mapping[str, Any] | None = No
 
 # ---- paths as functions of tensors --------------------------------------------------------------
 
-FUNCTIONS = ("at", "velocity", "alpha", "sigma", "alpha_rate", "sigma_rate")
+PREDICTIONS = ("velocity", "data", "noise", "score")
+FUNCTIONS = ("at", "alpha", "sigma", "alpha_rate", "sigma_rate", *PREDICTIONS)
 
 
 def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
-    """`path.at(t, x0, x1)` and what follows from it: `velocity(t, x0, x1)`, `alpha(t)`, `sigma(t)` and their rates."""
+    """`path.at(t, x0, x1)` and what follows from it: `velocity(t, x0, x1)`, `alpha(t)`, `sigma(t)` and their rates.
+
+    `path.data(t, x, velocity = u)` and the like turn one prediction at x_t = x into another.
+    """
     assert args.span is not None
+    if fn.name in PREDICTIONS and (fn.name != "velocity" or any(k in PREDICTIONS for k in args.keywords)):
+        return convert(body, fn, args)
     names = ("t", "x0", "x1") if fn.name in ("at", "velocity") else ("t",)
     values = dict(zip(names, args.positional, strict=False)) | args.keywords
     if set(values) != set(names):
@@ -52,12 +58,7 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
             suggestion=f"as in `{fn.path.declaration.name}.{fn.name}({', '.join(names)})`",
         )  # fmt: skip
     where = dict(zip(names, args.spans, strict=False))
-    try:
-        expression = symbolic(fn.path.declaration, {k: v for k, v in fn.arguments if isinstance(v, int | float)})
-    except NotPlain as stop:
-        raise body.fail(
-            "FL0902", f"the path `{fn.path.declaration.name}` is no formula in t, x0 and x1 ({stop.what}), and has no meaning yet", args.span
-        ) from None  # fmt: skip
+    expression = formula_of(body, fn, args)
     import sympy as sp
 
     t = sp.Symbol("t", real=True)
@@ -65,15 +66,7 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     if fn.name in ("velocity", "alpha_rate", "sigma_rate"):
         expression = sp.diff(expression, t)
     if fn.name.startswith(("alpha", "sigma")):
-        end = ends["x1" if fn.name.startswith("alpha") else "x0"]
-        expression = sp.simplify(sp.diff(expression, end))
-        if expression.has(*ends.values()):
-            raise body.fail(
-                "FL0306",
-                f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`",
-                args.span,
-                suggestion="these exist where x_t = a(t) x0 + b(t) x1",
-            )
+        expression = level(body, fn, args, expression, ends, "x1" if fn.name.startswith("alpha") else "x0")
     if expression is None:
         raise body.fail("FL0308", f"the path `{fn.path.declaration.name}` has no value", args.span)
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
@@ -81,6 +74,75 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     # The formula is shown to be smooth for 0 < t < 1 where the path is declared; here t is shown to lie there.
     env["t"] = body.b.op("within", env["t"], lo=0.0, hi=1.0)
     return body.wrap(emit_formula(body, sp.simplify(expression), env))
+
+
+def formula_of(body: Body, fn: PathFunction, args: Arguments) -> Any:
+    assert args.span is not None
+    try:
+        return symbolic(fn.path.declaration, {k: v for k, v in fn.arguments if isinstance(v, int | float)})
+    except NotPlain as stop:
+        raise body.fail(
+            "FL0902", f"the path `{fn.path.declaration.name}` is no formula in t, x0 and x1 ({stop.what}), and has no meaning yet", args.span
+        ) from None  # fmt: skip
+
+
+def level(body: Body, fn: PathFunction, args: Arguments, expression: Any, ends: Mapping[str, Any], end: str) -> Any:
+    """The factor of one end in an affine path."""
+    import sympy as sp
+
+    assert args.span is not None
+    found = sp.simplify(sp.diff(expression, ends[end]))
+    if found.has(*ends.values()):
+        raise body.fail(
+            "FL0306",
+            f"the path `{fn.path.declaration.name}` is not affine, and has no `{fn.name}`",
+            args.span,
+            suggestion="these exist where x_t = a(t) x0 + b(t) x1",
+        )
+    return found
+
+
+def convert(body: Body, fn: PathFunction, args: Arguments) -> Any:
+    """One prediction from another at x_t = x: data x1, noise x0, velocity, score -x0 / σ (for standard normal x0)."""
+    import sympy as sp
+
+    assert args.span is not None
+    known = [k for k in PREDICTIONS if k in args.keywords]
+    values = dict(zip(("t", "x"), args.positional, strict=False)) | args.keywords
+    if len(known) != 1 or known[0] == fn.name or set(values) != {"t", "x", known[0]}:
+        other = next(k for k in PREDICTIONS if k != fn.name)
+        raise body.fail(
+            "FL0203", f"`{fn.name}` of a path takes t, x and one other prediction by its name", args.span,
+            suggestion=f"as in `{fn.path.declaration.name}.{fn.name}(t, x, {other} = u)`, or of {', '.join(f'`{k}`' for k in PREDICTIONS if k != fn.name)}",
+        )  # fmt: skip
+    expression = formula_of(body, fn, args)
+    t = sp.Symbol("t", real=True)
+    ends = {n: sp.Symbol(n, real=True) for n in ("x0", "x1")}
+    alpha, sigma = (level(body, fn, args, expression, ends, e) for e in ("x1", "x0"))
+    x, given = sp.Symbol("x", real=True), sp.Symbol("given", real=True)
+    alpha_rate, sigma_rate = sp.diff(alpha, t), sp.diff(sigma, t)
+    det = sigma * alpha_rate - alpha * sigma_rate
+    match known[0]:
+        case "velocity":
+            data, noise = (sigma * given - sigma_rate * x) / det, (alpha_rate * x - alpha * given) / det
+        case "data":
+            data, noise = given, (x - alpha * given) / sigma
+        case "noise":
+            data, noise = (x - sigma * given) / alpha, given
+        case _:
+            data, noise = (x + sigma**2 * given) / alpha, -sigma * given
+    found = {"data": data, "noise": noise, "score": -noise / sigma, "velocity": alpha_rate * data + sigma_rate * noise}[fn.name]
+    where = dict(zip(("t", "x"), args.spans, strict=False)) | args.keyword_spans
+    env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
+    body.b.span = args.span
+    env["t"] = body.b.op("within", env["t"], lo=0.0, hi=1.0)
+    env["given"] = env.pop(known[0])
+    parts = []
+    for symbol in (x, given):
+        factor = sp.simplify(sp.diff(found, symbol))
+        if factor != 0:
+            parts.append(emit_formula(body, factor * symbol, env))
+    return body.wrap(body.b.add(*parts) if len(parts) == 2 else parts[0])
 
 
 def emit_formula(body: Body, e: Any, env: Mapping[str, int]) -> int:

@@ -104,6 +104,7 @@ class Instance:
     inverted: bool = False  # the instance is `inverse(b)`
     shared: bool = False  # handed in by the caller, not owned here
     lipschitz: float | None = None  # `lipschitz(f, c)`: weights are scaled so that the constant is at most c
+    frozen: bool = False  # `frozen(f)`: its parameters get no gradient here
 
     @property
     def kind(self) -> str:
@@ -237,6 +238,15 @@ class PathFunction:
 
 
 @dataclass(frozen=True, slots=True)
+class Derivative:
+    """`grad(f)` and its like: a function that follows from another by differentiation in its first argument."""
+
+    kind: str  # grad | jvp | vjp | divergence | derivative
+    fn: Any
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
 class LogProb:
     """`normal.log_prob`: the log-density of a distribution, summed over a sample."""
 
@@ -304,6 +314,8 @@ def describe(value: Value) -> str:
             return "`none`"
         case Pending():
             return f"the result of `{value.name}`, whose size is open"
+        case Derivative():
+            return f"the function `{value.kind}(..)`"
         case Local():
             return f"the local function `{value.declaration.name}`"
         case StartValue():

@@ -11,6 +11,7 @@ from typing import Any
 from flowlang.ir.graph import Child, Graph, Node, Region, result_batched, result_types
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import OpProblem
+from flowlang.ir.tangents import plain_method
 from flowlang.ir.types import TensorType, TupleType, Type
 
 PLAIN = (str, int, float, bool, type(None))
@@ -163,7 +164,7 @@ def call_problems(graph: Graph, node: Node) -> Iterator[str]:
     if not isinstance(region, Region) or not isinstance(node.attrs.get("child"), str):
         yield "calls nobody"
         return
-    method = node.attrs.get("method", "forward")
+    method = plain_method(node.attrs)
     formal = [region.graph[i].tensor for i in arguments(region, method)]
     if len(formal) != len(node.inputs):
         yield f"`{region.name}` takes {len(formal)} values and gets {len(node.inputs)}"
