@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from flowlang.api import analyse, check, compile, export_onnx, generate, info, load, save
+from flowlang.api import analyse, check, compile, export_onnx, folded, generate, info, load, save
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.version import __version__
 
 __all__ = [
-    "Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compile", "export_onnx", "generate",
-    "info", "load", "save",
+    "Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compile", "export_onnx", "folded",
+    "generate", "info", "load", "save",
 ]  # fmt: skip
 
 

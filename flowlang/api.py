@@ -22,6 +22,7 @@ from flowlang.version import __version__
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
+    from flowlang.derive.folding import Folded
 
 
 def source_of(spec: str | Path) -> tuple[Source, Path | None]:
@@ -158,17 +159,75 @@ def generate_from(comp: Compilation, flow: str | None = None, *, standalone: boo
 
 
 def compile(
-    spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, **sets: Any
+    spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, fold: bool = False, **sets: Any
 ) -> Flow:
     """A flow as an `nn.Module` with `log_prob`, `sample`, `forward` and `inverse`.
 
     `spec` is a path, text, or the name of a library entry; keyword arguments set sizes and static parameters, as in `D=6`. Raises
-    FlowError with the diagnostics of a bad spec. `seed` fixes the start of the parameters.
+    FlowError with the diagnostics of a bad spec. `seed` fixes the start of the parameters. `fold` gives a network for
+    inference whose norms by running statistics are inside the linear maps beside them (see `folded`).
     """
     comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
-    return compile_from(comp, flow, seed=seed, dtype=dtype)
+    module = compile_from(comp, flow, seed=seed, dtype=dtype)
+    return folded(module) if fold else module
+
+
+def folded(module: Any) -> Any:
+    """A compiled network for inference, its weights as they are now, with every norm that folds inside the linear map beside it.
+
+    Results are equal to those in evaluation mode up to rounding. `verdicts` of what it gives says of each norm whether it
+    went, and why not. Raises FlowError (FL0412) where nothing folds. `save`, `load` and `export_onnx` take the result.
+    """
+    comp, name = origin_of(module)
+    return folded_from(comp, name, folding(comp, name), module)
+
+
+def folding(comp: Compilation, name: str) -> Folded:
+    """What folds in a network; raises FlowError (FL0412) where nothing does."""
+    found = folded_of(comp, name)
+    if not found.recipes:
+        raise FlowError(nothing_folds(name, comp, found))
+    return found
+
+
+def origin_of(module: Any) -> tuple[Compilation, str]:
+    if type(module) not in origins:
+        raise FlowError(
+            Diagnostic("FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec")
+        )
+    return origins[type(module)]
+
+
+def folded_of(comp: Compilation, name: str) -> Folded:
+    from flowlang.derive.folding import fold as run
+
+    return run(comp.regions[name])
+
+
+def nothing_folds(name: str, comp: Compilation, found: Folded) -> Diagnostic:
+    notes = tuple(dict.fromkeys(f"`{v.name}`: {v.reason}" for v in found.verdicts if not v.folds))
+    return Diagnostic(
+        "FL0412", f"nothing in `{name}` folds: " + (f"none of its {len(found.verdicts)} norms does" if notes else "it calls no norm"),
+        comp.regions[name].span, notes=notes,
+        suggestion="a norm folds when its statistics are constants at inference and a `linear` or `conv` of its own stands beside it",
+    )  # fmt: skip
+
+
+def folded_from(comp: Compilation, name: str, found: Folded, module: Any) -> Any:
+    """The folded network with the weights of `module`."""
+    import copy
+
+    from flowlang.backends.torch.fold import folded_module
+
+    made = folded_module(found, module, comp.regions[name], comp.analyses, Path(comp.source.name).name)
+    made.verdicts = found.verdicts
+    made.origin = {**getattr(module, "origin", {}), "fold": True}
+    other = copy.copy(comp)
+    other.regions = {**comp.regions, name: found.region}
+    origins[type(made)] = (other, name)
+    return made
 
 
 def compile_from(comp: Compilation, flow: str | None = None, *, seed: int | None = None, dtype: Any = None) -> Flow:
@@ -261,7 +320,7 @@ def export_onnx(
     The batch may have any size. So may the axes named by `dynamic`; by default those whose size the spec leaves open
     (`data x: R[C = 3, H, W]`) where no weight depends on it. What cannot keep them open is refused (FL0701).
     """
-    from flowlang.backends.onnx.files import default_programs, export_files
+    from flowlang.backends.onnx.files import check_weights, default_programs, export_files
     from flowlang.backends.torch.standard import Standardised, StandardisedModel
 
     whole = flow if isinstance(flow, Standardised | StandardisedModel) else None
@@ -273,19 +332,28 @@ def export_onnx(
             )
         )
     comp, name = origins[type(module)]
+    folds = hasattr(module, "verdicts")
+    if comp.regions[name].kind in ("net", "norm") and not folds:
+        found = folded_of(comp, name)
+        folds = bool(found.recipes)
+        if folds:
+            check_weights(module)
+            module = folded_from(comp, name, found, module)
+            comp, name = origins[type(module)]
+    at = Resized(comp, name, module, folds)
     return export_files(
         comp, name, module, path, list(default_programs(comp.regions[name]) if programs is None else programs), opset=opset, seed=seed,
         standard=whole.standard() if whole is not None else None,
         given_standard=whole.given_standard() if whole is not None else None,
-        dynamic=dynamic, at=Resized(comp, name, module),
+        dynamic=dynamic, at=at,
     )  # fmt: skip
 
 
 class Resized:
     """The same flow, weights included, at other sizes of its inputs' axes."""
 
-    def __init__(self, comp: Compilation, name: str, module: Any):
-        self.comp, self.name, self.module = comp, name, module
+    def __init__(self, comp: Compilation, name: str, module: Any, folds: bool = False):
+        self.comp, self.name, self.module, self.folds = comp, name, module, folds
         self.known: dict[tuple[tuple[str, int], ...], Any] = {}
 
     def __call__(self, sizes: Mapping[str, int]) -> Any:
@@ -298,6 +366,8 @@ class Resized:
             comp = compile_source(self.comp.source, loader=elab.loader, sets={**elab.sets, **sizes}, sized=True, build=self.name)
             self.known[key] = None
             if comp.ok:
+                if self.folds:
+                    comp.regions[self.name] = folded_of(comp, self.name).region
                 module = fresh(*generate_from(comp, self.name, standalone=False), 0, None)
                 try:
                     module.load_state_dict(self.module.state_dict())
@@ -340,7 +410,9 @@ def load(path: str | Path, spec: str | Path | None = None, *, dtype: Any = None,
     tensors, meta = read_tensors(file)
     comp = recompile(file, meta, spec, sets)
     name = meta.get("flow")
-    flow: Flow = compile_from(comp, name if name in comp.flows() + comp.models() else None, dtype=dtype)
+    flow: Flow = compile_from(comp, name if name in comp.regions else None, dtype=dtype)
+    if meta.get("fold"):
+        flow = folded(flow)
     load_state(flow, tensors, str(file))
     return StandardisedModel.of(flow, meta) if isinstance(flow, Model) else Standardised.of(flow, meta)
 
@@ -363,6 +435,6 @@ def recompile(file: Path, meta: Mapping[str, Any], spec: str | Path | None, sets
 
 
 __all__ = [
-    "Compilation", "FlowError", "Report", "analyse", "check", "compile", "export_onnx", "generate", "info", "load",
+    "Compilation", "FlowError", "Report", "analyse", "check", "compile", "export_onnx", "folded", "generate", "info", "load",
     "save",
 ]  # fmt: skip

@@ -686,8 +686,10 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     }  # fmt: skip
     if region.kind == "norm" and region.inputs:
         from flowlang.analysis.invariance import report
+        from flowlang.derive.folding import why_not
 
-        entry["norm"] = report(region)
+        reason = why_not(region)
+        entry["norm"] = {**report(region), "folds": "yes" if reason is None else f"no: {reason}"}
     if not is_map(region):
         return entry
     plan = comp.analyses.plan(region)

@@ -249,6 +249,8 @@ class Generator:
         sampling = program.name in ("sample", "sample_and_log_prob") or (named and not names)
         if sampling:
             writer.batch, writer.reference = "batch", "self.like"
+        elif not names:  # a value of the region's own weights, as a recipe of `derive/folding.py`
+            writer.batch, writer.reference = "()", scope.weight()
         else:
             rank = program.graph[program.inputs[0]].tensor.rank
             writer.batch = f"{names[0]}.shape[:-{rank}]" if rank else f"{names[0]}.shape"
@@ -533,6 +535,13 @@ class ClassScope:
             domain.structure is not None or domain.name in ("Positive", "Unit", "Interval")
         )
         return f"self.{name}()" if constrained else f"self.{name}"
+
+    def weight(self) -> str:
+        """A tensor with the module's dtype and device."""
+        for node in self.region.graph:
+            if node.op in ("param", "state") and node.tensor.kind == "real":
+                return self.parameter(node)
+        return "torch.zeros(())"
 
     def matrix(self, node: Node) -> str:
         return f"self.{self.attributes[node.attrs['name']]}"

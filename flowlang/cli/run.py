@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from flowlang.api import generate_from, pick_flow, verify_rules
+from flowlang.api import folding, generate_from, pick_flow, verify_rules
 from flowlang.cli.common import flow_option, json_option, load_ok, seed_option, set_option, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
 
@@ -56,10 +56,17 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
 @set_option
 @flow_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="File to write; standard output by default.")
-def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None) -> None:
+@click.option("--fold", is_flag=True, help="For inference: norms by running statistics go into the linear maps beside them.")
+def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, fold: bool) -> None:
     """Write the flow as one Python file that needs torch alone."""
     comp = load_ok(spec, sets, False, sized=True)
     verify_rules(comp, pick_flow(comp, flow))
+    if fold:
+        name = pick_flow(comp, flow)
+        found = folding(comp, name)
+        comp.regions[name] = found.region
+        for v in found.verdicts:
+            click.echo(f"{v.name}: {'folded' if v.folds else f'kept, {v.reason}'}", err=True)
     text, cls = generate_from(comp, flow, standalone=True)
     if out is None:
         click.echo(text, nl=False)

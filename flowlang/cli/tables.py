@@ -72,4 +72,6 @@ def norm_facts(found: dict[str, Any]) -> list[str]:
     lines.append(f"centred over {', '.join(found['centred'])}" if found["centred"] else "not centred")
     if found["modes_differ"]:
         lines.append("training and inference differ")
+    folds = found["folds"]
+    lines.append("folds into the linear map beside it at inference" if folds == "yes" else f"does not fold: {folds.removeprefix('no: ')}")
     return lines
