@@ -184,9 +184,9 @@ def folded(module: Any) -> Any:
     return folded_from(comp, name, folding(comp, name), module)
 
 
-def folding(comp: Compilation, name: str) -> Folded:
-    """What folds in a network; raises FlowError (FL0412) where nothing does."""
-    found = folded_of(comp, name)
+def folding(comp: Compilation, name: str, *, norms_only: bool = False) -> Folded:
+    """What folds in a network; raises FlowError (FL0412) where nothing does. `norms_only` leaves other affine steps."""
+    found = folded_of(comp, name, norms_only=norms_only)
     if not found.recipes:
         raise FlowError(nothing_folds(name, comp, found))
     return found
@@ -200,10 +200,10 @@ def origin_of(module: Any) -> tuple[Compilation, str]:
     return origins[type(module)]
 
 
-def folded_of(comp: Compilation, name: str) -> Folded:
+def folded_of(comp: Compilation, name: str, *, norms_only: bool = False) -> Folded:
     from flowlang.derive.folding import fold as run
 
-    return run(comp.regions[name])
+    return run(comp.regions[name], norms_only=norms_only)
 
 
 def nothing_folds(name: str, comp: Compilation, found: Folded) -> Diagnostic:

@@ -298,7 +298,13 @@ class Site:
     before: bool
 
 
-def after(region: Region, node: Node, at: Coefficients, read: dict[int, list[int]]) -> Site | None:
+def is_norm(graph: Graph, n: int, linear: Node) -> bool:
+    """Whether a step is a norm's call or belongs to the linear map's own text."""
+    node = graph[n]
+    return node.op in PASSED or node.span == linear.span or (node.op == "call" and node.attrs["region"].kind == "norm")
+
+
+def after(region: Region, node: Node, at: Coefficients, read: dict[int, list[int]], norms_only: bool) -> Site | None:
     """The affine steps that follow a linear map, each the only reader of the one before."""
     graph = region.graph
     weight = at.copy(node.inputs[1])
@@ -318,10 +324,10 @@ def after(region: Region, node: Node, at: Coefficients, read: dict[int, list[int
     kept: tuple[list[int], list[Node], int, int | None] | None = None
     while value not in region.outputs and len(read.get(value, ())) == 1:
         step = read[value][0]
-        if not steps.take(graph[step], value):
+        if (norms_only and not is_norm(graph, step, node)) or not steps.take(graph[step], value):
             break
         value = step
-        if steps.scale is not None:
+        if steps.scale is not None and (not norms_only or graph[step].op == "call"):
             kept = (list(steps.nodes), list(steps.norms), steps.scale, steps.shift)
     if kept is None:
         return None
@@ -358,7 +364,7 @@ def after(region: Region, node: Node, at: Coefficients, read: dict[int, list[int
     return Site(node.id, steps, made, total, node.inputs[0], steps.nodes[-1], False)
 
 
-def before(region: Region, node: Node, at: Coefficients, read: dict[int, list[int]]) -> Site | None:
+def before(region: Region, node: Node, at: Coefficients, read: dict[int, list[int]], norms_only: bool) -> Site | None:
     """The affine steps whose only reader is a linear map: W (a · x + c) = (W a) x + W c."""
     graph = region.graph
     weight = at.copy(node.inputs[1])
@@ -368,7 +374,7 @@ def before(region: Region, node: Node, at: Coefficients, read: dict[int, list[in
     value = node.inputs[0]
     while read.get(value, ()) == [path[-1] if path else node.id] and value not in region.outputs:
         batched = [i for i in at_inference(graph, graph[value]) if graph[i].batched]
-        if len(batched) != 1 or graph[value].op not in (*STEPS, *PASSED, "get", "call"):
+        if len(batched) != 1 or graph[value].op not in (*STEPS, *PASSED, "get", "call") or (norms_only and not is_norm(graph, value, node)):
             break
         path.append(value)
         value = batched[0]
@@ -413,16 +419,16 @@ def taken_before(region: Region, node: Node, at: Coefficients, weight: int, run:
     return Site(node.id, steps, b.mul(weight, scale), bias, entry, node.id, True)
 
 
-def fold(region: Region) -> Folded:
-    """The network with everything folded that folds; the same one where nothing does."""
+def fold(region: Region, *, norms_only: bool = False) -> Folded:
+    """The network with everything folded that folds; the same one where nothing does. `norms_only` leaves other steps."""
     out = Folded(region)
-    out.region = Folding(out).region(region)
+    out.region = Folding(out, norms_only).region(region)
     return out
 
 
 class Folding:
-    def __init__(self, out: Folded):
-        self.out = out
+    def __init__(self, out: Folded, norms_only: bool):
+        self.out, self.norms_only = out, norms_only
 
     def region(self, region: Region) -> Region:
         if id(region) not in self.out.made:
@@ -452,7 +458,7 @@ class Folding:
         for rule in (after, before):
             for n in sorted(reached(graph, region.outputs)):
                 if graph[n].op in LINEAR and n not in taken:
-                    site = rule(region, graph[n], at, read)
+                    site = rule(region, graph[n], at, read, self.norms_only)
                     if site is not None and not taken & set(site.steps.nodes):
                         found.append(site)
                         taken |= {n, *site.steps.nodes}

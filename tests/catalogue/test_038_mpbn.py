@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flowlang as fl
 from flowlang.diagnostics import FlowError
-from flowlang.thresholds import fold_thresholds
+from flowlang.rewrite import fold_thresholds
 from tests.catalogue.norms import count, data, gradient, norm, part, runs_in_onnx, trains
 
 SIZES = {"T": 3, "C": 4, "H": 8, "W": 8}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from flowlang.api import compile, origins
+from flowlang.api import compile, origin_of
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.rewrite.text import with_arguments
 
 NORMALISED, FOLDED = "LifMpbn", "LifFolded"
 
@@ -23,19 +24,13 @@ def fold_thresholds(module: Any, lif: str = "lif_folded()", level: float = 0.5, 
     """
     import torch
 
-    if type(module) not in origins:
-        raise FlowError(Diagnostic("FL0804", "this is no network that `flowlang.compile` made here"))
-    comp, name = origins[type(module)]
+    comp, name = origin_of(module)
     region = comp.regions[name]
     if not any(kind(m) == NORMALISED for m in module.modules()):
         raise FlowError(Diagnostic("FL0804", f"`{name}` has no `lif_mpbn` to fold", region.span))
-    inputs = [region.graph[i] for i in region.inputs]
-    given = ", ".join(f"{k} = {v}" for k, v in {"lif": lif, **arguments}.items())
-    head, values = ", ".join(f"{n.label}: {n.tensor}" for n in inputs), ", ".join(str(n.label) for n in inputs)
-    results = ", ".join(str(region.graph[o].type) for o in region.outputs)
-    text = f"{comp.source.text}\nnet {name}_folded({head}) -> {results} {{ {name}({given})({values}) }}\n"
-    other = compile(text, flow=f"{name}_folded", dtype=module.like.dtype)
-    inside = next(iter(other.children()))
+    text = with_arguments(comp, name, {"lif": lif, **arguments}, f"{name}_folded")
+    other = compile(text, flow=f"{name}_folded", dtype=module.like.dtype, **dict(comp.elab.sets))
+    inside = other if same_owners(module, other) else next(iter(other.children()))
     with torch.no_grad():
         if not same_owners(module, inside):
             raise FlowError(Diagnostic("FL0803", "the two networks differ in more than their neurons", region.span))
