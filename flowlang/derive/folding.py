@@ -405,7 +405,9 @@ def taken_before(region: Region, node: Node, at: Coefficients, weight: int, run:
         return None  # zeros stand outside of x, not of a · x + c
     if node.op == "conv":
         own = w.axes[1].name
-        scale, shift = (b.op("rename", v, pairs=((summed[0], own),)) if v is not None and b.type(v).names else v for v in (scale, shift))
+        pairs = ((summed[0], own),)
+        scale = b.op("rename", scale, pairs=pairs) if b.type(scale).names else scale
+        shift = b.op("rename", shift, pairs=pairs) if shift is not None and b.type(shift).names else shift
         summed = (own, *(a.name for a in w.axes[2:]))
     bias = None
     if shift is not None:

@@ -115,7 +115,6 @@ def pre_crmsnorm(module: Any, *, axis: str = "D", new: str | None = None) -> Any
 def owned(region: Region, module: Any) -> list[tuple[Region, Node, Any]]:
     """The parameters of a network in order: where they stand in its graph, and their values."""
     from flowlang.backends.torch.codegen import ClassScope, Generator
-
     from flowlang.derive.analyse import Analyses
 
     generator = Generator(region, Analyses(), "")

@@ -132,7 +132,7 @@ def refused(v: Verdict, reason: str) -> FlowError:
 def norm_edits(v: Verdict) -> Iterator[Edit]:
     assert v.span is not None
     assert v.linear is not None
-    at = {}
+    at: dict[tuple[int, int], tree.Call | tree.Binary] = {}
     for d in declarations(v.span.source):
         if d.span.start <= v.span.start < d.span.end:
             for node in walk(d):

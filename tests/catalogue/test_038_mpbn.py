@@ -101,16 +101,17 @@ def test_item_5_one_normalisation_follows_every_time() -> None:
 
 
 def test_item_6_bad_scales_of_the_input_do_not_saturate_it() -> None:
-    x = data(32, 3, 4, 8, 8, scale=10, shift=5)
+    """The input of mean 5 is scaled by 10. (Of N(5, 100) two thirds exceed the threshold whatever the neuron: 0.66 measured.)"""
+    x = 10 * data(32, 3, 4, 8, 8, shift=5)
     bn_out: list[Tensor] = []
     module = norm("lif_mpbn()", **SIZES)
     part(module, "BatchNorm").register_forward_hook(lambda m, i, o: bn_out.append(o.detach()))
-    with_norm, plain = float(spikes(module, x).mean()), float(spikes(norm("lif()", **SIZES), x + 20).mean())
+    with_norm, plain = float(spikes(module, x).mean()), float(spikes(norm("lif()", **SIZES), x).mean())
     for m in bn_out:
         assert m.mean((0, 2, 3)).abs().max() < 1e-4
         assert (m.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-4
     assert 0.1 < with_norm < 0.6
-    assert plain > 0.95
+    assert plain == 1
 
 
 @pytest.mark.slow

@@ -139,6 +139,11 @@ def test_a_cell_alone_is_a_step(kind: str) -> None:
 
 
 def test_item_8_large_recurrent_weights_do_not_saturate() -> None:
+    """Over 50 steps on N(0, 1), W_hh = 3 N(0, 1): the card names no start that is scaled by 3.
+
+    Measured, plain against LN-RNN: 0.90 and 0.002. With three times the library's start 0.06 and 0.002, with three times an
+    orthogonal matrix 0.31 and 0.01: these weights are too small to saturate tanh, whatever the norm.
+    """
     plain = "net cell(x: R[D], h: R[H]) { a: R[H] = linear[D -> H](x)\n b: R[H] = linear[H -> H](h)\n tanh(a + b) }"
     shares = {}
     for name, cell in (("plain", "cell()"), ("norm", "ln_rnn_cell()")):
@@ -148,7 +153,7 @@ def test_item_8_large_recurrent_weights_do_not_saturate() -> None:
         with torch.no_grad():
             weights = [p for n, p in step.named_parameters() if p.dim() == 2 and p.shape == (32, 32)]
             weights[0].copy_(3 * data(32, 32, seed=4))
-        shares[name] = float((module(data(16, 50, 8, scale=3)).detach()[:, -1].abs() > 0.99).double().mean())
+        shares[name] = float((module(data(16, 50, 8)).detach()[:, -1].abs() > 0.99).double().mean())
     assert shares["plain"] > 0.8
     assert shares["norm"] < 0.4
 

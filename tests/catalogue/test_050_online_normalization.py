@@ -94,8 +94,21 @@ def test_item_4_a_stationary_stream() -> None:
 def test_item_5_telescoping_identities() -> None:
     module = core()
     x = data(40, 4, 3, 3)
-    dx = gradient(module, x, data(40, 4, 3, 3, seed=1))
+    dy = data(40, 4, 3, 3, seed=1)
+    y = core()(x).detach()
+    dx = gradient(module, x, dy)
     assert torch.allclose(dx.mean((2, 3)).sum(0), state(module).u, atol=1e-9)
+    u = dx.mean((2, 3)).cumsum(0) - dx.mean((2, 3))  # before each sample
+    mu, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    total = torch.zeros(4, dtype=x.dtype)
+    for t in range(40):
+        sd = (var + 1e-5).sqrt()
+        a = sd[:, None, None] * (dx[t] + 0.1 * u[t][:, None, None])
+        total += (a * y[t]).mean((1, 2))
+        m, s = x[t].mean((1, 2)), x[t].var((1, 2), correction=0)
+        var = 0.9 * var + 0.1 * s + 0.09 * (m - mu) ** 2
+        mu = mu + 0.1 * (m - mu)
+    assert torch.allclose(total, state(module).v, atol=1e-9)
 
 
 @pytest.mark.slow
@@ -104,10 +117,10 @@ def test_item_5_the_gradient_is_unbiased() -> None:
     ours: list[Tensor] = []
     naive: list[Tensor] = []
     outs: list[Tensor] = []
-    for k in range(10):
+    for k in range(80):  # 20,000 samples
         x = data(250, 8, seed=k, scale=2, shift=1).requires_grad_()
         y = module(x)
-        g = y.detach() + 0.5 + data(250, 8, seed=100 + k)
+        g = y.detach() + 0.5 + data(250, 8, seed=1000 + k)
         y.backward(g)
         assert x.grad is not None
         sd = (state(module).sigma2 + 1e-5).sqrt()
@@ -115,10 +128,11 @@ def test_item_5_the_gradient_is_unbiased() -> None:
         naive.append(g / sd)
         outs.append(y.detach())
     y = torch.cat(outs)
+    # Measured: 0.003 and 0.009, against 0.42 and 0.85 for the gradient over the deviation.
     for found, low in ((torch.cat(ours), True), (torch.cat(naive), False)):
         size = found.abs().mean(0)
         biases = [(found.mean(0) / size).abs().mean(), ((found * y).mean(0) / size).abs().mean()]
-        assert all(float(b) < 0.1 if low else float(b) > 0.3 for b in biases)
+        assert all(float(b) < 0.05 if low else float(b) > 0.3 for b in biases)
 
 
 def test_item_6_the_backward_pass_is_the_recursion() -> None:

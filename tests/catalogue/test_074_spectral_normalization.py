@@ -221,11 +221,12 @@ def trained(normed: bool, seed: int, lr: float) -> tuple[bool, int]:
 
 @pytest.mark.slow
 def test_8_a_ring_of_eight_modes() -> None:
-    """Item 8, its first half: with spectral norm the losses stay finite and at least 5 modes are met, averaged over seeds.
-
-    Measured for the second half: 8, 8 and 8 modes with it; 8, 6 and 8 without it at ten times the rate, all losses finite.
-    So the effect is there on average, and too small on this toy to be asserted.
-    """
-    runs = [trained(True, s, 1e-3) for s in range(3)]
-    assert all(finite for finite, _ in runs)
-    assert sum(modes for _, modes in runs) / 3 >= 5
+    """Item 8: with spectral norm the losses stay finite and at least 5 modes are met; without it at ten times the rate they
+    diverge or meet fewer, averaged over seeds. Measured over eight: 7.9 modes with it (8 8 8 8 7 8 8 8), 7.1 without it
+    (8 7 7 8 8 5 8 6), all finite; at a rate of 1e-3 without it 8 in all: the rate is what it bears better."""
+    seeds = range(4)
+    normed, plain = ([trained(on, s, rate) for s in seeds] for on, rate in ((True, 1e-3), (False, 1e-2)))
+    assert all(finite for finite, _ in normed)
+    modes = [sum(m for _, m in runs) / len(seeds) for runs in (normed, plain)]
+    assert modes[0] >= 5
+    assert not all(finite for finite, _ in plain) or modes[1] < modes[0]
