@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import flowlang as fl
 from tests.catalogue.nets import count, data, in_onnx, net, same_value_and_gradients, shaken
 
 LAYERS = {
@@ -250,3 +251,31 @@ def test_8_mean_only_batch_norm_is_a_bias(tmp_path: Path) -> None:
     found, ops = in_onnx(mine, x, tmp_path)
     torch.testing.assert_close(torch.as_tensor(found), mine(x).detach(), rtol=1e-4, atol=1e-5)
     assert not {"ReduceMean", "Div"} & set(ops)
+
+
+def test_the_lstm_cell_is_torch_s_with_weight_norm() -> None:
+    """Values and gradients of `nn.LSTMCell` with torch's weight norm on both matrices; each unit's weights have the norm |g|."""
+    text = "net f(x: R[D = 3], h: R[H = 4], c: R[H = 4]) { wn_lstm_cell()(x, h, c) }"
+    mine = shaken(fl.compile(text, flow="f", dtype=torch.float64, seed=0))
+    cell = nn.LSTMCell(3, 4).double()
+    named = {n.split(".", 1)[1]: p for n, p in mine.named_parameters()}
+    vs = [p for n, p in named.items() if n.startswith("linear") and n.endswith("weight")]
+    gs = [p for n, p in named.items() if n.endswith(".g")]
+    with torch.no_grad():
+        cell.bias_ih.copy_(named["linear_bias"])
+        cell.bias_hh.zero_()
+        for name, v, g in zip(("weight_ih", "weight_hh"), vs, gs, strict=True):
+            torch.nn.utils.parametrizations.weight_norm(cell, name)
+            kept = getattr(cell.parametrizations, name)
+            kept.original0.copy_(g[:, None])
+            kept.original1.copy_(v)
+            torch.testing.assert_close(getattr(cell, name).norm(dim=1), g.abs())
+    values = [data(5, 3), data(5, 4, seed=2), data(5, 4, seed=3)]
+    mine_in, theirs_in = ([v.clone().requires_grad_() for v in values] for _ in range(2))
+    found, expected = mine(*mine_in), cell(theirs_in[0], (theirs_in[1], theirs_in[2]))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    (found[0].sum() + found[1].square().sum()).backward()
+    (expected[0].sum() + expected[1].square().sum()).backward()
+    for a, b in zip(mine_in, theirs_in, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)

@@ -178,3 +178,40 @@ def test_onnx_and_training(tmp_path: Path) -> None:
     runs_in_onnx("batch_norm_2d()", tmp_path, **IMAGE)
     runs_in_onnx("batch_norm_population()", tmp_path, C=4)
     trains("batch_norm()", **IMAGE)
+
+
+def test_bn_inception_s_size() -> None:
+    """11,295,240 numbers in the published Caffe model, whose convolutions have biases (10,016 of them) before their norms."""
+    text = "net f(x: R[C, H, W]) { bn_inception()(x) }"
+    with torch.device("meta"):
+        module = fl.compile(text, flow="f", C=3, H=224, W=224)
+    biases = sum(m.conv_weight.shape[0] for m in module.modules() if hasattr(m, "conv_weight"))
+    assert sum(p.numel() for p in module.parameters()) + biases == 11_295_240
+    assert biases == 10_016
+
+
+def test_bn_inception_s_places_and_training() -> None:
+    """224 pixels end as 7 x 7 places of 1024 channels; a small image trains; inference folds every norm."""
+    text = "net f(x: R[C = 3, H = 64, W = 64]) -> R[K = 4] { bn_inception(classes = 4)(x) }"
+    module = fl.compile(text, flow="f", seed=0)
+    shapes: list[tuple[int, ...]] = []
+    for m in module.modules():
+        if type(m).__name__.startswith("BnInceptionModule"):
+            m.register_forward_hook(lambda m, i, o: shapes.append(tuple(o.shape[1:])))
+    x, label = data(4, 3, 64, 64, dtype=torch.float32), torch.arange(4)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.02)
+    losses = []
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(module(x), label)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert [s[0] for s in shapes[:10]] == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
+    assert shapes[9] == (1024, 2, 2)
+    module.eval()
+    folded = fl.folded(module)
+    assert all(v.folds for v in folded.verdicts)
+    assert [n for n, _ in folded.named_buffers()] == ["like"]
+    torch.testing.assert_close(folded(x), module(x), rtol=1e-3, atol=1e-4)

@@ -168,6 +168,35 @@ def test_published_sizes() -> None:
         assert count(net("nf_resnet(depths = [3, 4, 23, 3])(x)", torch.float32, C=3, H=64, W=64)) == 44_549_193
 
 
+def test_nf_regnet_sizes() -> None:
+    """timm's numbers with SkipInit (they round widths to multiples of 8): B0, B1, B5. The authors' own widths give fewer."""
+    for name, numbers in (("nf_regnet", 8_764_304), ("nf_regnet_b1", 10_224_004), ("nf_regnet_b5", 49_741_766), ("nf_regnet(multiple = 1)", 8_609_856)):
+        with torch.device("meta"):
+            assert count(net(f"{name}(x)", torch.float32, C=3, H=64, W=64)) == numbers
+
+
+def test_nf_regnet_keeps_its_signal_and_trains() -> None:
+    """Items 4 and 6 for NF-RegNet: channels' squared means stay small, and no sample sees another. (Its shortcuts take means of
+    places, so that white noise, as which item 3 is measured, loses variance at each transition.)"""
+    mine = net("nf_regnet([1, 1, 4], [48, 104, 208], classes = 5, skip = 1)(x)", torch.float32, C=3, H=64, W=64)
+    x = data(16, 3, 64, 64, dtype=torch.float32)
+    found, means = plot(outputs(mine, "nf_regnet_block", x))
+    assert all(a < b for a, b in zip(found[2:], found[3:], strict=False))
+    assert max(means) < 0.05
+    small = net("nf_regnet([1, 1], [16, 32], classes = 5)(x)", torch.float32, C=3, H=32, W=32)
+    x, y = data(16, 3, 32, 32, dtype=torch.float32), torch.arange(16) % 5
+    torch.testing.assert_close(small(x[:2]), small(x)[:2], rtol=1e-5, atol=1e-6)
+    opt = torch.optim.SGD(small.parameters(), 0.05)
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(small(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
 def test_it_exports_with_standardised_kernels(tmp_path: Path) -> None:
     body = "nf_resnet(depths = [2, 2], widths = [16, 32], stem = 16, classes = 5, se = true, skip = 1)(x)"
     mine = net(body, torch.float32, C=3, H=32, W=32).eval()
