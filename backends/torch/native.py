@@ -2,7 +2,9 @@
 
 Recognised are (x - mean)/sqrt(var + eps) and x/sqrt(mean(x²) + eps), with or without gain and offset, over the last axes
 (`F.layer_norm`, `F.rms_norm`), within groups of channels and all of space, or of space alone (`F.group_norm`), and by
-running statistics of the batch (`F.batch_norm`). Everything else is written out op by op.
+running statistics of the batch (`F.batch_norm`). EvoNorm's sample norms, x · sigmoid(v · x) over the spread of a group, have
+no kernel in torch; they become a function of the runtime whose gradient is written by hand. Everything else is written
+out op by op.
 """
 
 from __future__ import annotations
@@ -156,7 +158,7 @@ def read(graph: Graph, root: Node, axes: tuple[str, ...]) -> Native | None:
     if node.op != "div" or (offset is not None and gain is None):
         return None
     rule: Callable[[Reader, Node, tuple[str, ...], int | None, int | None], Native | None]
-    for rule in (centred, scaled, by_batch):
+    for rule in (centred, scaled, by_batch, gated):
         mine = Reader(graph)
         mine.taken = set(r.taken)
         found = rule(mine, node, axes, gain, offset)
@@ -228,6 +230,40 @@ def scaled(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offs
     return made(r, "native_rms_norm", x, gain, None, eps=under[1], dims=len(last))
 
 
+def gated(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
+    """x · sigmoid(v · x)/sqrt(spread + eps), spread the variance or the mean square of groups: EvoNorm's sample norms."""
+    product, under = r.take(ratio.inputs[0], "mul"), r.under_root(ratio.inputs[1])
+    gate = next((k for k in (0, 1) if product is not None and r.graph[product.inputs[k]].op == "sigmoid"), None)
+    if product is None or under is None or gate is None or gain is None or offset is None:
+        return None
+    x = product.inputs[1 - gate]
+    sigmoid = r.take(product.inputs[gate], "sigmoid")
+    assert sigmoid is not None
+    names = r.graph[x].tensor.names
+    v: tuple[int, ...] = ()
+    if sigmoid.inputs[0] != x:
+        inner = r.take(sigmoid.inputs[0], "mul")
+        pair = r.param(inner, names[:1]) if inner is not None else None
+        if pair is None or pair[0] != x:
+            return None
+        v = (pair[1],)
+    if len(names) < 2 or axes != names[:1] or ratio.tensor.names != names or r.graph[x].tensor.kind != "real":
+        return None
+    squares = next((u.id for u, _ in r.graph.users(x) if u.op == "square"), None)
+    for op, of in (("var", x), ("mean", squares)):
+        found = statistic(r, under[0], op, of) if of is not None else None
+        if found is not None:
+            over, channel, groups = found
+            if not channel and over == tuple(sorted(names[1:])):
+                channel, groups = names[0], r.graph[x].tensor.size(names[0])
+            if channel != names[0] or over != tuple(sorted(names[1:])):
+                return None
+            if of != x:
+                r.taken.add(of)
+            return made(r, "native_gated_norm", x, gain, offset, v, eps=under[1], groups=groups, rank=len(names), centred=op == "var", gated=bool(v))
+    return None
+
+
 def by_batch(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
     """(x - m)/sqrt(v + eps) with running statistics m and v of the batch and all of space."""
     less, under = r.take(ratio.inputs[0], "sub"), r.under_root(ratio.inputs[1])
@@ -295,6 +331,15 @@ def _layer_norm(w: Writer, n: Node) -> Expr:
 def _group_norm(w: Writer, n: Node) -> Expr:
     (x,), gain, offset = operands(w, n, 1)
     return Expr(f"{w.scope.use('grouped_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {gain}, {offset}, {n.attrs['eps']!r})")
+
+
+@emitter("native_gated_norm")
+def _gated_norm(w: Writer, n: Node) -> Expr:
+    w.lines.append("# the gradient of this norm is written by hand in the runtime")
+    x, *rest = (argument(w, i) for i in n.inputs)
+    v = rest.pop(0) if n.attrs["gated"] else "None"
+    numbers = f"{n.attrs['centred']}, {n.attrs['eps']!r}"
+    return Expr(f"{w.scope.use('gated_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {v}, {', '.join(rest)}, {numbers})")
 
 
 @emitter("native_batch_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_nf_regnet_keeps_its_signal_and_trains() -> None:
     mine = net("nf_regnet([1, 1, 4], [48, 104, 208], classes = 5, skip = 1)(x)", torch.float32, C=3, H=64, W=64)
     x = data(16, 3, 64, 64, dtype=torch.float32)
     found, means = plot(outputs(mine, "nf_regnet_block", x))
-    assert all(a < b for a, b in zip(found[2:], found[3:], strict=False))
+    assert all(a < b for a, b in pairwise(found[2:]))
     assert max(means) < 0.05
     small = net("nf_regnet([1, 1], [16, 32], classes = 5)(x)", torch.float32, C=3, H=32, W=32)
     x, y = data(16, 3, 32, 32, dtype=torch.float32), torch.arange(16) % 5

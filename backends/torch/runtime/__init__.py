@@ -16,7 +16,6 @@ from flowlang.backends.torch.runtime.functions import (
     OwnGradient,
     batch_mean,
     batch_var,
-    batched_norm,
     broadcast,
     broadcast_cat,
     broadcast_stack,
@@ -24,7 +23,6 @@ from flowlang.backends.torch.runtime.functions import (
     convolve,
     convolve_transposed,
     cumsum_along,
-    grouped_norm,
     log_abs,
     log_bessel_i0e,
     log_cosh,
@@ -52,6 +50,7 @@ from flowlang.backends.torch.runtime.noise import (
     standard_noise,
     von_mises_noise,
 )
+from flowlang.backends.torch.runtime.norms import batched_norm, gated_norm, grouped_norm
 from flowlang.backends.torch.runtime.odes import (
     RungeKutta,
     combined,
@@ -175,6 +174,7 @@ __all__ = [
     "first_step",
     "fixed_point_solve",
     "from_unit",
+    "gated_norm",
     "grouped_norm",
     "implicit_scan",
     "in_bin",

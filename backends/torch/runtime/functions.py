@@ -255,20 +255,3 @@ def pooled(x: Tensor, kind: str, kernel: Window, stride: Window, padding: Window
     else:
         y = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[n - 1](flat, kernel, stride, padding, count_include_pad=False)
     return y.reshape(*x.shape[:-n], *y.shape[2:])
-
-
-def grouped_norm(x: Tensor, rank: int, groups: int, gain: Tensor | None, offset: Tensor | None, eps: float) -> Tensor:
-    """Normalisation within groups of the first of the last `rank` dims and over all others of them."""
-    return F.group_norm(x.reshape(-1, *x.shape[x.dim() - rank :]), groups, gain, offset, eps).reshape(x.shape)
-
-
-def batched_norm(
-    x: Tensor, rank: int, mean: Tensor, var: Tensor, gain: Tensor | None, offset: Tensor | None,
-    training: bool, momentum: float, eps: float,
-) -> Tensor:
-    """Batch normalisation by the first of the last `rank` dims; the running values are updated while training."""
-    flat = x.reshape(-1, *x.shape[x.dim() - rank :])
-    values = x.numel() // max(mean.numel(), 1)
-    if training and values <= 1:
-        raise bad_input(f"a batch gives {values} values for a variance", "train on more than 1")
-    return F.batch_norm(flat, mean, var, gain, offset, training, momentum, eps).reshape(x.shape)

@@ -33,7 +33,7 @@ class Net(Face):
             raise bad_input(f"{len(values)} values were given", f"this network takes {expected}")
         checked = [(k, self._check(k, v, s), s) for (k, s), v in zip(self.inputs.items(), values, strict=True)]
         batch = self._common({k: v.shape[: v.dim() - len(s)] for k, v, s in checked})
-        return [v.expand(batch + s) for _, v, s in checked]
+        return [v if v.shape == batch + s else v.expand(batch + s) for _, v, s in checked]
 
     def _forward(self, *values: Tensor) -> Any:
         raise NotImplementedError

@@ -69,3 +69,37 @@ def test_the_values_are_the_formula_s(call: str) -> None:
 def test_other_formulas_are_written_out(formula: str) -> None:
     text, _ = generate(f"norm n(x: R[T = 3, D = 8]) {{ {OTHERS[formula]} }}\n", flow="n", standalone=False)
     assert "# torch's own" not in text
+
+
+GATED = ("evonorm_s0(2)", "evonorm_s1(2)", "evonorm_s2(2)", "evonorm_s0(4)")
+
+
+@pytest.mark.parametrize("call", GATED)
+def test_the_gated_norm_has_the_formula_s_gradients(call: str) -> None:
+    """Values, gradients and gradients of gradients in float64, by finite differences, and beside the plain formula."""
+    text, _ = generate(f"norm n(x: R[C = 4, H = 2, W = 3]) {{ {call}(x) }}\n", flow="n", standalone=True)
+    assert "gated_norm(" in text
+    mine = fl.compile(f"norm n(x: R[C = 4, H = 2, W = 3]) {{ {call}(x) }}\n", flow="n", dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    parameters = {n: (p + torch.randn(p.shape, generator=g, dtype=p.dtype)).detach().requires_grad_() for n, p in mine.named_parameters()}
+    x = torch.randn(3, 4, 2, 3, generator=g, dtype=torch.float64).requires_grad_()
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(mine, dict(zip(parameters, values, strict=True)), (x,))  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+    assert torch.autograd.gradgradcheck(run, (x, *parameters.values()))
+    name, groups = call.removesuffix(")").split("(")
+    v = next((p for n, p in parameters.items() if n.endswith(".v")), None)
+    gain, offset = (next(p for n, p in parameters.items() if n.endswith(k)) for k in ("gamma", "beta"))
+    parts = x.reshape(3, int(groups), -1)
+    spread = parts.square().mean(-1) if name == "evonorm_s2" else parts.var(-1, correction=0)
+    scale = (spread + 1e-5).sqrt().repeat_interleave(4 // int(groups), 1)[:, :, None, None]
+    gate = torch.sigmoid(x if v is None else v[:, None, None] * x)
+    expected = x * gate / scale * gain[:, None, None] + offset[:, None, None]
+    torch.testing.assert_close(run(x, *parameters.values()), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(x[0], *parameters.values()), expected[0], rtol=1e-12, atol=1e-12)
+    whole = torch.compile(mine, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(x), mine(x))
+    mapped = torch.vmap(mine)(x)
+    torch.testing.assert_close(mapped, mine(x))
