@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from flowlang.backends.torch.emit import Expr, Writer, argument, emitter
 
 from flowlang.derive.program import Program, is_map
+from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node
 
 
@@ -29,9 +31,13 @@ class Native:
 
 
 def with_native_norms(program: Program) -> Program:
-    """The program with its native norms as nodes of their own; the same one where there are none."""
+    """The program with its native norms as nodes of their own, and fewer passes in what is written out."""
     if is_map(program.region):
         return program
+    return regrouped(with_patterns(program))
+
+
+def with_patterns(program: Program) -> Program:
     graph = program.graph
     roots = [*program.outputs, *(n for _, n in program.effects)]
     needed = graph.reachable(roots)
@@ -55,6 +61,68 @@ def with_native_norms(program: Program) -> Program:
         ).id
     return replace(
         program, graph=made, inputs=[ids[i] for i in program.inputs], outputs=[ids[o] for o in program.outputs],
+        effects=[(name, ids[n]) for name, n in program.effects],
+    )  # fmt: skip
+
+
+def factor(graph: Graph, node: Node) -> tuple[int, int] | None:
+    """(value, factor) of a product or ratio by something smaller, that lacks one of the value's axes."""
+    if node.op not in ("mul", "div") or node.inputs[0] == node.inputs[1] or node.tensor.kind != "real":
+        return None
+    for k in (0, 1) if node.op == "mul" else (0,):
+        x, s = graph[node.inputs[k]], graph[node.inputs[1 - k]]
+        if x.batched and x.tensor.names == node.tensor.names and set(s.tensor.names) < set(x.tensor.names):
+            return x.id, s.id
+    return None
+
+
+def regrouped(program: Program) -> Program:
+    """x / s · g for factors smaller than x becomes x · (g / s): one pass over x, and over its gradient, in place of two."""
+    graph = program.graph
+    roots = [*program.outputs, *(n for _, n in program.effects)]
+    needed = graph.reachable(roots)
+
+    def alone(n: int) -> bool:
+        return n not in roots and sum(user.id in needed for user, _ in graph.users(n)) == 1
+
+    chains: dict[int, tuple[int, list[tuple[str, int]]]] = {}
+    inside: set[int] = set()
+    for n in sorted(needed, reverse=True):
+        found = factor(graph, graph[n]) if n not in inside else None
+        factors: list[tuple[str, int]] = []
+        x, own, names = n, [], set[str]()
+        while found is not None and (x == n or alone(x)):
+            wider = names | set(graph[found[1]].tensor.names)
+            if not wider < set(graph[n].tensor.names):
+                break
+            factors.append((graph[x].op, found[1]))
+            own.append(x)
+            x, names = found[0], wider
+            found = factor(graph, graph[x])
+        if len(factors) > 1 and any(graph[s].tensor.axes for _, s in factors):
+            chains[n] = x, factors[::-1]
+            inside |= set(own)
+    if not chains:
+        return program
+    b, ids = Builder(Graph()), dict[int, int]()
+    for n in sorted(needed | set(program.inputs)):
+        node = graph[n]
+        if n in inside and n not in chains:
+            continue
+        if n not in chains:
+            ids[n] = b.graph.add(
+                node.op, tuple(ids[i] for i in node.inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+            ).id
+            continue
+        x, factors = chains[n]
+        above, below = ([ids[s] for op, s in factors if op == kind] for kind in ("mul", "div"))
+        scale = reduce(b.mul, above) if above else b.const(1.0)
+        if below:
+            scale = b.div(scale, reduce(b.mul, below))
+        made = b.op("mul", ids[x], scale, span=node.span)
+        ids[n] = b.graph.add("mul", b.graph[made].inputs, node.type, {}, span=node.span, label=node.label, batched=node.batched).id
+    return replace(
+        program, graph=b.graph, inputs=[ids[i] for i in program.inputs], outputs=[ids[o] for o in program.outputs],
         effects=[(name, ids[n]) for name, n in program.effects],
     )  # fmt: skip
 
@@ -120,6 +188,8 @@ class Reader:
 
 def match(graph: Graph, n: int) -> Native | None:
     node = graph[n]
+    if node.op in ("mean", "batch_mean"):
+        return mean_of_squares(graph, node)
     if node.op not in ("add", "mul", "div") or not node.batched:
         return None
     for axes in affine_axes(graph, node):
@@ -127,6 +197,16 @@ def match(graph: Graph, n: int) -> Native | None:
         if found is not None:
             return found
     return None
+
+
+def mean_of_squares(graph: Graph, node: Node) -> Native | None:
+    """The mean of x² over the last axes, which is a product of vectors."""
+    square = graph[node.inputs[0]]
+    axes = sorted(node.attrs["axes"])
+    names = square.tensor.names
+    if square.op != "square" or sorted(names[len(names) - len(axes) :]) != axes or (not axes and node.op == "mean"):
+        return None
+    return Native(f"native_{node.op}_square", square.inputs, {"axes": node.attrs["axes"]}, frozenset({square.id}))
 
 
 def affine_axes(graph: Graph, node: Node) -> list[tuple[str, ...]]:
@@ -331,6 +411,18 @@ def _layer_norm(w: Writer, n: Node) -> Expr:
 def _group_norm(w: Writer, n: Node) -> Expr:
     (x,), gain, offset = operands(w, n, 1)
     return Expr(f"{w.scope.use('grouped_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {gain}, {offset}, {n.attrs['eps']!r})")
+
+
+@emitter("native_mean_square")
+def _mean_square(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.scope.use('mean_square')}({argument(w, n.inputs[0])}, {len(n.attrs['axes'])})")
+
+
+@emitter("native_batch_mean_square")
+def _batch_mean_square(w: Writer, n: Node) -> Expr:
+    x = n.inputs[0]
+    dims = tuple(w.dim(x, a) for a in n.attrs["axes"])
+    return Expr(f"{w.scope.use('batch_mean_square')}({argument(w, x)}, {w.type(x).rank}, {dims!r})")
 
 
 @emitter("native_gated_norm")

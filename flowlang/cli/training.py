@@ -132,7 +132,7 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
           out: str, resume: bool, no_standardise: bool, **rest: Any) -> None:  # fmt: skip
     """Train a flow on a file of samples, or on an energy.
 
-    A model is trained by its program `loss`.
+    A model is trained by its program `loss`; its program `accuracy` (or `error`), of the same data, is reported beside it.
 
     Writes model.safetensors (the best weights, with spec and standardisation), last.safetensors (to resume),
     history.csv, curves.png and samples.png. Ctrl-C keeps everything; --resume goes on as if nothing had happened.
@@ -206,6 +206,10 @@ def report(result: Result, out: str, what: str) -> None:
         f"{out}: best {what} {result.best_validation:.4f}{unit} at epoch {result.best_epoch} of"
         f" {result.history[-1]['epoch']:.0f} (stopped: {result.stopped})"
     )
+    at = next(h for h in result.history if h["epoch"] == result.best_epoch)
+    for name, value in at.items():
+        if name not in ("epoch", "train", "validation"):
+            click.echo(f"{name} on the held-out rows then: {value:.4f}")
     if result.skipped:
         click.echo(f"{result.skipped} batches were left out: their loss or gradient was not finite", err=True)
     if result.stopped == "interrupted":

@@ -163,8 +163,15 @@ def digits_flat(rng: np.random.Generator) -> Dataset:
     return Dataset({"x": found.columns["x"].reshape(found.rows, -1)}, found.note)
 
 
+def digits_labelled(rng: np.random.Generator) -> Dataset:
+    """The same digits in [-1, 1] as rows of 64 numbers, with their label as a column."""
+    found = need("sklearn.datasets").load_digits()
+    pixels = {f"p{k}": found.images.reshape(len(found.images), -1)[:, k] / 8 - 1 for k in range(64)}
+    return Dataset({**pixels, "label": found.target}, "`--given label=label` for a classifier")
+
+
 DATASETS: dict[str, Callable[..., Dataset]] = {
-    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, delays, cells, digits, digits_flat)
+    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, delays, cells, digits, digits_flat, digits_labelled)
 }
 
 

@@ -343,7 +343,7 @@ class Trainer:
         if self.epoch - self.result.best_epoch >= self.o.patience:
             self.result.stopped = "patience"
         self.checkpoint()
-        bar.say(mean, self.result.history[-1]["validation"])
+        bar.say(self.result.history[-1])
 
     def validate(self, mean: float) -> None:
         """The held-out loss of the weights, or of their average; the best are kept."""
@@ -357,9 +357,10 @@ class Trainer:
         if value < self.result.best_validation:
             self.result.best_validation, self.result.best_epoch = value, self.epoch
             self.best = self.weights()
+        more = self.problem.metrics(self.moved)
         if state is not None:
             self.flow.load_state_dict(state)
-        self.result.history.append({"epoch": self.epoch, "train": mean, "validation": value})
+        self.result.history.append({"epoch": self.epoch, "train": mean, "validation": value, **more})
 
     # ---- what is kept ---------------------------------------------------------------------------
 
@@ -385,7 +386,7 @@ class Trainer:
         }  # fmt: skip
         write_tensors(self.out / "last.safetensors", tensors, {**self.fixed, "progress": progress})
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, ["epoch", "train", "validation"])
+        writer = csv.DictWriter(text, list(r.history[-1]) if r.history else ["epoch", "train", "validation"], restval="")
         writer.writeheader()
         writer.writerows(r.history)
         replace_file(self.out / "history.csv", text.getvalue().encode())
@@ -481,9 +482,10 @@ class Bar:
         if self.shown is not None:
             self.shown.update(1)
 
-    def say(self, mean: float, valid: float) -> None:
+    def say(self, last: dict[str, float]) -> None:
         if self.shown is not None:
-            self.shown.set_postfix_str(f"train {mean:.4f}, validation {valid:.4f}{self.unit}")
+            more = "".join(f", {k} {v:.4f}" for k, v in last.items() if k not in ("epoch", "train", "validation"))
+            self.shown.set_postfix_str(f"train {last['train']:.4f}, validation {last['validation']:.4f}{self.unit}{more}")
 
 
 __all__ = ["Options", "Result", "begun_with", "train", "train_energy"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Move = Callable[[Tensor], Tensor]
 
 VALIDATION_BATCH = 4096
+METRICS = ("accuracy", "error")  # programs of a model that are reported beside its loss
 
 
 class Problem(Protocol):
@@ -41,6 +42,10 @@ class Problem(Protocol):
         ...
 
     def validate(self, move: Move) -> float: ...
+
+    def metrics(self, move: Move) -> dict[str, float]:
+        """What else is reported of held-out data, by name."""
+        ...
 
     def meta(self) -> dict[str, Any]:
         """What is kept beside the weights."""
@@ -97,11 +102,14 @@ class Likelihood:
         self.unit = "" if self.own else "nats"
         if self.own:
             check_loss(flow)
+            check_metrics(flow)
         self.size, self.seed, self.rows = batch, seed, rows
         part = table.take(rows)
         whole = flow.types.get(data_name(flow), "").startswith("Int")  # whole numbers stay as they are: the flow dequantises
         columns = table.columns if table.x.ndim == 2 else ()
-        self.standard = Standardiser.fit(part.x, columns) if standardise and not whole else Standardiser.identity(table.x.shape[1:])
+        density = not self.own or "log_prob" in flow.programs  # a constant coordinate has none
+        fit = (lambda x: Standardiser.fit(x, columns)) if density else Standardiser.fit_context
+        self.standard = fit(part.x) if standardise and not whole else Standardiser.identity(table.x.shape[1:])
         labels = set() if not self.own else {k for k in part.given if k not in flow.context}
         self.given_standard = {
             k: Standardiser.identity(v.shape[1:]) if k in labels else Standardiser.fit_context(v)
@@ -156,6 +164,21 @@ class Likelihood:
             x = move(self.held_x[k : k + VALIDATION_BATCH])
             total += float(self.module(x, given).double().mean()) * len(x)
         return total / len(self.held_x) + self.offset
+
+    @torch.no_grad()
+    def metrics(self, move: Move) -> dict[str, float]:
+        """Means over the held-out rows of the model's programs named in `METRICS`."""
+        out: dict[str, float] = {}
+        for name in (n for n in METRICS if self.own and n in self.flow.programs):
+            wanted = list(self.flow.programs[name])
+            total = 0.0
+            for k in range(0, len(self.held_x), VALIDATION_BATCH):
+                values = {n: move(c[k : k + VALIDATION_BATCH]) for n, c in self.held_given.items()}
+                values[self.flow.data_name] = move(self.held_x[k : k + VALIDATION_BATCH])
+                found = getattr(self.flow, name)(*(values[n] for n in wanted))
+                total += float(found.double().mean()) * len(values[self.flow.data_name])
+            out[name] = total / len(self.held_x)
+        return out
 
     def meta(self) -> dict[str, Any]:
         return {
@@ -213,6 +236,9 @@ class Variational:
         torch.manual_seed(self.seed)
         return float(self.module(VALIDATION_BATCH).double().mean())
 
+    def metrics(self, move: Move) -> dict[str, float]:
+        return {}
+
     def meta(self) -> dict[str, Any]:
         return {}
 
@@ -262,13 +288,31 @@ def check_loss(model: Any) -> None:
             )  # fmt: skip
 
 
+def check_metrics(model: Any) -> None:
+    """What is reported beside the loss is read from the same data (FL0804)."""
+    for name in (n for n in METRICS if n in model.programs):
+        for wanted in model.programs[name]:
+            if wanted != model.data_name and wanted not in model.given_shapes:
+                raise FlowError(
+                    Diagnostic("FL0804", f"`{name}` is reported while training, and takes `{wanted}`, which is no data of the model",
+                               suggestion="give the program another name, or declare what it takes")
+                )  # fmt: skip
+
+
 def scalars(flow: Flow, table: Table) -> Table:
-    """One column for a value of one number has no axis."""
+    """One column for a value of one number has no axis; as many columns as a value with several axes has entries are laid
+    out in its shape, the last axis fastest."""
 
     def fitted(x: Array, shape: Any) -> Array:
-        return x[:, 0] if shape is not None and tuple(shape) == () and x.shape[1:] == (1,) else x
+        if shape is None or x.ndim != 2:
+            return x
+        if tuple(shape) == () and x.shape[1:] == (1,):
+            return x[:, 0]
+        return x.reshape(len(x), *shape) if len(shape) > 1 and x.shape[1] == math.prod(shape) else x
 
     given = {k: fitted(v, flow.given_shapes.get(k)) for k, v in table.given.items()}
+    if table.rounded is not None:  # noise is drawn for columns
+        return replace(table, given=given)
     return replace(table, x=fitted(table.x, flow.data_shape), given=given)
 
 

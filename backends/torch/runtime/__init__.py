@@ -15,6 +15,7 @@ from flowlang.backends.torch.runtime.flow import (
 from flowlang.backends.torch.runtime.functions import (
     OwnGradient,
     batch_mean,
+    batch_mean_square,
     batch_var,
     broadcast,
     broadcast_cat,
@@ -29,6 +30,7 @@ from flowlang.backends.torch.runtime.functions import (
     log_sigmoid_slope,
     log_tanh_slope,
     logit_mixture,
+    mean_square,
     pick_along,
     pooled,
     rotate,
@@ -41,6 +43,7 @@ from flowlang.backends.torch.runtime.functions import (
     take_along,
     tanh_slope,
     unit_vector,
+    variance,
 )
 from flowlang.backends.torch.runtime.model import (
     Model,
@@ -150,6 +153,7 @@ __all__ = [
     "batch_first",
     "batch_last",
     "batch_mean",
+    "batch_mean_square",
     "batch_var",
     "batched_norm",
     "bin_at",
@@ -189,6 +193,7 @@ __all__ = [
     "log_sigmoid_slope",
     "log_tanh_slope",
     "logit_mixture",
+    "mean_square",
     "no_solution",
     "norm_bounded",
     "ode_adaptive",
@@ -227,5 +232,6 @@ __all__ = [
     "tied_slopes",
     "unit_of",
     "unit_vector",
+    "variance",
     "von_mises_noise",
 ]

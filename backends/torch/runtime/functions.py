@@ -110,11 +110,46 @@ def batch_var(x: Tensor, rank: int, dims: tuple[int, ...], ddof: int = 0) -> Ten
     every = (*range(x.dim() - rank), *dims)
     if not every:
         return torch.zeros_like(x)
-    total = (x - x.mean(every, keepdim=True)).square().sum(every)
+    total = batch_squares(x - x.mean(every, keepdim=True), rank, dims)
     n = x.numel() // max(total.numel(), 1)
     if n <= ddof:
         raise bad_input(f"a batch gives {n} values for a variance", f"train on more than {ddof}")
     return total / max(n - ddof, 1)
+
+
+def batch_squares(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """The sum of x² over all batch dimensions and over `dims`: products of vectors where these are the last."""
+    batch = tuple(range(x.dim() - rank))
+    if not dims or sorted(dims) != list(range(-len(dims), 0)):
+        return x.square().sum((*batch, *dims))
+    found = squares(x, len(dims))
+    return found.sum(batch) if batch else found
+
+
+def squares(x: Tensor, count: int) -> Tensor:
+    """The sum of x² over the last `count` dims, without a square in memory."""
+    flat = x if count == 1 else x.flatten(-count)
+    return torch.linalg.vecdot(flat, flat)
+
+
+def variance(x: Tensor, count: int, ddof: int = 0) -> Tensor:
+    """The variance over the last `count` dims; `Tensor.var` takes many times as long."""
+    flat = x if count == 1 else x.flatten(-count)
+    d = flat - flat.mean(-1, keepdim=True)
+    return torch.linalg.vecdot(d, d) / (flat.shape[-1] - ddof)
+
+
+def mean_square(x: Tensor, count: int) -> Tensor:
+    """The mean of x² over the last `count` dims."""
+    return squares(x, count) / x.shape[x.dim() - count :].numel()
+
+
+def batch_mean_square(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """The mean of x² over all batch dimensions and over `dims`."""
+    if x.dim() == rank and not dims:
+        return x.square()
+    total = batch_squares(x, rank, dims)
+    return total / (x.numel() // max(total.numel(), 1))
 
 
 def safe_pow(x: Tensor, e: float) -> Tensor:

@@ -50,12 +50,12 @@ class GatedNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, rank: int, groups: int, v: Tensor | None, gain: Tensor, offset: Tensor, centred: bool, eps: float
     ) -> Tensor:
         flat = x.reshape(-1, gain.numel(), x.shape[x.dim() - rank + 1 :].numel())
-        parts = flat.view(flat.shape[0], groups, -1) if flat.is_contiguous() else flat.reshape(flat.shape[0], groups, -1)
-        if centred:
-            spread, mean = torch.var_mean(parts, -1, correction=0)
+        n, c, m = flat.shape
+        if centred:  # its moments are many times as fast as `var_mean`
+            _, mean, inverse = torch.native_group_norm(flat, None, None, n, c, m, groups, eps)
         else:
-            spread, mean = torch.linalg.vecdot(parts, parts) / parts.shape[-1], None
-        inverse = (spread + eps).rsqrt_()
+            parts = flat.reshape(n, groups, -1)
+            mean, inverse = None, (torch.linalg.vecdot(parts, parts) / parts.shape[-1] + eps).rsqrt_()
         gate = torch.sigmoid(flat) if v is None else (flat * v[:, None]).sigmoid_()
         scale = (inverse[:, :, None] * gain.view(groups, -1)).view(len(flat), -1, 1)
         y = (flat * gate).mul_(scale).add_(offset[:, None])
@@ -78,7 +78,8 @@ class GatedNorm(torch.autograd.Function):
         dy = dy.reshape(n, c, m)
         slope = torch.ops.aten.sigmoid_backward(dy, gate).mul_(flat)  # of v · x
         dx = dy * gate
-        through, turned = (torch.bmm(t.view(n * c, 1, m), flat.reshape(n * c, m, 1)).view(n, c) for t in (dx, slope))
+        through = torch.linalg.vecdot(dx, flat)
+        turned = through if v is None else torch.linalg.vecdot(slope, flat)
         each = inverse[:, :, None].expand(n, groups, c // groups).reshape(n, c)
         scale = each * gain
         # d(1 / root) / dx = -(x - mean) / (size · root³)
