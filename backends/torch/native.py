@@ -386,7 +386,8 @@ def follows(r: Reader, node: Node, op: str, x: int, ddof: int) -> tuple[int, flo
 
 
 TITLES = {"native_layer_norm": "layer norm", "native_rms_norm": "RMS norm", "native_group_norm": "group norm",
-          "native_batch_norm": "batch norm"}  # fmt: skip
+          "native_batch_norm": "batch norm", "native_gated_norm": "gated norm", "native_mean_square": "mean square",
+          "native_batch_mean_square": "mean square over the batch"}  # fmt: skip
 
 
 def operands(w: Writer, n: Node, count: int) -> tuple[list[str], str, str]:

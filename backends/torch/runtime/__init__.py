@@ -16,6 +16,7 @@ from flowlang.backends.torch.runtime.functions import (
     OwnGradient,
     batch_mean,
     batch_mean_square,
+    batch_squares,
     batch_var,
     broadcast,
     broadcast_cat,
@@ -38,6 +39,7 @@ from flowlang.backends.torch.runtime.functions import (
     shift_along,
     sigmoid_slope,
     softplus_inverse,
+    squares,
     surrogate,
     take_aligned,
     take_along,
@@ -53,7 +55,7 @@ from flowlang.backends.torch.runtime.noise import (
     standard_noise,
     von_mises_noise,
 )
-from flowlang.backends.torch.runtime.norms import batched_norm, gated_norm, grouped_norm
+from flowlang.backends.torch.runtime.norms import GatedNorm, batched_norm, gated_norm, gated_norm_plain, grouped_norm
 from flowlang.backends.torch.runtime.odes import (
     RungeKutta,
     combined,
@@ -132,6 +134,7 @@ __all__ = [
     "Face",
     "Flow",
     "FlowDistribution",
+    "GatedNorm",
     "Interval",
     "LowerMatrix",
     "Model",
@@ -154,6 +157,7 @@ __all__ = [
     "batch_last",
     "batch_mean",
     "batch_mean_square",
+    "batch_squares",
     "batch_var",
     "batched_norm",
     "bin_at",
@@ -179,6 +183,7 @@ __all__ = [
     "fixed_point_solve",
     "from_unit",
     "gated_norm",
+    "gated_norm_plain",
     "grouped_norm",
     "implicit_scan",
     "in_bin",
@@ -223,6 +228,7 @@ __all__ = [
     "softplus_inverse",
     "solve_rows",
     "spline_bins",
+    "squares",
     "stage_rows",
     "standard_noise",
     "surrogate",
