@@ -54,14 +54,14 @@ def declares(text: str) -> bool:
 
 
 def library_flow(name: str) -> Source | None:
-    """A library entry as a spec: a flow as it stands; a bijector as the only step of a flow of its name."""
+    """A library entry as a spec: a flow or model as it stands; a bijector as the only step of a flow of its name."""
     library = standard_library()
     source = library.find(name)
     if source is None:
         return None
     items = parse(source, Report()).module.items
     entry = next(i for i in items if isinstance(i, tree.Declaration) and i.name == name)
-    if entry.kind == "flow":
+    if entry.kind in ("flow", "model"):
         doc = "".join(f"## {line}\n" for line in (entry.doc or "").splitlines())
         return Source.of(f"std:{name}", f"{doc}{entry.span.text}\n")
     if entry.kind != "bijector":

@@ -315,7 +315,7 @@ def examine(comp: Compilation, root: Region, home: Span | None) -> None:
 def tell_rough(comp: Compilation, region: Region, anchors: Mapping[int, Span]) -> bool:
     """Whether a derivative is asked for that is no graph, which is told."""
     for node in region.graph:
-        if "tangents" not in node.attrs:
+        if "tangents" not in node.attrs and not (node.op == "integrate" and node.attrs.get("log_det")):
             continue
         op = comp.analyses.rough(node.attrs["region"], node.attrs["method"])
         if op is not None:

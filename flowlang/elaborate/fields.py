@@ -24,7 +24,7 @@ from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.interval import closed
 from flowlang.ir.tableau import Tableau
-from flowlang.ir.types import SCALAR, TensorType
+from flowlang.ir.types import SCALAR, TensorType, TupleType
 from flowlang.source import Span
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def integrate(body: Body, args: Arguments) -> Any:
     """
     span = args.span
     assert span is not None
-    known = ("t", "solver", "trace")
+    known = ("t", "solver", "trace", "log_det")
     for name in args.keywords:
         if name not in known:
             raise body.fail(
@@ -67,8 +67,30 @@ def integrate(body: Body, args: Arguments) -> Any:
         "child": name, "region": inner.region, "method": "forward", "start": start, "stop": stop, **method,
         "trace": trace.word if isinstance(trace, Option) else "exact",
     }  # fmt: skip
-    node = body.graph.add("integrate", (x.id, *inner.captures.keys()), x.type, attrs, span=span)
+    inputs = (x.id, *inner.captures.keys())
+    if weighed(body, args):
+        return with_log_det(body, inputs, x.type, attrs, span)
+    node = body.graph.add("integrate", inputs, x.type, attrs, span=span)
     return Tensor(node.id, body)
+
+
+def weighed(body: Body, args: Arguments) -> bool:
+    found = args.keywords.get("log_det", False)
+    if not isinstance(found, bool):
+        raise body.fail("FL0306", f"`log_det` is `true` or `false`, and this is {describe(found)}", args.keyword_spans["log_det"],
+                        suggestion="as in `z, log_det = integrate(v, x, t = 1 -> 0, solver, log_det = true)`")  # fmt: skip
+    return found
+
+
+def with_log_det(body: Body, inputs: tuple[int, ...], state: TensorType, attrs: dict[str, Any], span: Span) -> Tuple:
+    """The end of the trajectory, and the integral of the field's divergence along it (Chen et al. 2018)."""
+    attrs |= {"method": "divergence", "log_det": True}
+    if attrs["trace"] == "hutchinson":
+        attrs["method"] = "divergence_along"
+        shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in state.axes)}
+        inputs = (inputs[0], body.graph.add("random_like", (), TensorType(state.axes), shape, batched=True).id, *inputs[1:])
+    whole = body.graph.add("integrate", inputs, TupleType((state, SCALAR)), attrs, span=span)
+    return Tuple(tuple(Tensor(body.b.op_get(whole.id, k, span), body) for k in range(2)))
 
 
 def state_of(body: Body, value: Any, span: Span) -> Tensor:
