@@ -274,7 +274,7 @@ def compile_function(comp: Compilation, name: str, like: str) -> Any:
     span = declaration.name_span or declaration.span
     if len(tensors) != 1:
         raise FlowError(
-            Diagnostic("FL0804", f"`{name}` takes {len(tensors)} values, and one is needed: a sample of the flow", span)
+            Diagnostic("FL0804", f"`{name}` takes {len(tensors)} values, and one is needed: a sample of the flow", span, suggestion="name one tensor, as in `flow.log_prob(x)`")
         )
     flow = comp.regions[like]
     region = comp.elab.instance_region(target, {tensors[0].name: flow.graph[flow.inputs[0]].tensor}, span)
@@ -283,7 +283,7 @@ def compile_function(comp: Compilation, name: str, like: str) -> Any:
     try:
         made = Generator(region, comp.analyses, comp.source.name).generate()
     except Unlowered as e:
-        raise FlowError(Diagnostic("FL0701", f"`{e.node.op}` has no PyTorch form yet", e.node.span)) from None
+        raise FlowError(Diagnostic("FL0701", f"`{e.node.op}` has no PyTorch form yet", e.node.span, suggestion="write the map with other functions, or report the missing one")) from None
     text = module_text(made, standalone=False, title=f"net {name}", origin=Path(comp.source.name).name)
     return fresh(text, made.root, 0, None)
 

@@ -110,7 +110,7 @@ def compile_source(
             report.add(
                 Diagnostic(
                     "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
-                    target.declaration.name_span, severity="warning",
+                    target.declaration.name_span, severity="warning", suggestion="the text is kept and formatted; a later release compiles it"
                 )
             )  # fmt: skip
         elif target.kind not in ("flow", "model") and id(target.declaration) not in elab.instantiated:

@@ -59,7 +59,7 @@ class Claims:
         self.report.add(
             Diagnostic(
                 "FL0902", "this requirement is not one that is checked here", e.span, severity="warning",
-                suggestion=f"what is known here: {known}" if known else None,
+                suggestion=f"what is known here: {known}" if known else "nothing can be required here",
             )
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
         report.add(
             Diagnostic(
                 "FL0902", f"the path `{declaration.name}` is not followed: {stop.what} is more than a formula in t, x0 and x1",
-                stop.span, severity="warning",
+                stop.span, severity="warning", suggestion="write it as a formula in t, x0 and x1, or give the velocity by hand"
             )
         )  # fmt: skip
         return {}
@@ -61,7 +61,7 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
             report.add(
                 Diagnostic(
                     "FL0604", f"the signal-to-noise ratio falls near t = {turn:g}", where, severity="warning",
-                    notes=("conversions between predictions and changes of schedule need it to grow",),
+                    notes=("conversions between predictions and changes of schedule need it to grow",), suggestion="let the noise fall and the signal rise all the way"
                 )
             )  # fmt: skip
     if not report.errors:
@@ -116,7 +116,7 @@ def check_prior(path: SymbolicPath, declaration: tree.Declaration, claim: tree.B
     if abs(sigma - scale) > SCALE_TOLERANCE * scale:
         report.add(
             Diagnostic("FL0603", f"at t = 0 the path has scale {sigma:g}, and `normal(0, {scale:g})` is required", claim.span,
-                       notes=(f"it is at `{text(start)}`",))
+                       notes=(f"it is at `{text(start)}`",), suggestion=f"write `normal(0, {sigma:g})`, or change the path's start")
         )  # fmt: skip
     elif left > PRIOR_TOLERANCE * scale:
         report.add(

@@ -47,7 +47,7 @@ def tableau_facts(declaration: tree.Declaration, report: Report, given: Mapping[
     if reached.value == 0:
         report.add(
             Diagnostic(
-                "FL0602", f"the weights sum to {sum(tableau.b, Fraction(0))}, and a consistent method's sum to 1", weights.span
+                "FL0602", f"the weights sum to {sum(tableau.b, Fraction(0))}, and a consistent method's sum to 1", weights.span, suggestion="correct the last row"
             )
         )  # fmt: skip
     facts: dict[str, Any] = {"stages": tableau.stages, "order": reached.value, "explicit": tableau.explicit}
@@ -108,7 +108,7 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
         report.add(
             Diagnostic(
                 "FL0902", f"`{declaration.name}` steps values of other types than `R`, which has no meaning yet",
-                declaration.name_span or declaration.span, severity="warning",
+                declaration.name_span or declaration.span, severity="warning", suggestion="write its step for values of `R`"
             )
         )  # fmt: skip
         return {}
@@ -127,7 +127,7 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
         report.add(
             Diagnostic(
                 "FL0902", f"the order of `{declaration.name}` is not shown: {stop.what} is outside the arithmetic that is followed",
-                stop.span, severity="note",
+                stop.span, severity="note", suggestion="write the step with v, x, t, h and arithmetic alone"
             )
         )  # fmt: skip
         return {}

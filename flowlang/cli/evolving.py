@@ -74,7 +74,7 @@ def begin(path: Path, plan: Plan, resume: bool) -> State:
     try:
         state = State.load(path)
     except (ValueError, KeyError, TypeError) as e:
-        raise FlowError(Diagnostic("FL0804", f"`{path}` is no state of a search: {e}")) from None
+        raise FlowError(Diagnostic("FL0804", f"`{path}` is no state of a search: {e}", suggestion="give the folder of an earlier `flowlang evolve`, or begin anew in another one")) from None
     state.plan = replace(state.plan, generations=plan.generations)
     return state
 

@@ -252,7 +252,7 @@ def new(file: str, dims: int) -> None:
             Diagnostic("FL0804", f"`{file}` exists already", suggestion="choose another name; nothing was overwritten")
         )
     if dims < 2:
-        raise FlowError(Diagnostic("FL0804", "--dims is at least 2: a coupling needs two halves"))
+        raise FlowError(Diagnostic("FL0804", "--dims is at least 2: a coupling needs two halves", suggestion="as in `--dims 2`"))
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in path.stem) or "flow"
     if name[0].isdigit():
         name = f"flow_{name}"

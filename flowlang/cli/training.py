@@ -349,7 +349,7 @@ def sample(
 ) -> None:  # fmt: skip
     """Draw samples from a trained flow (of its own spec, if none is named)."""
     if count < 1:
-        raise FlowError(Diagnostic("FL0804", "--count is at least 1"))
+        raise FlowError(Diagnostic("FL0804", "--count is at least 1", suggestion="as in `--count 1000`"))
     flow, meta = trained_flow(spec, sets, weights)
     context = {}
     for name, numbers in parse_given(given, "NAME=NUMBER,NUMBER").items():

@@ -107,7 +107,7 @@ def no_derivative(inv: Inverter, n: int) -> Failure:
     return Failure(
         "FL0404",
         f"not invertible: nothing shows that this is monotone; `{shown(node.op)}` has no derivative rule",
-        node.span,
+        node.span, suggestion="write the map with functions whose slope is known, or give `def inverse`"
     )
 
 
@@ -186,7 +186,7 @@ def leaves_domain(region: Region, n: int, found: Interval, domain: Interval) -> 
     return Failure(
         "FL0414",
         f"not invertible: going back, values may lie in {found}, outside the declared `{declared}`",
-        region.graph[region.outputs[0]].span or region.span,
+        region.graph[region.outputs[0]].span or region.span, suggestion="bound the parameters, or declare the wider domain"
     )
 
 
@@ -211,7 +211,7 @@ def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
     return Failure(
         "FL0401",
         "not invertible: no way was found to tell the inputs from the result",
-        node.span or result_span(inv),
+        node.span or result_span(inv), suggestion="give `def inverse`, or write the map as a chain of couplings"
     )
 
 
@@ -275,7 +275,7 @@ def failed_condition(inv: Inverter, p: Problem) -> Failure | None:
 def other_condition(inv: Inverter, p: Problem) -> Failure | None:
     for cond, _, need in p.conditions:
         if isinstance(need, str):
-            return Failure("FL0403", f"not invertible: {need}", cond.span)
+            return Failure("FL0403", f"not invertible: {need}", cond.span, suggestion="declare a domain that shows it, as in `param W: Invertible[D', D]`, or `Positive` for a scale")
     return None
 
 
@@ -286,7 +286,7 @@ def no_inverse(inv: Inverter, p: Problem) -> Failure | None:
     if len(unknown) == 1 and OPS[node.op].why_not.get("invert"):
         return Failure(
             "FL0403", f"not invertible: {OPS[node.op].why_not['invert']}, so {called(inv, unknown[0])} cannot be told from it",
-            node.span or result_span(inv),
+            node.span or result_span(inv), suggestion="let only what is kept pass through it, as the half `a` of a coupling does, or give `def inverse`"
         )  # fmt: skip
     return None
 

@@ -11,7 +11,7 @@ from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, apply, make_call
 from flowlang.elaborate.later import introduced_axes, is_place, later_family
 from flowlang.elaborate.paths import FUNCTIONS
-from flowlang.elaborate.scope import ModuleScope, did_you_mean
+from flowlang.elaborate.scope import ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import (
     ABSENT,
@@ -143,7 +143,9 @@ class Body:
         if name in self.elab.report.told:
             return Later()
         self.elab.report.told.add(name)
-        return self.fail("FL0902", message, span)
+        return self.fail(
+            "FL0902", message, span, suggestion="the text is kept and formatted; a later release compiles it"
+        )
 
     def lose(self, node: Any) -> None:
         """The axes that a statement in error would have named have unknown sizes."""
@@ -179,7 +181,7 @@ class Body:
             "FL0201",
             f"unknown name `{name}`",
             span,
-            suggestion=did_you_mean(name, self.visible_names()),
+            suggestion=name_help(name, self.visible_names()),
         )
 
     def find(self, name: str) -> Any:
@@ -299,7 +301,7 @@ class Body:
         self.depth += 1
         try:
             if self.depth > limits.EXPRESSION_DEPTH:
-                raise self.fail("FL0901", "expression nested too deeply: limit reached", expr.span)
+                raise self.fail("FL0901", "expression nested too deeply: limit reached", expr.span, suggestion="name parts of it, as in `a = ...`")
             return self._ev(expr)
         except Fail as e:
             self.report(e.diagnostic)
@@ -346,7 +348,7 @@ class Body:
                 stop = self.static_int(expr.stop) if expr.stop is not None else None
                 return RangeValue(start, stop)
             case tree.Ellipsis():
-                raise self.fail("FL0307", "`..` stands for axes and has no value here", expr.span)
+                raise self.fail("FL0307", "`..` stands for axes and has no value here", expr.span, suggestion="it stands in types, as in `x: R[D, ..]`")
             case _:
                 raise self.fail(
                     "FL0306",
@@ -442,7 +444,7 @@ class Body:
             return None  # another choice
         choices = ", ".join(f"`{w}`" for w in left.among)
         raise self.fail(
-            "FL0306", f"this choice is one of {choices}", expr.right.span, suggestion=did_you_mean(word, left.among)
+            "FL0306", f"this choice is one of {choices}", expr.right.span, suggestion=name_help(word, left.among)
         )
 
     def binary_values(self, expr: tree.Binary, left: Any, right: Any, left_span: Span) -> Any:
@@ -561,7 +563,7 @@ class Body:
                 "FL0305", "division by zero in a constant", expr.span, suggestion="choose another divisor"
             ) from None
         except OverflowError:
-            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span) from None
+            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span, suggestion="write a smaller number") from None
         if isinstance(value, complex):
             raise self.fail(
                 "FL0305",
@@ -570,9 +572,9 @@ class Body:
                 suggestion="a negative base needs a whole exponent",
             )
         if isinstance(value, int) and abs(value) > limits.INTEGER:
-            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span)
+            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span, suggestion="write a smaller number")
         if isinstance(value, float) and not math.isfinite(value):
-            raise self.fail("FL0901", "this number exceeds the limit of a float", expr.span)
+            raise self.fail("FL0901", "this number exceeds the limit of a float", expr.span, suggestion="write a smaller number")
         return value
 
     def pipe(self, expr: tree.Binary) -> Any:
@@ -598,13 +600,13 @@ class Body:
                 "FL0302",
                 f"this value has no axis `{expr.name}`; its axes are {axis_words(t)}",
                 expr.span,
-                suggestion=did_you_mean(expr.name, t.names),
+                suggestion=name_help(expr.name, t.names),
             )
         if isinstance(value, ModuleScope):
             if expr.name in value.names:
                 return self.elab.constant_value(value.names[expr.name])
             raise self.fail(
-                "FL0201", f"unknown name `{expr.name}`", expr.span, suggestion=did_you_mean(expr.name, value.names)
+                "FL0201", f"unknown name `{expr.name}`", expr.span, suggestion=name_help(expr.name, value.names)
             )
         if expr.name == "log_prob" and isinstance(value, Builtin | DistributionValue):
             if isinstance(value, Builtin) and value.kind == "distribution":
@@ -663,7 +665,7 @@ class Body:
 
     def index_list(self, values: list[Any], expr: tree.Brackets) -> Any:
         if len(expr.items) != 1 or expr.items[0].left is None:
-            raise self.fail("FL0307", "a list takes one index", expr.span)
+            raise self.fail("FL0307", "a list takes one index", expr.span, suggestion="as in `xs[0]`")
         index = self.ev(expr.items[0].left)
         if isinstance(index, Poison):
             return POISON
@@ -677,14 +679,14 @@ class Body:
                 suggestion="as in `xs[0]` or `xs[i]` with `for i in 0..n`",
             )
         if not -len(values) <= index < len(values):
-            raise self.fail("FL0307", f"index {index} is outside a list of {len(values)}", expr.span)
+            raise self.fail("FL0307", f"index {index} is outside a list of {len(values)}", expr.span, suggestion="indices start at 0, and -1 is the last")
         return values[index]
 
     def paren(self, expr: tree.Paren) -> Any:
         if len(expr.items) == 1:
             item = expr.items[0]
             if item.left is None or item.eq is not None or item.arrow is not None:
-                raise self.fail("FL0307", "axes have no value here", expr.span)
+                raise self.fail("FL0307", "axes have no value here", expr.span, suggestion="`x.D` is the size of an axis")
             if item.type is not None:
                 return self.typed(item.left, [item.type])[0]
             return self.ev(item.left)
@@ -808,7 +810,7 @@ class Body:
             return value.resolve(list(wanted))
         values = list(value.items) if isinstance(value, Tuple) else [value]
         if len(values) != len(wanted):
-            raise self.fail("FL0308", f"{len(wanted)} types for {len(values)} values", span)
+            raise self.fail("FL0308", f"{len(wanted)} types for {len(values)} values", span, suggestion="a type covers every name since the last typed one; give one for each value, or fewer")
         return [axis_rules.conform(self, v, w, span) for v, w in zip(values, wanted, strict=True)]
 
     def record_axes(self, spec: TypeSpec) -> None:

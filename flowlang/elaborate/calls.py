@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.later import ARGUMENTS
 from flowlang.elaborate.paths import call_path
-from flowlang.elaborate.scope import close_names, did_you_mean, item_name
+from flowlang.elaborate.scope import close_names, did_you_mean, item_name, name_help
 from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words, static_size
 from flowlang.elaborate.values import (
     ABSENT,
@@ -124,7 +124,7 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
                 choices = ", ".join(f"`{w}`" for w in words[name])
                 raise body.fail(
                     "FL0306", f"`{name}` is one of {choices}", item.eq.span,
-                    suggestion=did_you_mean(item.eq.id, words[name]) if isinstance(item.eq, tree.Name) else None,
+                    suggestion=name_help(item.eq.id, words[name]) if isinstance(item.eq, tree.Name) else "write a word here",
                 )  # fmt: skip
             else:
                 args.keywords[name] = body.ev(item.eq)
@@ -140,7 +140,7 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
                 args.positional.append(body.ev(item.left))
             args.spans.append(item.span)
         else:
-            raise body.fail("FL0202", "an argument is a value or `name = value`", item.span)
+            raise body.fail("FL0202", "an argument is a value or `name = value`", item.span, suggestion="as in `affine_coupling(net = mlp(64))`")
     return args
 
 
@@ -198,7 +198,7 @@ def log_density(body: Body, fn: LogProb, args: Arguments) -> Tensor:
     """`normal.log_prob(z)`: for each sample, summed over the value's axes."""
     assert args.span is not None
     if len(args.positional) != 1 or args.keywords:
-        raise body.fail("FL0203", "`log_prob` takes one value", args.span)
+        raise body.fail("FL0203", "`log_prob` takes one value", args.span, suggestion="as in `f.log_prob(x)`")
     law = fn.distribution
     given = {n: body.tensor(body.capture(v), law.span) for n, v in law.arguments}
     body.b.span = args.span
@@ -240,7 +240,7 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
         if p is None:
             where = args.keyword_spans[name]
             if name in ARGUMENTS.get(inst.target.name, ()):
-                raise body.fail("FL0902", f"`{name}` of `{inst.target.name}` has no meaning yet", where)
+                raise body.fail("FL0902", f"`{name}` of `{inst.target.name}` has no meaning yet", where, suggestion="write that program in the model itself")
             raise body.fail(
                 "FL0202",
                 f"`{inst.target.name}` has no argument `{name}`",
@@ -292,7 +292,7 @@ def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
     values = dict(inst.arguments)
     free = [n for n in known if n not in args.keywords]
     if len(args.positional) > len(free):
-        raise body.fail("FL0202", f"`{inst.target.name}` takes {len(known)} arguments", args.span or inst.span)
+        raise body.fail("FL0202", f"`{inst.target.name}` takes {len(known)} arguments", args.span or inst.span, suggestion="leave out the rest")
     given = {**dict(zip(free, args.positional, strict=False)), **args.keywords}
     for name, value in given.items():
         where = args.keyword_spans.get(name, args.span or inst.span)
@@ -357,7 +357,7 @@ def place_argument(
         "FL0202",
         f"`{inst.target.name}` takes no further argument",
         span,
-        notes=(f"this is {describe(value)}",),
+        notes=(f"this is {describe(value)}",), suggestion="leave it out, or make another instance for other arguments"
     )
 
 
@@ -388,18 +388,18 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
         if name not in names:
             raise body.fail(
                 "FL0202", f"`{declaration.name}` has no argument `{name}`", args.keyword_spans[name],
-                suggestion=did_you_mean(name, names),
+                suggestion=name_help(name, names),
             )  # fmt: skip
         values[name] = value
     free = [p for p in params if p.name not in values]
     if len(args.positional) > len(free):
-        raise body.fail("FL0202", f"`{declaration.name}` takes {len(params)} arguments", args.span)
+        raise body.fail("FL0202", f"`{declaration.name}` takes {len(params)} arguments", args.span, suggestion="leave out the rest")
     for p, v in zip(free, args.positional, strict=False):
         values[p.name] = v
     for p in params:
         if p.name not in values:
             if p.default is None:
-                raise body.fail("FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span)
+                raise body.fail("FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span, suggestion=f"as in `{declaration.name}({p.name} = ..)`")
             values[p.name] = body.ev(p.default)
     body.elab.enter(body, f"def:{id(declaration)}", declaration.name, args.span)
     saved = dict(body.names)
@@ -443,7 +443,7 @@ def formal_of(body: Body, p: tree.Parameter) -> Formal:
         elif isinstance(item.left, tree.Name):
             axes.append((item.left.id, item))
         else:
-            raise body.fail("FL0307", "a parameter's axis is a name", item.span)
+            raise body.fail("FL0307", "a parameter's axis is a name", item.span, suggestion="as in `x: R[D]`")
     return Formal(p.name, axes, rest, "real", p.given, optional)
 
 
@@ -533,7 +533,7 @@ def call_instance(
                     if extras:
                         value, where = extras.pop(0)
                     else:
-                        raise body.fail("FL0309", f"`{target.name}` needs `{p.name}`, which is absent here", where)
+                        raise body.fail("FL0309", f"`{target.name}` needs `{p.name}`, which is absent here", where, suggestion="give it, or guard the call with `if present(..)`")
                 else:
                     continue
             values[p.name] = body.tensor(value, where)
@@ -545,7 +545,7 @@ def call_instance(
                 "FL0203",
                 f"`{target.name}` needs the argument `{p.name}`",
                 span,
-                suggestion=f"give it by name, as in `{p.name} = ...`" if p.given else None,
+                suggestion=f"give it by name, as in `{p.name} = ...`" if p.given else "give it a value at the call",
             )
     first = formals[0]
     left_names = [i for i in axes if i.left is not None]
@@ -570,7 +570,7 @@ def call_instance(
 def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span: Span) -> Any:
     """A bijector without a tensor parameter: a chain applied to one value, with the context in sight."""
     if len(extras) != 1:
-        raise body.fail("FL0202", f"`{inst.target.name}` is a chain and maps one value", span)
+        raise body.fail("FL0202", f"`{inst.target.name}` is a chain and maps one value", span, suggestion="give one value; several go in as one after `join`")
     id = body.tensor(*extras[0])
     inputs: dict[str, tuple[int, TensorType]] = {"x": (id, body.b.type(id))}
     for name, value in body.context_values().items():
@@ -611,7 +611,7 @@ def join_inputs(
                 id = body.b.op("expand", id, axes=(*((a.name, a.size) for a in tv.axes), (axis, 1)))
             else:
                 raise body.fail(
-                    "FL0307", f"`{callee}` joins its inputs along `{axis}`, and this one has {axis_rules.words(tv)}", s
+                    "FL0307", f"`{callee}` joins its inputs along `{axis}`, and this one has {axis_rules.words(tv)}", s, suggestion=f"give each input the axis `{axis}`, or name the axis that is meant, as in `{callee}[..](..)`"
                 )
         for a in body.b.type(id).axes:
             if a.name != axis:
@@ -649,13 +649,13 @@ def finish_call(
                     "FL0301",
                     f"axis `{name}` of `{target.name}` would have size {sizes[name]} and size {size}",
                     span,
-                    notes=(f"`{f.name}`: `{t}`",),
+                    notes=(f"`{f.name}`: `{t}`",), suggestion="give values whose sizes agree, or name the axes at the call, as in `f[D](x)`"
                 )
     lifted: dict[str, int] = {}
     for b in bindings.values():
         for n, s in b.lifted:
             if lifted.setdefault(n, s) != s:
-                raise body.fail("FL0301", f"axis `{n}` has sizes {lifted[n]} and {s} in the arguments", span)
+                raise body.fail("FL0301", f"axis `{n}` has sizes {lifted[n]} and {s} in the arguments", span, suggestion="axes that the call lifts over have one size in all arguments")
     if lifted and target.kind in ("bijector", "flow"):
         pass  # a bijector may be lifted: it acts on each index of the other axes alike
     inputs: dict[str, tuple[int, TensorType]] = {}

@@ -14,7 +14,7 @@ from flowlang.elaborate.calls import ResultShape, parameters_of
 from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
-from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean
+from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, name_help
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
@@ -105,7 +105,7 @@ class Elaborator:
                     "FL0211",
                     f"unknown kind of declaration `{item.kind}`",
                     Span(item.span.source, item.span.start, item.span.start + len(item.kind)),
-                    suggestion=did_you_mean(item.kind, (*KINDS, *LATER_KINDS)),
+                    suggestion=name_help(item.kind, (*KINDS, *LATER_KINDS)),
                 )
             )
             return
@@ -122,14 +122,14 @@ class Elaborator:
             seen[p.name] = p.span
         if not scope.source.library and item.name in self.library.names():
             self.report.add(
-                Diagnostic("FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note")
+                Diagnostic("FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note", suggestion="rename it if the library's entry is meant")
             )
         scope.names[item.name] = Declared(item, scope)
 
     def run_import(self, scope: ModuleScope, item: tree.Import, chain: tuple[str, ...]) -> None:
         if len(chain) > limits.IMPORT_DEPTH:
             self.report.add(
-                Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span)
+                Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span, suggestion="import from fewer files")
             )
             return
         source = self.loader.load(item.path, scope.source)
@@ -144,7 +144,7 @@ class Elaborator:
             )
             return
         if source.name in chain:
-            self.report.add(Diagnostic("FL0208", f"`{'.'.join(item.path)}` imports itself in a cycle", item.span))
+            self.report.add(Diagnostic("FL0208", f"`{'.'.join(item.path)}` imports itself in a cycle", item.span, suggestion="move what both files need into a third one"))
             return
         other = self.add_module(source, chain)
         if not item.names:
@@ -157,7 +157,7 @@ class Elaborator:
                 self.report.add(
                     Diagnostic(
                         "FL0207", f"`{'.'.join(item.path)}` has no `{name}`", item.span,
-                        suggestion=did_you_mean(name, other.names),
+                        suggestion=name_help(name, other.names),
                     )
                 )  # fmt: skip
 
@@ -215,7 +215,7 @@ class Elaborator:
     def check_kind(self, body: Body, target: Declared, span: Span) -> None:
         if target.kind in LATER_KINDS:
             raise body.fail(
-                "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet", span
+                "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet", span, suggestion="the text is kept and formatted; a later release compiles it"
             )
 
     # ---- limits ---------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Elaborator:
             )
         if len(self._stack) >= limits.INSTANTIATION_DEPTH:
             raise body.fail(
-                "FL0901", f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}", span
+                "FL0901", f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}", span, suggestion="a declaration that calls itself never ends; check the chain of calls"
             )
         self._stack.append((key, name))
 
@@ -297,7 +297,7 @@ class Elaborator:
             self.used_sets.add(name)
             value = self.sets[name]
             if value < 0 or value > limits.AXIS_SIZE:
-                raise body.fail("FL0901", f"an axis of size {value} is outside the limits", entry.span)
+                raise body.fail("FL0901", f"an axis of size {value} is outside the limits", entry.span, suggestion="choose a smaller size")
             if size is None:
                 self.open_axes[name] = int(value)
             return int(value)
@@ -588,7 +588,7 @@ class Elaborator:
                     raise caller.fail(
                         "FL0301",
                         f"axis `{name}` of `{p.name}` has size {written} in `{body.region.name}`, and {size} here",
-                        span,
+                        span, suggestion="sizes agree where values meet; change one of them"
                     )
             else:
                 known = body.find(name)
@@ -596,7 +596,7 @@ class Elaborator:
                     raise caller.fail(
                         "FL0301",
                         f"axis `{name}` of `{p.name}` has size {known} in `{body.region.name}`, and {size} here",
-                        span,
+                        span, suggestion="sizes agree where values meet; change one of them"
                     )
             body.axes[name] = size
         rest = tuple(a for a in type_.axes if a.name not in named)
@@ -628,7 +628,7 @@ class Elaborator:
                 declaration.name_span or span, suggestion=f"give it a tensor, as in `{declaration.kind} {declaration.name}(x: R[D]) {{ .. }}`",
             )  # fmt: skip
         if type_ is None:
-            raise body.fail("FL0203", f"`{declaration.name}` is a chain and needs a value to map", span)
+            raise body.fail("FL0203", f"`{declaration.name}` is a chain and needs a value to map", span, suggestion="as in `f(x)`")
         id_ = body.b.leaf("input", type_, batched=True, span=span, label="x", name="x", role="map")
         for name, given in inputs.items():
             if name != "x":
@@ -682,7 +682,7 @@ class Elaborator:
                     "FL0308",
                     f"a bijector gives as many values as it maps: {len(body.region.inputs)}, "
                     f"and this gives {len(body.region.outputs)}",
-                    where,
+                    where, suggestion="give one result for each mapped value; what only informs the map stands after `given`"
                 )
         except Fail as e:
             body.report(e.diagnostic)

@@ -136,18 +136,18 @@ def solver_attributes(body: Body, solver: Any, span: Span) -> dict[str, Any]:
     declaration = solver.target.declaration
     name = declaration.name
     if tableau_of(declaration) is None:
-        raise body.fail("FL0902", f"integrating by a step rule such as `{name}` has no meaning yet", solver.span)
+        raise body.fail("FL0902", f"integrating by a step rule such as `{name}` has no meaning yet", solver.span, suggestion="choose a tableau, as `rk4(steps = 8)` or `dopri5`")
     try:
         tableau: Tableau = read_tableau(declaration, solver.arguments)
     except FlowError as e:
         body.elab.report.extend(e.diagnostics)
         raise poisoned() from None
     if not tableau.explicit:
-        raise body.fail("FL0902", f"integrating by an implicit method such as `{name}` has no meaning yet", solver.span)
+        raise body.fail("FL0902", f"integrating by an implicit method such as `{name}` has no meaning yet", solver.span, suggestion="choose an explicit method, as `rk4(steps = 8)` or `dopri5`")
     options = solver.arguments
     if "steps" in options:
         if "rtol" in options or "atol" in options:
-            raise body.fail("FL0202", f"`{name}` takes a number of steps or tolerances, not both", solver.span)
+            raise body.fail("FL0202", f"`{name}` takes a number of steps or tolerances, not both", solver.span, suggestion="keep `steps` for fixed steps, or `rtol` and `atol` for adaptive ones")
         return {"solver": name, "tableau": tableau, "steps": options["steps"]}
     if tableau.embedded is None:
         raise body.fail(

@@ -276,7 +276,7 @@ def feed_typed(body: ProgramBody, p: tree.Parameter) -> bool:
         if isinstance(spec, TypeSpec) and not spec.rest and any(s is None and body.is_lost(n) for n, s in spec.axes):
             raise Poisoned
         if not isinstance(spec, TypeSpec):
-            raise body.fail("FL0902", f"a static parameter of a program, as `{p.name}`, has no meaning yet", p.span)
+            raise body.fail("FL0902", f"a static parameter of a program, as `{p.name}`, has no meaning yet", p.span, suggestion="make it a parameter of the model")
         if spec.rest or not spec.sized:
             raise body.fail(
                 "FL0902", f"`{p.name}` has an axis of open size, which has no meaning in a program yet", p.span,

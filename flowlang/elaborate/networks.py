@@ -88,13 +88,13 @@ def split_arguments(args: Arguments) -> tuple[list[tuple[Any, Span]], list[tuple
 
 
 def keywords(body: Body, inst: Instance, args: Arguments, known: tuple[str, ...]) -> dict[str, Any]:
-    from flowlang.elaborate.scope import did_you_mean
+    from flowlang.elaborate.scope import name_help
 
     for k in args.keywords:
         if k not in known:
             raise body.fail(
                 "FL0202", f"`{inst.target.name}` has no argument `{k}`", args.keyword_spans[k],
-                suggestion=did_you_mean(k, known),
+                suggestion=name_help(k, known),
             )  # fmt: skip
     merged = {**inst.arguments, **args.keywords}
     return {k: (v.word if isinstance(v, Option) else v) for k, v in merged.items()}
@@ -114,7 +114,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
     options = keywords(body, inst, args, ("bias", "weight", "start"))
     tensors, rest = split_arguments(args)
     if rest:
-        raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1])
+        raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1], suggestion="move the sizes into the brackets")
     items = args.axes or inst.axes
     if not tensors:
         return Instance(inst.target, options, span, items)  # a fresh one
@@ -159,7 +159,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
             axis = source or t.names[-1]
             return resolve([TensorType(t.without([axis]).axes)])[0]
         if not isinstance(item.arrow, tree.Name):
-            raise body.fail("FL0307", "`linear` makes one axis", item.span)
+            raise body.fail("FL0307", "`linear` makes one axis", item.span, suggestion="as in `linear[D -> E = 64]`")
         size: int | None
         if item.arrow_eq is not None:
             size = static_size(body, item.arrow_eq)
@@ -176,7 +176,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
             # The new axis stands where the consumed one stood.
             names = [(item.arrow.id if a.name == axis else a.name, size if a.name == axis else a.size) for a in t.axes]
             if len({n for n, _ in names}) != len(names):
-                raise body.fail("FL0307", f"axis `{item.arrow.id}` is there already", item.span)
+                raise body.fail("FL0307", f"axis `{item.arrow.id}` is there already", item.span, suggestion="choose another name for the new axis")
             set(t.names) - {axis}
             pieces = [([(item.arrow.id, size)], [n for n, _ in names])]
             flat = linear_node(body, inst, x, axis, size, options, span)
@@ -215,7 +215,7 @@ def linear_node(body: Body, inst: Instance, x: int, axis: str, total: int, optio
         made[id(inst)] = (w, b)
     w, b = made[id(inst)]
     if body.b.type(w).shape != (total, t.size(axis)):
-        raise body.fail("FL0301", "this `linear` is one network, and is used here with other sizes than before", span)
+        raise body.fail("FL0301", "this `linear` is one network, and is used here with other sizes than before", span, suggestion="make one for each size: `linear` written at each place is a network of its own")
     y = body.b.op("contract", x, w, axes=(axis,), span=span)
     return body.b.op("add", y, b, span=span) if b is not None else y
 

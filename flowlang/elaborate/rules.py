@@ -39,7 +39,7 @@ def explicit_rules(body: Body) -> None:
                 if body.region.kind not in kinds:
                     raise body.fail(
                         "FL0106", f"`def {name}` belongs in a {kinds[0]}, and this is a {body.region.kind}",
-                        local.declaration.span,
+                        local.declaration.span, suggestion=f"move it into a {kinds[0]}, or give it another name"
                     )  # fmt: skip
                 if any(r.draws or r.emissions for r in body.region.walk()):
                     raise body.fail(
@@ -84,7 +84,7 @@ def inverse(body: Body, local: Local) -> Rule:
     wanted = region.input_types()
     if len(values) != len(wanted):
         raise body.fail(
-            "FL0308", f"`inverse` gives {len(values)} values, and `{region.name}` maps {len(wanted)}", declaration.span
+            "FL0308", f"`inverse` gives {len(values)} values, and `{region.name}` maps {len(wanted)}", declaration.span, suggestion="give one value for each that is mapped, in their order"
         )
     outputs = []
     for v, t in zip(values, wanted, strict=True):
@@ -124,7 +124,7 @@ def log_det(body: Body, local: Local) -> Rule:
         what = f"`{have}`" if have is not None else f"{len(values)} values"
         raise body.fail(
             "FL0308", f"`log_det` gives {what}, and one number for each sample is needed", declaration.span,
-            suggestion=f"sum it, as in `sum[{have.names[0]}](..)`" if have is not None else None,
+            suggestion=f"sum it, as in `sum[{have.names[0]}](..)`" if have is not None else "end it with the estimate",
         )  # fmt: skip
     return Rule(tuple(region.inputs), (values[0],), exactness, header(declaration))
 
@@ -152,13 +152,13 @@ def backward(body: Body, local: Local) -> Rule:
         raise body.fail(
             "FL0308",
             f"`backward` gives {len(values)} values, and `{region.name}` takes {len(region.inputs)}",
-            declaration.span,
+            declaration.span, suggestion="give one gradient for each input, in their order"
         )
     outputs = []
     for v, t in zip(values, region.input_types(), strict=True):
         have = body.b.type(v)
         if not set(have.axes) <= set(t.axes):
-            raise body.fail("FL0308", f"`backward` gives `{have}`, and the value is `{t}`", declaration.span)
+            raise body.fail("FL0308", f"`backward` gives `{have}`, and the value is `{t}`", declaration.span, suggestion="a gradient has the type of its value")
         outputs.append(conform(body, v, t))
     return Rule(tuple(leaves), tuple(outputs), span=header(declaration), updates=tuple(updates))
 
@@ -195,7 +195,7 @@ def evaluate(body: Body, local: Local, arguments: list[int], finish: Callable[[]
 
         raise Poisoned
     if body.region.draws or body.region.emissions:
-        raise body.fail("FL0902", "a draw inside a hand-given rule has no meaning yet", declaration.span)
+        raise body.fail("FL0902", "a draw inside a hand-given rule has no meaning yet", declaration.span, suggestion="draw in the forward body and emit, as in `u: R[D] ~ normal`")
     items = list(found.items) if isinstance(found, Tuple) else [found]
     out = [body.tensor(v, declaration.span) for v in items]
     for v in out:

@@ -51,6 +51,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     return "did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
 
 
+def name_help(name: str, known: Iterable[str]) -> str:
+    """Names like this one, else the few that are known, else where names are listed."""
+    names = [n for n in dict.fromkeys(known) if not n.startswith("_")]
+    if found := did_you_mean(name, names):
+        return found
+    if 0 < len(names) <= 12:
+        return ("known is " if len(names) == 1 else "known are ") + ", ".join(f"`{n}`" for n in names)
+    return "`flowlang std` lists the library's names, and docs/ops.md the functions"
+
+
 def item_name(item: tree.Item) -> str | None:
     """The keyword of `name = value`, or None for a positional item."""
     if item.eq is not None and isinstance(item.left, tree.Name):

@@ -48,7 +48,7 @@ def read_tableau(declaration: tree.Declaration, given: Mapping[str, Any] | None 
             raise problem("FL0602", "a stage stands below the weights", later.span, "move it above them")
     if len(weights) > 2:
         raise problem(
-            "FL0602", "a tableau has one row of weights, and a second one for the error estimate", weights[2].span
+            "FL0602", "a tableau has one row of weights, and a second one for the error estimate", weights[2].span, suggestion="remove the third row"
         )
     n = len(stages)
     reader = _Reader(names)
@@ -56,7 +56,7 @@ def read_tableau(declaration: tree.Declaration, given: Mapping[str, Any] | None 
     a = []
     for r in stages:
         if len(r.cells) > n:
-            raise problem("FL0602", f"this row has {len(r.cells)} entries, and the method {n} stages", r.span)
+            raise problem("FL0602", f"this row has {len(r.cells)} entries, and the method {n} stages", r.span, suggestion="give at most one entry for each stage before it")
         row = [reader.cell(x) for x in r.cells]
         a.append((*row, *(Fraction(0),) * (n - len(row))))
     rows = []
@@ -78,7 +78,7 @@ class _Reader:
         top = self.part(cell.numerator)
         bottom = self.part(cell.denominator) if cell.denominator is not None else Fraction(1)
         if bottom == 0:
-            raise problem("FL0602", "an entry divides by zero", cell.span)
+            raise problem("FL0602", "an entry divides by zero", cell.span, suggestion="write another ratio")
         return (-top if cell.negative else top) / bottom
 
     def part(self, e: tree.Expr) -> Fraction:
@@ -92,5 +92,5 @@ class _Reader:
                 "write numbers, ratios and static parameters, as in `1/2`",
             ) from None  # fmt: skip
         if not isinstance(value, Fraction | int):
-            raise problem("FL0602", "an entry of a tableau is an exact ratio", e.span)
+            raise problem("FL0602", "an entry of a tableau is an exact ratio", e.span, suggestion="as in `1/2` or `0.5`")
         return Fraction(value)

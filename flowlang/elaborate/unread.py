@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.calls import option_words
 from flowlang.elaborate.later import introduced_axes, later_family, walk
-from flowlang.elaborate.scope import did_you_mean
+from flowlang.elaborate.scope import name_help
 from flowlang.syntax import tree
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def look_up_names(body: Body, statements: tuple[tree.Statement, ...]) -> None:
             continue
         told.add(name.id)
         body.report(
-            body.diagnostic("FL0201", f"unknown name `{name.id}`", name.span, suggestion=did_you_mean(name.id, visible))
+            body.diagnostic("FL0201", f"unknown name `{name.id}`", name.span, suggestion=name_help(name.id, visible))
         )
 
 

@@ -52,7 +52,7 @@ def scheme(name: str) -> Any:
         values = [*args.positional, *args.keywords.values()]
         known = all(k == "gain" for k in args.keywords)
         if not known or len(values) > 1 or not all(isinstance(v, int | float) and v > 0 for v in values):
-            raise body.fail("FL0305", f"`{name}` takes its gain, a number above 0", args.span)
+            raise body.fail("FL0305", f"`{name}` takes its gain, a number above 0", args.span, suggestion="as in `orthogonal(1)`")
         return StartValue(name, float(values[0]) if values else SCHEMES[name])
 
     return call
@@ -100,7 +100,7 @@ def start_of(body: Body, value: Any, fans: Fans, span: Span) -> Any:
 def make_param(body: Body, name: str, axes: tuple[tuple[str, int], ...], init: Any, span: Span) -> int:
     type_ = TensorType.of(*axes)
     if type_.count > body.elab.parameter_limit:
-        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {body.elab.parameter_limit:,}", span)
+        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {body.elab.parameter_limit:,}", span, suggestion="choose smaller sizes, or raise `max_parameters`")
     return body.b.leaf("param", type_, batched=False, span=span, label=name, name=name, domain=R, init=init)
 
 
@@ -130,7 +130,7 @@ def make_weight(
         start = None
     if weight is not None and not is_map(weight):
         if start is not None:
-            raise body.fail("FL0306", "`weight` is a start here, and so is `start`", span)
+            raise body.fail("FL0306", "`weight` is a start here, and so is `start`", span, suggestion="keep one of them")
         start, weight = weight, None
     w = make_param(body, f"{name}_weight", axes, start_of(body, start, fans, span), span)
     return w if weight is None else reparametrised(body, weight, w, unit, span)

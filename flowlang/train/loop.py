@@ -86,7 +86,7 @@ class Options:
         }  # fmt: skip
         for words, wrong in problems.items():
             if wrong:
-                raise FlowError(Diagnostic("FL0804", words))
+                raise FlowError(Diagnostic("FL0804", words, suggestion="see `flowlang train --help`"))
 
 
 # On resume these may differ from those that the run was begun with.
@@ -170,7 +170,7 @@ def train_energy(
 
 def run(flow: Flow, problem: Problem, out: str | Path, o: Options, meta: dict[str, Any] | None) -> Result:
     if not any(p.requires_grad for p in flow.parameters()):
-        raise FlowError(Diagnostic("FL0804", "this flow has no parameters to train"))
+        raise FlowError(Diagnostic("FL0804", "this flow has no parameters to train", suggestion="score and sample with it as it is: `flowlang score`, `flowlang sample`"))
     with torch.random.fork_rng(devices=[]):
         fabric = make_fabric(o)
         return Trainer(fabric, flow, problem, Path(out), o, {**(getattr(flow, "origin", None) or {}), **(meta or {})}).run()
@@ -229,7 +229,7 @@ class Trainer:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as e:
-                raise FlowError(Diagnostic("FL0801", f"`{self.out}` cannot be made: {e.strerror or e}")) from None
+                raise FlowError(Diagnostic("FL0801", f"`{self.out}` cannot be made: {e.strerror or e}", suggestion="choose a folder that can be written, with `-o`")) from None
         if o.resume:
             self.restore()
         until = time.monotonic() + o.max_seconds if o.max_seconds else math.inf
@@ -444,7 +444,7 @@ def read_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     tensors, meta = read_tensors(path)
     if "progress" not in meta or "options" not in meta:
-        raise FlowError(Diagnostic("FL0803", f"`{path}` is no checkpoint of a run"))
+        raise FlowError(Diagnostic("FL0803", f"`{path}` is no checkpoint of a run", suggestion="give the folder of an earlier `flowlang train`"))
     return tensors, meta
 
 

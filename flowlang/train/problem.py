@@ -215,7 +215,7 @@ class Variational:
         if flow.given_shapes:
             name = next(iter(flow.given_shapes))
             raise FlowError(
-                Diagnostic("FL0804", f"the flow has the context `{name}`, and an energy is fitted without one")
+                Diagnostic("FL0804", f"the flow has the context `{name}`, and an energy is fitted without one", suggestion="fit a flow without `given`")
             )
         probe = energy(torch.zeros(2, *flow.data_shape, dtype=flow.like.dtype))
         if tuple(probe.shape) != (2,):
@@ -333,7 +333,7 @@ def check_shapes(flow: Flow, table: Table) -> None:
         found = tuple(table.given[name].shape[1:])
         if found != tuple(shape):
             raise FlowError(
-                Diagnostic("FL0802", f"the context `{name}` has shape {found} in the data and {tuple(shape)} in the flow")
+                Diagnostic("FL0802", f"the context `{name}` has shape {found} in the data and {tuple(shape)} in the flow", suggestion="choose columns that fill it, or change the size in the spec")
             )
     for name in table.given:
         if name not in flow.given_shapes:

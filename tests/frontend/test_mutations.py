@@ -23,6 +23,7 @@ def judge(d: Diagnostic) -> None:
     assert 0 <= d.span.start <= d.span.end <= len(d.span.source.text)
     said = [d.message, *d.notes, *(x.text for x in d.labels), d.suggestion or ""]
     assert d.message.strip()
+    assert d.suggestion or d.severity == "note", f"{d.code} {d.message}: no suggestion"
     assert not INTERNAL.search(" ".join(said)), said
     assert not d.span.source.library, d
 

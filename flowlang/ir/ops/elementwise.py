@@ -34,7 +34,7 @@ def aligned(types: Sequence[TensorType], kind: str) -> TensorType:
                 sizes[a.name] = a.size
                 axes.append(a)
             elif sizes[a.name] != a.size:
-                raise OpProblem("FL0301", f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}")
+                raise OpProblem("FL0301", f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}", suggestion="sizes agree where values meet; slice, join or rename one of them")
     return TensorType(tuple(axes), kind)
 
 

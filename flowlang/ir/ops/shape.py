@@ -20,7 +20,7 @@ OPS: list[Op] = []
 def need(t: TensorType, axis: str) -> int:
     if not t.has(axis):
         raise OpProblem(
-            "FL0302", f"this value has no axis `{axis}`; its axes are {', '.join(f'`{n}`' for n in t.names) or 'none'}"
+            "FL0302", f"this value has no axis `{axis}`; its axes are {', '.join(f'`{n}`' for n in t.names) or 'none'}", suggestion="name one of its axes, or rename one, as in `x[D -> E]`"
         )
     return t.size(axis)
 
@@ -147,7 +147,7 @@ def _join_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     first = types[0]
     for t in types[1:]:
         if t.resized(axis, 1).axes != first.resized(axis, 1).axes:
-            raise OpProblem("FL0301", f"the parts of a join differ beside `{axis}`: `{first}` and `{t}`")
+            raise OpProblem("FL0301", f"the parts of a join differ beside `{axis}`: `{first}` and `{t}`", suggestion="parts of a join agree in all other axes")
     kind = "int" if all(t.kind == "int" for t in types) else "real"
     return first.resized(axis, total).as_kind(kind)
 
@@ -200,7 +200,7 @@ def _stack_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     first = types[0]
     for t in types[1:]:
         if t.axes != first.axes:
-            raise OpProblem("FL0301", f"the parts of a stack differ: `{first}` and `{t}`")
+            raise OpProblem("FL0301", f"the parts of a stack differ: `{first}` and `{t}`", suggestion="parts of a stack have the same axes and sizes")
     kind = "int" if all(t.kind == "int" for t in types) else "real"
     return first.with_axis(attrs["axis"], len(types), 0).as_kind(kind)
 
@@ -302,7 +302,7 @@ def _rename_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
         need(types[0], old)
     found = types[0].renamed(pairs)
     if len(set(found.names)) != len(found.names):
-        raise OpProblem("FL0307", f"two axes would have one name in `{found}`")
+        raise OpProblem("FL0307", f"two axes would have one name in `{found}`", suggestion="choose another name, or a prime as in `D'`")
     return found
 
 
@@ -341,7 +341,7 @@ OPS.append(Op(
 def _order_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     names = attrs["names"]
     if sorted(names) != sorted(types[0].names):
-        raise OpProblem("FL0307", f"an order names each axis of `{types[0]}` once")
+        raise OpProblem("FL0307", f"an order names each axis of `{types[0]}` once", suggestion="list every axis once")
     return TensorType(tuple(Axis(n, types[0].size(n)) for n in names), types[0].kind)
 
 
@@ -375,12 +375,12 @@ def _split_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     for _, s in attrs["into"]:
         total *= s
     if total != n:
-        raise OpProblem("FL0301", f"axis `{attrs['axis']}` of size {n} does not split into {total}")
+        raise OpProblem("FL0301", f"axis `{attrs['axis']}` of size {n} does not split into {total}", suggestion="choose sizes whose sum is the axis's")
     at = types[0].position(attrs["axis"])
     axes = list(types[0].axes)
     axes[at : at + 1] = [Axis(a, s) for a, s in attrs["into"]]
     if len({a.name for a in axes}) != len(axes):
-        raise OpProblem("FL0307", "two axes would have one name")
+        raise OpProblem("FL0307", "two axes would have one name", suggestion="choose another name, or a prime as in `D'`")
     return TensorType(tuple(axes), types[0].kind)
 
 
@@ -435,14 +435,14 @@ def _merge_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
         need(types[0], n)
     at = types[0].position(names[0])
     if list(types[0].names[at : at + len(names)]) != names:
-        raise OpProblem("FL0307", "the axes of a group do not stand together")
+        raise OpProblem("FL0307", "the axes of a group do not stand together", suggestion="reorder them first")
     total = 1
     for n in names:
         total *= types[0].size(n)
     axes = list(types[0].axes)
     axes[at : at + len(names)] = [Axis(attrs["into"], total)]
     if len({a.name for a in axes}) != len(axes):
-        raise OpProblem("FL0307", "two axes would have one name")
+        raise OpProblem("FL0307", "two axes would have one name", suggestion="choose another name, or a prime as in `D'`")
     return TensorType(tuple(axes), types[0].kind)
 
 
@@ -490,9 +490,9 @@ def _expand_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     target = TensorType.of(*attrs["axes"], kind=types[0].kind)
     for a in types[0].axes:
         if not target.has(a.name):
-            raise OpProblem("FL0307", f"axis `{a.name}` cannot be broadcast away")
+            raise OpProblem("FL0307", f"axis `{a.name}` cannot be broadcast away", suggestion="reduce over it, as by `sum` or `mean`")
         if target.size(a.name) != a.size:
-            raise OpProblem("FL0301", f"axis `{a.name}` has size {a.size} and size {target.size(a.name)}")
+            raise OpProblem("FL0301", f"axis `{a.name}` has size {a.size} and size {target.size(a.name)}", suggestion="sizes agree where values meet")
     return target
 
 
@@ -522,7 +522,7 @@ def _gather_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     rest = types[0].without((attrs["axis"],))
     for a in types[1].axes:
         if rest.has(a.name) and rest.size(a.name) != a.size:
-            raise OpProblem("FL0301", f"axis `{a.name}` has size {rest.size(a.name)} and size {a.size}")
+            raise OpProblem("FL0301", f"axis `{a.name}` has size {rest.size(a.name)} and size {a.size}", suggestion="sizes agree where values meet")
     axes = [a for a in types[1].axes if not rest.has(a.name)]
     return TensorType((*axes, *rest.axes), types[0].kind)
 

@@ -85,13 +85,13 @@ def _infer(kind: str) -> object:
         for (name, offset), p in zip(spec.raw.items(), params, strict=True):
             axis = bin_axis(x, p, attrs)
             if axis is None:
-                raise OpProblem("FL0307", f"`{name}` of `{kind}` need an axis of bins, which x does not have")
+                raise OpProblem("FL0307", f"`{name}` of `{kind}` need an axis of bins, which x does not have", suggestion="as in `widths: R[D, K = 8]` for `x: R[D]`")
             bins = bins or axis.size
             wanted = offset.count if isinstance(offset, Fixed) else bins + offset
             if axis.size != wanted:
                 raise OpProblem(
                     "FL0301",
-                    f"`{kind}` with {bins} bins needs {wanted} {name} along `{axis.name}`, and gets {axis.size}",
+                    f"`{kind}` with {bins} bins needs {wanted} {name} along `{axis.name}`, and gets {axis.size}", suggestion="K bins have K widths, K heights and K - 1 inner slopes"
                 )
             for a in p.axes:
                 if a is axis:
@@ -100,7 +100,7 @@ def _infer(kind: str) -> object:
                     sizes[a.name] = a.size
                     out.append(a)
                 elif sizes[a.name] != a.size:
-                    raise OpProblem("FL0301", f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}")
+                    raise OpProblem("FL0301", f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}", suggestion="the tables have the sizes of x, and one axis of bins")
         for k in ("min_width", "min_height"):
             least = float(attrs.get(k, spec.numbers.get(k, 0)))
             if not 0 <= least * bins < 1:
