@@ -68,7 +68,7 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     if fn.name.startswith(("alpha", "sigma")):
         expression = level(body, fn, args, expression, ends, "x1" if fn.name.startswith("alpha") else "x0")
     if expression is None:
-        raise body.fail("FL0308", f"the path `{fn.path.declaration.name}` has no value", args.span)
+        raise body.fail("FL0308", f"the path `{fn.path.declaration.name}` has no value", args.span, suggestion="end its body with `x_t = ...`")
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
     body.b.span = args.span
     # The formula is shown to be smooth for 0 < t < 1 where the path is declared; here t is shown to lie there.
@@ -82,7 +82,7 @@ def formula_of(body: Body, fn: PathFunction, args: Arguments) -> Any:
         return symbolic(fn.path.declaration, {k: v for k, v in fn.arguments if isinstance(v, int | float)})
     except NotPlain as stop:
         raise body.fail(
-            "FL0902", f"the path `{fn.path.declaration.name}` is no formula in t, x0 and x1 ({stop.what}), and has no meaning yet", args.span
+            "FL0902", f"the path `{fn.path.declaration.name}` is no formula in t, x0 and x1 ({stop.what}), and has no meaning yet", args.span, suggestion="write it as a formula in t, x0 and x1"
         ) from None  # fmt: skip
 
 
