@@ -62,6 +62,7 @@ def perturb(flow: Flow, generator: torch.Generator, size: float = 0.1) -> None:
                 * torch.randn(p.shape, dtype=p.dtype, generator=generator)
                 / max(p.shape[-1] if p.dim() > 1 else 1, 1) ** 0.5
             )
+    flow.certify()
 
 
 def verify_flow(

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Value
 from flowlang.backends.onnx.incremental import Incremental, NotStatic
-from flowlang.backends.onnx.lower import Lowering, emitter
+from flowlang.backends.onnx.lower import Lowering, Unlowered, emitter
 from flowlang.backends.onnx.tangents import Tangents
 
 from flowlang.derive.programs import Program
 from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Node
+from flowlang.ir.ops.control import Series
 
 
 def body_of(w: Lowering, n: Node, outer: list[int]) -> Callable[[Value], list[Value]]:
@@ -155,21 +156,37 @@ def _fixed_point(w: Lowering, n: Node) -> Value:
     return g.loop(rounds, [y], again, "fixed_point")[0]
 
 
+def unit(w: Lowering, point: Value, shape: tuple[int, ...], k: int) -> Value:
+    """The k-th unit vector, of the point's shape."""
+    one = np.zeros(math.prod(shape))
+    one[k] = 1.0
+    return w.g.add(w.g.mul(point, 0.0), w.g.const(one.reshape(shape)))
+
+
 @emitter("estimate_log_det")
 def _estimate(w: Lowering, n: Node) -> Value:
-    """Unbiased log|det(I + dg/dx)| (Chen et al. 2019, eq. 6): the first ten terms of the power series always, then
-    `extra` more with weights 1/P(N >= k); `probe` (normal) and `extra` (geometric, p = 1/2) are random inputs."""
+    """Unbiased log|det(I + dg/dx)| (Chen et al. 2019, eq. 6): the first terms of the power series always, then at least one
+    more with weights 1/P(N >= k); `probe` (normal) and `extra` (geometric, p = 1/2) are random inputs. The law of the
+    number of terms is geometric whatever the module's is: each is unbiased. `exact`: the whole Jacobian."""
     x, *outer = n.inputs
     g, t = w.g, w.type(x)
     point = w.full(w.value(x), t.rank)
     body: Program = n.attrs["body"]
     tangents = Tangents(w, dict(zip(body.inputs[1:], (w.env[o] for o in outer), strict=True)))
     push = tangents.linearise(body, point)
+    series: Series = n.attrs["series"]
+    event = [-k - 1 for k in range(t.rank)]
+    if series.law == "exact":
+        columns = [push(unit(w, point, t.shape, k)) for k in range(t.count)]
+        flat = [g.reshape(c, (*w.leads, t.count)) for c in columns]
+        jacobian = g.add(g.concat([g.unsqueeze(c, [-1]) for c in flat], -1), g.const(np.eye(t.count)))
+        return g.unary("Log", g.unary("Abs", g.op("Det", jacobian, shape=w.leads)))
+    if series.surrogate:
+        raise Unlowered(n, "the surrogate of a gradient is no density", "export the program that gives the estimate")
     path = "/".join(w.g.scopes)
     probe = w.shared.noise(f"{path}/probe" if path else "probe", "normal", point.shape, None, None)
     extra = w.shared.noise(f"{path}/extra" if path else "extra", "geometric", (), None, None)
-    event = [-k - 1 for k in range(t.rank)]
-    exact, ratio = 10, 0.5
+    exact, ratio = series.later + 1, 0.5
 
     def term(i: Value, state: list[Value]) -> tuple[None, list[Value]]:
         v, total = state

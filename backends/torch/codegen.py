@@ -516,6 +516,8 @@ class ClassScope:
                 return f"{self.use('Simplex')}({shape!r})"
             case "sphere":
                 return f"{self.use('Sphere')}({shape!r})"
+            case "lipschitz":
+                return f"{self.use('BoundedWeight')}({value}, {', '.join(map(repr, domain.args))})"
             case "zero_mean":
                 return f"{self.use('ZeroMean')}({value}, -1)"
         match domain.name:

@@ -12,6 +12,7 @@ from flowlang.backends.torch.names import Names
 from flowlang.derive.programs import Program, is_map
 from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.ops.control import Series
 from flowlang.ir.ops.splines import SPLINES, bin_axis, kind_of, numbers_of
 from flowlang.ir.tangents import plain_method
 from flowlang.ir.types import TensorType, TupleType
@@ -1396,6 +1397,12 @@ def _estimate(w: Writer, n: Node) -> Expr:
     x, *outer = n.inputs
     g = _body(w, n, outer, "residual")
     event = w.type(x).rank
-    return Expr(
-        f"{w.scope.use('estimate_log_det')}({g}, {w.tensor(x)}, {event}, {n.attrs['constant']!r}, {w.generator})"
-    )
+    series: Series = n.attrs["series"]
+    if series.law == "exact":
+        return Expr(f"{w.scope.use('exact_log_det')}({g}, {w.tensor(x)}, {event})")
+    terms = str(series.terms) if series.later == series.terms else f"{series.terms} if self.training else {series.later}"
+    told = "" if (series.law, series.rate) == ("geometric", 0.5) else f', law="{series.law}", rate={series.rate!r}'
+    told += "" if terms == "10" else f", exact={terms}"
+    told += f", samples={series.samples}" if series.samples > 1 else ""
+    told += ", surrogate=True" if series.surrogate else ""
+    return Expr(f"{w.scope.use('estimate_log_det')}({g}, {w.tensor(x)}, {event}, {w.generator}{told})")

@@ -425,9 +425,13 @@ def printed(x: Any, recipe: Recipe) -> list[list[Any]]:
 @click.option(
     "--program", default="log_prob", show_default=True, metavar="NAME", help="What to evaluate, of a model: any program of its data."
 )
+@click.option(
+    "--draws", default=1, show_default=True, type=click.IntRange(1), metavar="N",
+    help="Average over N draws where the density is an estimate or a bound, and say how far that mean may be off.",
+)
 @json_option
 def score(
-    spec: str | None, sets: tuple[str, ...], weights: str, data: str, seed: int, out: str | None, program: str, as_json: bool,
+    spec: str | None, sets: tuple[str, ...], weights: str, data: str, seed: int, out: str | None, program: str, draws: int, as_json: bool,
     **chosen: Any,
 ) -> None:  # fmt: skip
     """Log-density of each row under a trained flow or model, in the units of the data.
@@ -441,16 +445,22 @@ def score(
     recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
     table = scalars(flow, read(data, chosen, seed, recipe))
     check_shapes(flow, table)
-    found = densities(flow, table, seed, program=program)
+    runs = np.stack([densities(flow, table, seed + k, program=program) for k in range(draws)])
+    found = runs.mean(0)
     if out is not None:
         write_samples(Path(out), found[:, None] if out.endswith(".csv") else found, Recipe((program,)), True)
     averaged = program.startswith("loss") or program.endswith("_loss")  # one number for each batch, not each row
     error = float(found.std() / np.sqrt(len(found)))
     facts = {"rows": len(found), "mean": float(found.mean())} | ({} if averaged else {"standard_error": error})
+    drawn = ""
+    if draws > 1:  # the spread of the whole run's mean over draws, and that of a row
+        facts["draw_error"] = float(runs.mean(1).std(ddof=1) / np.sqrt(draws))
+        facts["draw_deviation"] = float(np.sqrt(runs.var(0, ddof=1).mean()))
+        drawn = f"; {draws} draws: the mean ± {facts['draw_error']:.4f}, one draw of a row ± {facts['draw_deviation']:.4f}"
     click.echo(
         json.dumps(facts) if as_json else
-        f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats" if program == "log_prob" else
-        f"{len(found)} rows: mean {program} {facts['mean']:.4f}" + ("" if averaged else f" ± {error:.4f}")
+        f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats{drawn}" if program == "log_prob" else
+        f"{len(found)} rows: mean {program} {facts['mean']:.4f}" + ("" if averaged else f" ± {error:.4f}") + drawn
     )
 
 

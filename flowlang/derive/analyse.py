@@ -476,7 +476,8 @@ class Analyses:
 
     def region_class(self, region: Region) -> str:
         if "log_det" in region.rules:
-            return "D"  # its cost is its author's affair; it is not analysed
+            # Its cost is its author's affair; it is not analysed.
+            return "estimator" if region.rules["log_det"].exactness == "unbiased" else "D"
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
 
 

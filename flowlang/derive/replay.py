@@ -35,6 +35,7 @@ from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.interval import REAL
 from flowlang.ir.ops import OPS
+from flowlang.ir.ops.control import Series
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
 
 
@@ -480,8 +481,7 @@ class Replay:
     def weigh_fixed_point(self, step: FixedPoint) -> None:
         body, program = self.fixed_point_body(step)
         node = self.b.graph.add(
-            "estimate_log_det", (self.value(step.entry), *body.outer), SCALAR,
-            {"body": program, "constant": step.constant}, span=self.source[step.exit].span,
+            "estimate_log_det", (self.value(step.entry), *body.outer), SCALAR, {"body": program, "series": Series()}, span=self.source[step.exit].span,
         )  # fmt: skip
         self.program.random = True
         self.weights.append(node.id)

@@ -14,6 +14,7 @@ from flowlang.elaborate.derivatives import differentiated, frozen
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean, name_help
+from flowlang.elaborate.series import SERIES_OPTIONS, residual_log_det
 from flowlang.elaborate.types import static_size
 from flowlang.elaborate.values import (
     ABSENT,
@@ -944,6 +945,7 @@ def _table() -> dict[str, Any]:
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")
     table["integrate"] = Builtin("integrate", integrate, options=INTEGRATE_OPTIONS)
+    table["residual_log_det"] = Builtin("residual_log_det", residual_log_det, options=SERIES_OPTIONS)
     put("mixture", mixture_of, kind="distribution")
     put("categorical", categorical_of, kind="distribution")
     for name in SCHEMES:

@@ -570,7 +570,7 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorTy
             suggestion="as in `= 0`, `= [1, 2]`, or a random start as `~ normal(0, 1)`",
         )
     name, args = start_call(body, entry.value)
-    if name in SCHEMES and domain.structure is None:
+    if name in SCHEMES and domain.structure in (None, "lipschitz"):
         shape = type_.shape or (1,)
         window = prod(shape[2:])
         into = prod(shape[1:])
@@ -617,7 +617,7 @@ def default_start(domain: Domain) -> Any:
             return ("identity",)
         case "simplex":
             return None
-        case "sphere":
+        case "sphere" | "lipschitz":
             return ("normal", 0.0, 1.0)
     iv = domain.interval
     if iv.contains(0.0):

@@ -19,7 +19,7 @@ class Domain:
     args: tuple[float | int | str, ...] = ()
     interval: Interval = REAL
     kind: str = "real"
-    structure: str | None = None  # plu dense orthogonal lower unit_lower spd stiefel zero_mean simplex sphere
+    structure: str | None = None  # plu dense orthogonal lower unit_lower spd stiefel zero_mean simplex sphere lipschitz
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.args))})" if self.args else self.name
@@ -72,6 +72,11 @@ def domain(name: str, args: tuple[float | int | str, ...] = ()) -> Domain | None
         return Domain("Sphere", args, BOUNDED, structure="sphere")
     if name == "Torus":
         return Domain("Torus", args, Interval(-pi, pi, False, True))
+    if name == "Lipschitz":
+        good = all(isinstance(a, int | float) and not isinstance(a, bool) and a > 0 for a in args)
+        if not args or not good or not all(isinstance(a, int) for a in args[1:]) or len(args) > 4:
+            raise ValueError("`Lipschitz` takes a bound, and for a kernel the sizes it moves over, as in `Lipschitz(0.97, 8, 8)`")
+        return Domain("Lipschitz", args, REAL, structure="lipschitz")
     if name == "ZeroMean":
         return Domain("ZeroMean", args, REAL, structure="zero_mean")
     if name in MATRIX_DOMAINS:

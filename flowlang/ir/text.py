@@ -40,6 +40,7 @@ from flowlang.ir.graph import (
     Update,
 )
 from flowlang.ir.interval import Interval
+from flowlang.ir.ops.control import Series
 from flowlang.ir.program import Program
 from flowlang.ir.relation import Matrix, Support
 from flowlang.ir.tableau import Tableau
@@ -49,7 +50,7 @@ from flowlang.source import Span
 READABLE: dict[str, type] = {
     c.__name__: c
     for c in (
-        BaseDistribution, Child, Domain, Draw, Emission, Fraction, Interval, Matrix, Rule, Start, Step, Support, Tableau,
+        BaseDistribution, Child, Domain, Draw, Emission, Fraction, Interval, Matrix, Rule, Series, Start, Step, Support, Tableau,
         Update,
     )
 }  # fmt: skip

@@ -250,6 +250,8 @@ class Trainer:
                 self.result.stopped = "time"
             self.checkpoint(always=True)
         self.flow.load_state_dict(self.best)
+        self.flow.certify()
+        self.best = self.weights()
         self.write_best()
         return self.result
 
@@ -351,6 +353,7 @@ class Trainer:
         if self.o.ema > 0 and self.epoch > 0:
             state = self.weights()
             self.flow.load_state_dict(self.average)
+            self.flow.settle()
         self.flow.eval()
         torch.manual_seed(seed_of(self.o.seed, 2))
         value = self.problem.validate(self.moved)

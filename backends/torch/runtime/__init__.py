@@ -66,6 +66,7 @@ from flowlang.backends.torch.runtime.odes import (
     scaled_norm,
 )
 from flowlang.backends.torch.runtime.parameters import (
+    BoundedWeight,
     Cayley,
     DenseMatrix,
     Interval,
@@ -93,6 +94,7 @@ from flowlang.backends.torch.runtime.solvers import (
     batch_last,
     bracket_solve,
     estimate_log_det,
+    exact_log_det,
     fixed_point_solve,
     implicit_scan,
     rows_or_zeros,
@@ -129,6 +131,7 @@ from flowlang.backends.torch.runtime.splines import (
 )
 
 __all__ = [
+    "BoundedWeight",
     "Cayley",
     "DenseMatrix",
     "Face",
@@ -177,6 +180,7 @@ __all__ = [
     "cumsum_along",
     "degree_mask",
     "estimate_log_det",
+    "exact_log_det",
     "expanded",
     "find_bin",
     "first_step",

@@ -44,6 +44,32 @@ class Face(nn.Module):
             raise bad_input(f"no parameter is named `{sorted(unused)[0]}`", "names are those of `named_parameters()`")
         return list(groups.values())
 
+    def settle(self) -> None:
+        """Brings the estimates of the norms of weights to rest, as after a change outside training."""
+        for m in self.modules():
+            if hasattr(m, "improve"):
+                m.settle()
+
+    def certificates(self) -> dict[str, tuple[float, float]]:
+        """For each weight of `Lipschitz(c)`: an upper bound of its norm as it is used, and what the proofs allow."""
+        held = {n: m for n, m in self.named_modules() if hasattr(m, "improve") and not m.raw.is_meta}
+        return {name: (m.norm(), m.bound * m.slack) for name, m in held.items()}
+
+    def certify(self) -> dict[str, tuple[float, float]]:
+        """Brings the estimates of norms to rest and gives `certificates()`; refuses a weight that exceeds its bound.
+
+        Done when the module is made, when training ends, and at export.
+        """
+        self.settle()
+        found = self.certificates()
+        for name, (norm, bound) in found.items():
+            if not norm <= bound:
+                raise bad_input(
+                    f"the norm of the weight `{name}` is {norm:.6g}, and {bound:.6g} is what makes the flow invertible",
+                    "weights that are not finite, or changed outside training, have no certificate",
+                )
+        return found
+
     def _to_initialise(self, force: bool) -> bool:
         """Whether parameters that start from data are to be set now; if so, they count as set from here on."""
         done = getattr(self, "initialised", None)

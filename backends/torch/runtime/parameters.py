@@ -321,6 +321,80 @@ class SpdMatrix(nn.Module):
         return 2 * self.factor.log_det()
 
 
+class BoundedWeight(nn.Module):
+    """A weight scaled down where an estimate of its norm, by power iteration, exceeds `bound`.
+
+    The norm is that of the matrix [first axis, all others], or of a kernel [out, in, *window] as the convolution of a value
+    of the sizes `space` on a torus that holds it with zeros around: there the norm can be known exactly, and it bounds the
+    convolution's. Training improves the estimate (the buffer `u`); `settle` brings it to rest, `norm` is exact.
+    """
+
+    slack = 1.02  # the analysis reckons with a norm of bound·slack
+
+    def __init__(self, value: Tensor, bound: float, *space: int):
+        super().__init__()
+        self.bound, self.space = bound, space
+        self.raw = nn.Parameter(value)
+        window = value.shape[2:]
+        self.torus = tuple(n + k - 1 for n, k in zip(space, window, strict=True)) if math.prod(window) > 1 and space else ()
+        u = torch.randn(value.shape[0], *self.torus)
+        self.register_buffer("u", u / u.norm().clamp_min(1e-12))
+        self.settle()
+
+    def apply_to(self, v: Tensor) -> Tensor:
+        """The linear map of the unscaled weight."""
+        if not self.torus:
+            return self.raw.flatten(1) @ v
+        taps = torch.fft.fftn(self.raw, s=self.torus, dim=tuple(range(2, self.raw.dim())))
+        dims = tuple(range(1, v.dim()))
+        return torch.fft.ifftn(torch.einsum("oi...,i...->o...", taps, torch.fft.fftn(v, dim=dims)), dim=dims).real
+
+    def apply_transposed(self, u: Tensor) -> Tensor:
+        if not self.torus:
+            return self.raw.flatten(1).mT @ u
+        taps = torch.fft.fftn(self.raw, s=self.torus, dim=tuple(range(2, self.raw.dim()))).conj()
+        dims = tuple(range(1, u.dim()))
+        return torch.fft.ifftn(torch.einsum("oi...,o...->i...", taps, torch.fft.fftn(u, dim=dims)), dim=dims).real
+
+    @torch.no_grad()
+    def improve(self, rounds: int, tolerance: float) -> None:
+        if self.raw.is_meta:
+            return
+        for _ in range(rounds):
+            v = self.apply_transposed(self.u)
+            new = self.apply_to(v / v.norm().clamp_min(1e-12))
+            new = new / new.norm().clamp_min(1e-12)
+            moved = new - self.u
+            self.u.copy_(new)
+            if not torch.compiler.is_compiling() and float(moved.norm()) < tolerance:
+                return
+
+    def settle(self) -> None:
+        """Two hundred rounds, or until the estimate rests."""
+        self.improve(200, 1e-5)
+
+    def estimate(self) -> Tensor:
+        u = self.u.clone()  # later passes improve it in place
+        v = self.apply_transposed(u).detach()
+        return (self.apply_to(v / v.norm().clamp_min(1e-12)) * u).sum()
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The norm of the scaled weight: what certifies."""
+        weight = self().double()
+        if self.torus:
+            taps = torch.fft.fftn(weight, s=self.torus, dim=tuple(range(2, weight.dim()))).flatten(2).permute(2, 0, 1)
+        else:
+            taps = weight.flatten(1).unsqueeze(0)
+        gram = taps @ taps.mH if taps.shape[1] <= taps.shape[2] else taps.mH @ taps
+        return float(torch.linalg.eigvalsh(gram).amax().clamp_min(0).sqrt())
+
+    def forward(self) -> Tensor:
+        if self.training:
+            self.improve(1 if torch.compiler.is_compiling() else 200, 1e-3)
+        return self.raw * (self.bound / torch.clamp_min(self.estimate(), self.bound))
+
+
 def norm_bounded(weight: Tensor, bound: float, inputs: int) -> Tensor:
     """The weight scaled so that its spectral norm, the last `inputs` axes against the others, is at most `bound`."""
     rows = math.prod(weight.shape[: weight.dim() - inputs])

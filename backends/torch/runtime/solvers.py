@@ -203,31 +203,75 @@ def fixed_point_solve(g: Callable[[Tensor], Tensor], y: Tensor, constant: float)
 UNTRACEABLE = "the log-det of a contraction is a series of random length, which no traced graph holds"
 
 
+def roulette(law: str, rate: float, exact: int, generator: torch.Generator | None) -> list[float]:
+    """The weight of each term of a series: 1 for the first `exact`, then 1/P(N >= k - exact) for the N more that are drawn.
+
+    N is geometric on 1, 2, .. (P(N >= j) = (1 - rate)^(j - 1)), or Poisson with mean `rate`.
+    """
+    weights = [1.0] * exact
+    u = float(torch.rand((), dtype=torch.float64, generator=generator))
+    tail, j, chance = 1.0, 1, math.exp(-rate)  # P(N >= 1), and of a Poisson law P(N = j - 1)
+    if law == "poisson":
+        tail = -math.expm1(-rate)
+    while u < tail and j <= 60:
+        weights.append(1 / tail)
+        if law == "geometric":
+            tail *= 1 - rate
+        else:
+            chance *= rate / j
+            tail -= chance
+        j += 1
+    return weights
+
+
 @torch.compiler.disable(reason=UNTRACEABLE)
 def estimate_log_det(
-    g: Callable[[Tensor], Tensor], x: Tensor, event: int, constant: float, generator: torch.Generator | None = None
-) -> Tensor:
+    g: Callable[[Tensor], Tensor], x: Tensor, event: int, generator: torch.Generator | None = None,
+    law: str = "geometric", rate: float = 0.5, exact: int = 10, samples: int = 1, surrogate: bool = False,
+) -> Tensor:  # fmt: skip
     """Unbiased log|det(I + dg/dx)| for each sample: power series, random length, Hutchinson's trace.
 
-    Chen et al. 2019 (Residual Flows), eq. 6: the first terms always, the rest with weights 1/P(N >= k).
+    Chen et al. 2019 (Residual Flows), eq. 6: the first terms always, the rest with weights 1/P(N >= k). Its gradient is that
+    of a Neumann series (eq. 8), unbiased too, for which one product with the Jacobian is differentiated, whatever the number
+    of terms; first derivatives only. `surrogate`: the value as well is what eq. 8 differentiates, which means nothing.
     `torch.compile` runs it outside its graphs and refuses it under `fullgraph=True`, as `torch.export` does.
     """
     if torch.compiler.is_exporting():
         raise bad_input(UNTRACEABLE, "export `inverse` or `sample`, or compile without `fullgraph`")
-    exact, p = 10, 0.5
-    extra = 0
-    while float(torch.rand((), generator=generator)) > p and extra < 60:
-        extra += 1
     dims = tuple(range(-event, 0))
+    wanted = torch.is_grad_enabled()
+    total = x.new_zeros(x.shape[: x.dim() - event])
     with torch.enable_grad():
-        inner = x if x.requires_grad else x.detach().requires_grad_()
+        inner = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # hooks on x are not for us
         value = g(inner)
-        v = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        w = v
-        total = x.new_zeros(x.shape[: x.dim() - event])
-        keep = torch.is_grad_enabled()
-        for k in range(1, exact + extra + 1):
-            (w,) = torch.autograd.grad(value, inner, w, create_graph=keep, retain_graph=True)
-            weight = 1.0 if k <= exact else (1 - p) ** -(k - exact)
-            total = total + (-1) ** (k + 1) / k * weight * (w * v).sum(dims)
-    return total
+        for _ in range(samples):
+            v = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            w, series, neumann = v, torch.zeros_like(total), v
+            for k, weight in enumerate(roulette(law, rate, exact, generator), 1):
+                (w,) = torch.autograd.grad(value, inner, w, retain_graph=True)
+                series = series - (-1) ** k / k * weight * (w * v).sum(dims)
+                neumann = neumann + (-1) ** k * weight * w
+            if wanted or surrogate:
+                (pulled,) = torch.autograd.grad(value, inner, neumann, create_graph=wanted, retain_graph=True)
+                part = (pulled * v).sum(dims)
+                series = part if surrogate else series + (part - part.detach())
+            total = total + series / samples
+    return total if wanted else total.detach()
+
+
+def exact_log_det(g: Callable[[Tensor], Tensor], x: Tensor, event: int) -> Tensor:
+    """log|det(I + dg/dx)| from the whole Jacobian, one product for each coordinate: for few of them."""
+    wanted = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inner = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # hooks on x are not for us
+        value = g(inner)
+        size = math.prod(x.shape[x.dim() - event :])
+        eye = torch.eye(size, dtype=x.dtype, device=x.device)
+        shape = x.shape[x.dim() - event :]
+        rows = [
+            torch.autograd.grad(value, inner, e.reshape(shape).expand_as(value), create_graph=wanted, retain_graph=True)[0]
+            for e in eye
+        ]
+        jacobian = torch.stack([r.reshape(*r.shape[: r.dim() - event], size) for r in rows], -2)
+        found = torch.linalg.slogdet(jacobian + eye)[1]
+    return found if wanted else found.detach()

@@ -6,6 +6,7 @@ Their relations and bounds come from the regions they run; see `analysis`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flowlang.ir.ops.base import Attrs, Op
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
     from flowlang.ir.graph import Node
 
 OPS: list[Op] = []
+
+
+@dataclass(frozen=True)
+class Series:
+    """How `estimate_log_det` finds log|det(I + J)|: `terms` of the power series always, and more by Russian roulette.
+
+    `law` of their number: geometric or poisson with `rate`; `exact` takes the whole Jacobian. `later`: the terms at
+    inference. `surrogate`: the value is what the Neumann series differentiates, not the log-det.
+    """
+
+    law: str = "geometric"
+    rate: float = 0.5
+    terms: int = 10
+    later: int = 10
+    samples: int = 1
+    surrogate: bool = False
+
 
 
 def _made(types: Sequence[TensorType], attrs: Attrs) -> Type:

@@ -103,16 +103,16 @@ def replayed(flow: Any, feeds: list[torch.Tensor], extras: list[int]) -> Iterato
         best = (form + value).argmax(-1, keepdim=True)
         return torch.zeros_like(value).scatter(-1, best, 1.0)
 
-    def estimate(g: Any, x: torch.Tensor, event: int, *_: Any, **__: Any) -> torch.Tensor:
+    def estimate(g: Any, x: torch.Tensor, event: int, *_: Any, exact: int = 10, **__: Any) -> torch.Tensor:
         v, extra = next(queue), next(lengths)
         out = []
         n = math.prod(x.shape[x.dim() - event :])
         for row, probe in zip(x, v, strict=True):
             jacobian = torch.autograd.functional.jacobian(lambda u: g(u.unsqueeze(0))[0], row).reshape(n, n)
             w, total = probe.reshape(-1), x.new_zeros(())
-            for k in range(1, 11 + extra):
+            for k in range(1, exact + 2 + extra):
                 w = jacobian @ w
-                total = total + (-1) ** (k + 1) / k * 2.0 ** max(k - 10, 0) * (w @ probe.reshape(-1))
+                total = total + (-1) ** (k + 1) / k * 2.0 ** max(k - exact - 1, 0) * (w @ probe.reshape(-1))
             out.append(total)
         return torch.stack(out)
 

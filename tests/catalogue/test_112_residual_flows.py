@@ -1,0 +1,335 @@
+"""Card 112, Residual Flows: its items under "What must hold"."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flowlang.backends.torch.runtime import estimate_log_det, exact_log_det
+from flowlang.backends.torch.runtime.solvers import roulette
+from torch import Tensor
+
+import flowlang as fl
+from flowlang.ir.lipschitz import SLACK
+from tests.catalogue.nets import net
+
+TINY = "flow f = residual_flow_tiny\n"
+IMAGES = "flow f = residual_flow(channels = 1, size = 4, scales = 2, blocks = 1, width = 6, fc_blocks = 1, fc_width = 6)\n"
+C = 0.9
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    return fl.compile(TINY, seed=seed, dtype=dtype)
+
+
+def grown(flow: Any, factor: float = 4.0) -> Any:
+    """Weights far beyond the bound, so that every one is scaled."""
+    with torch.no_grad():
+        for name, p in flow.named_parameters():
+            if name.endswith("raw"):
+                p *= factor
+    flow.settle()
+    return flow
+
+
+def points(n: int, size: int = 2, seed: int = 5, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(n, size, dtype=torch.float64, generator=generator(seed))
+
+
+def nets(flow: Any) -> list[Any]:
+    return [m for m in flow.modules() if type(m).__name__.startswith(("IresnetFc", "IresnetConv"))]
+
+
+def test_1_the_inverse_is_a_fixed_point_at_the_certified_rate() -> None:
+    """Item 1: x to 1e-5; each step of x <- y - g(x) is shorter by the constant of g, and the error obeys the bound."""
+    flow = grown(tiny()).eval()
+    x = points(64)
+    with torch.no_grad():
+        z = flow(x)[0]
+        assert float((flow.inverse(z)[0] - x).abs().max()) < 1e-5
+    rate = (C * SLACK) ** 3
+    for g in nets(flow)[:3]:
+        with torch.no_grad():
+            y = x + g(x)
+            size = g(y).norm(dim=-1)
+            now, gaps = y, [(y - x).norm(dim=-1)]
+            for m in range(1, 12):
+                now = y - g(now)
+                gaps.append((now - x).norm(dim=-1))
+                assert bool((gaps[-1] <= rate**m / (1 - rate) * size + 1e-12).all())
+                assert bool((gaps[-1] <= rate * gaps[-2] + 1e-12).all())
+
+
+def steepest(g: Any, seed: int) -> float:
+    a = points(10_000, seed=seed, scale=2)
+    b = a + points(10_000, seed=seed + 1) * torch.logspace(-2, 1, 10_000, dtype=torch.float64).unsqueeze(-1)
+    with torch.no_grad():
+        return float(((g(a) - g(b)).norm(dim=-1) / (a - b).norm(dim=-1)).max())
+
+
+def test_2_the_certificate_after_every_step() -> None:
+    """Item 2: over 10,000 random pairs the slope of g is below 1 after every step of the optimiser, and the norm of every
+    normalised matrix is at most c (1 + 1e-3) by its singular values."""
+    flow = tiny()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.03)
+    x = points(128) * torch.tensor([2.0, 0.2], dtype=torch.float64)
+    torch.manual_seed(0)
+    for step in range(6):
+        flow.train()
+        loss = -flow.log_prob(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        flow.log_prob(x[:2])  # a pass in training brings the estimates to the new weights
+        flow.eval()
+        assert max(steepest(g, step) for g in nets(flow)) < 1
+        for m in flow.modules():
+            if hasattr(m, "improve"):
+                assert float(torch.linalg.svdvals(m().detach())[0]) <= C * (1 + 1e-3)
+    assert all(norm <= bound for norm, bound in flow.certify().values())
+
+
+@pytest.mark.slow
+def test_2_the_certificate_is_an_upper_bound_of_convolutions() -> None:
+    """Item 2, images: the certified norm is at least that of the convolution as a dense matrix, and near it."""
+    flow = grown(fl.compile(IMAGES, seed=0, dtype=torch.float64), 6.0)
+    assert len(flow.certify()) == 9
+    seen = 0
+    for m in flow.modules():
+        if type(m).__name__.startswith("LipschitzConv"):
+            size = m.K.space[0]
+            kernel = m.K().detach()
+            eye = torch.eye(kernel.shape[1] * size * size, dtype=torch.float64).reshape(-1, kernel.shape[1], size, size)
+            dense = torch.nn.functional.conv2d(eye, kernel, padding=kernel.shape[-1] // 2).flatten(1)
+            true = float(torch.linalg.matrix_norm(dense, ord=2))
+            assert true <= m.K.norm() * (1 + 1e-9)
+            assert m.K.norm() <= 0.98 * (1 + 1e-3)
+            assert true > 0.5 * m.K.norm()  # 2 x 2 and 4 x 4 places: the torus is much larger
+            seen += 1
+    assert seen == 6
+
+
+def test_2_estimates_are_kept_and_a_weight_without_a_certificate_is_refused(tmp_path: Path) -> None:
+    """The vectors of the power iteration are saved; weights that no certificate covers are refused at build and export."""
+    flow = tiny(dtype=torch.float32)
+    assert sum("W.u" in k for k in flow.state_dict()) == 24
+    fl.save(flow, tmp_path / "w.safetensors")
+    other = fl.load(tmp_path / "w.safetensors")
+    name = next(k for k in flow.state_dict() if "W.u" in k)
+    assert torch.allclose(other.state_dict()[name].abs(), flow.state_dict()[name].abs(), atol=1e-3)
+    with torch.no_grad():
+        next(p for n, p in flow.named_parameters() if n.endswith("raw")).fill_(math.inf)
+    with pytest.raises(fl.FlowError, match="norm of the weight"):
+        fl.export_onnx(flow, tmp_path / "f.onnx", programs=["forward"])
+
+
+def linear(seed: int = 0, norm: float = 0.9, size: int = 3) -> Tensor:
+    j = torch.randn(size, size, dtype=torch.float64, generator=generator(seed))
+    return j * (norm / torch.linalg.matrix_norm(j, ord=2))
+
+
+@pytest.mark.parametrize("law", ["geometric", "poisson"])
+def test_3_the_roulette_is_unbiased(law: str) -> None:
+    """Item 3: linear g with |J| = 0.9 in three coordinates, 40,000 draws of probe and length (geometric 0.5, 2 exact terms)."""
+    j, runs, probes = linear(6), 4000, 10
+    x = torch.zeros(probes, 3, dtype=torch.float64)
+    torch.manual_seed(0)
+    rate = 0.5 if law == "geometric" else 2.0
+    with torch.no_grad():
+        found = torch.stack([estimate_log_det(lambda v: v @ j.T, x, 1, None, law, rate, 2).mean() for _ in range(runs)])
+    exact = torch.linalg.slogdet(torch.eye(3, dtype=torch.float64) + j)[1]
+    assert abs(float(found.mean() - exact)) < 4 * float(found.std()) / math.sqrt(runs)
+    v = torch.randn(40_000, 3, dtype=torch.float64, generator=generator(1))
+    cut = ((v @ j.T) * v).sum(-1) - ((v @ j.T @ j.T) * v).sum(-1) / 2
+    assert abs(float(cut.mean() - exact)) > 10 * float(cut.std()) / math.sqrt(40_000)
+
+
+def test_4_the_neumann_gradient() -> None:
+    """Item 4: over 20,000 draws the mean gradient is that of the exact log-det (4 standard errors); the surrogate's value
+    is not the log-det. Here the value that goes with the gradient is the unbiased one, except where the surrogate is asked for."""
+    j = linear(6).requires_grad_()
+    (wanted,) = torch.autograd.grad(torch.linalg.slogdet(torch.eye(3, dtype=torch.float64) + j)[1], j)
+    runs, probes = 2000, 10
+    x = torch.zeros(probes, 3, dtype=torch.float64)
+    torch.manual_seed(0)
+    grads, values, surrogates = [], [], []
+    for _ in range(runs):
+        found = estimate_log_det(lambda v: v @ j.T, x, 1, None, "geometric", 0.5, 2).mean()
+        grads.append(torch.autograd.grad(found, j)[0])
+        values.append(float(found.detach()))
+        with torch.no_grad():
+            surrogates.append(float(estimate_log_det(lambda v: v @ j.T, x, 1, None, "geometric", 0.5, 2, 1, True).mean()))
+    g = torch.stack(grads)
+    assert bool(((g.mean(0) - wanted).abs() < 4 * g.std(0) / math.sqrt(runs)).all())
+    exact = float(torch.linalg.slogdet(torch.eye(3, dtype=torch.float64) + j.detach())[1])
+    assert abs(np.mean(values) - exact) < 4 * np.std(values) / math.sqrt(runs)
+    assert abs(np.mean(surrogates) - exact) > 10 * np.std(surrogates) / math.sqrt(runs)
+
+
+@pytest.mark.slow
+def test_4_the_gradient_reaches_inputs_and_parameters_of_a_network() -> None:
+    """Item 4 for a network: the gradients in the input and in every weight are those of the exact log-det, on average."""
+    model: Any = fl.compile("model m = residual_flow_model(blocks = 2, width = 4)\n", seed=0, dtype=torch.float64)
+    x = points(3)
+    ps = list(model.parameters())
+
+    def mean_gradient(program: str, runs: int) -> tuple[list[Tensor], list[Tensor]]:
+        each = []
+        for _ in range(runs):
+            value = getattr(model, program)(x)
+            each.append(torch.autograd.grad(value.mean(), ps, allow_unused=True))
+        kept = [torch.stack([e[k] if e[k] is not None else torch.zeros_like(ps[k]) for e in each]) for k in range(len(ps))]
+        return [k.mean(0) for k in kept], [k.std(0) / math.sqrt(runs) if runs > 1 else k[0] for k in kept]
+
+    model.settle()
+    model.eval()
+    exact, _ = mean_gradient("log_prob_exact", 1)
+    torch.manual_seed(0)
+    for program, sign in (("log_prob_unbiased", 1), ("loss_neumann", -1)):
+        found, error = mean_gradient(program, 400)
+        for a, b, e in zip(found, exact, error, strict=True):
+            assert bool(((sign * a - b).abs() < 5 * e + 1e-9).all())
+
+
+def test_5_the_log_det_of_an_inverse_with_gradients() -> None:
+    """The solved value carries a hook for its own gradient, which the log-det must not meet."""
+    flow: Any = fl.compile("flow f {\n data x: R[D = 2]\n exact_iresblock(iresnet_fc(8, 0.9))\n base normal\n}\n", seed=0, dtype=torch.float64)
+    grown(flow).eval()
+    x = points(4)
+    z, log_det = flow(x)
+    torch.testing.assert_close(flow.inverse(z)[1], -log_det, rtol=0, atol=1e-9)
+
+
+def test_5_a_linear_block_in_closed_form() -> None:
+    """Item 5: g(x) = A x, log det(I + A) and the inverse (I + A)^-1 y."""
+    spec = """net g(x: R[D]) -> R[D] {
+  param W: Lipschitz(0.9)[E = D, D]
+  sum[D](W * x)[E -> D]
+}
+flow f {
+  data x: R[D = 3]
+  exact_iresblock(g)
+  base normal
+}
+"""
+    flow: Any = fl.compile(spec, seed=0, dtype=torch.float64).eval()
+    a = next(m for m in flow.modules() if hasattr(m, "improve"))().detach()
+    eye = torch.eye(3, dtype=torch.float64)
+    y = points(8, 3)
+    x, log_det = flow.inverse(y)
+    torch.testing.assert_close(x, torch.linalg.solve(eye + a, y.T).T, rtol=0, atol=1e-9)
+    torch.testing.assert_close(log_det, -torch.linalg.slogdet(eye + a)[1].expand(8), rtol=0, atol=1e-9)
+    assert {d["name"]: d for d in fl.info(spec)}["f"]["exactness"] == "exact"
+
+
+def test_6_lipswish_has_slope_at_most_one() -> None:
+    """Item 6: over a fine grid, for β from 0.1 to 10; the largest slope of swish is 1.0998."""
+    x = torch.linspace(-60, 60, 200_001, dtype=torch.float64, requires_grad=True)
+    for beta in torch.logspace(-1, 1, 9, dtype=torch.float64):
+        (slope,) = torch.autograd.grad((x * torch.sigmoid(beta * x)).sum(), x)
+        assert 1.0998 < float(slope.abs().max()) <= 1.09984
+    mine: Any = net("lipswish(x)", kind="norm", D=1)
+    for raw in (-2.25, 0.5, 10.0):
+        with torch.no_grad():
+            next(iter(mine.parameters())).fill_(raw)
+        (slope,) = torch.autograd.grad(mine(x.unsqueeze(-1)).sum(), x)
+        assert float(slope.abs().max()) <= 1
+
+
+def test_7_the_density_has_mass_one() -> None:
+    """Item 7: in two coordinates, with the exact determinant, on a grid."""
+    model: Any = fl.compile("model m = residual_flow_model\n", seed=1, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("raw"):
+                p *= 3
+    model.settle()
+    side = torch.linspace(-9, 9, 181, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        mass = float(model.log_prob_exact(grid).exp().sum() * (side[1] - side[0]) ** 2)
+    assert abs(mass - 1) < 0.01
+
+
+@pytest.mark.parametrize(("law", "rate"), [("geometric", 0.5), ("poisson", 2.0), ("geometric", 0.3)])
+def test_8_the_weights_have_mean_one(law: str, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item 8: E[c_k] = 1 for each k, by enumerating the length through its quantiles."""
+    n = 20_000
+    total = np.zeros(6)
+    for k in range(n):
+        monkeypatch.setattr(torch, "rand", lambda *_, k=k, **__: torch.tensor((k + 0.5) / n, dtype=torch.float64))
+        c = roulette(law, rate, 2, None)
+        total += np.array((c + [0.0] * 6)[:6])
+    assert np.abs(total / n - 1).max() < 5e-3
+    monkeypatch.undo()
+    j, wanted = 1, []
+    for _ in range(4):  # the formulas of the card
+        p = (1 - rate) ** (j - 1) if law == "geometric" else 1 - math.exp(-rate) * sum(rate**i / math.factorial(i) for i in range(j))
+        wanted.append(1 / p)
+        j += 1
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1e-9, dtype=torch.float64))
+    np.testing.assert_allclose(roulette(law, rate, 2, None)[2:6], wanted, rtol=1e-12)
+
+
+def test_the_exact_log_det_is_autograd_s() -> None:
+    flow = grown(tiny()).eval()
+    g = nets(flow)[0]
+    x = points(4)
+    rows = torch.stack([torch.autograd.functional.jacobian(g, v) for v in x])  # type: ignore[misc]
+    wanted = torch.linalg.slogdet(torch.eye(2, dtype=torch.float64) + rows)[1]
+    torch.testing.assert_close(exact_log_det(g, x, 1), wanted, rtol=0, atol=1e-12)
+
+
+def test_images_invert_train_and_say_what_they_are() -> None:
+    """The image flow: unbiased estimate, inverse by fixed points, one step of training with finite gradients."""
+    facts = {d["name"]: d for d in fl.info(IMAGES)}["f"]
+    assert facts["exactness"] == "unbiased"
+    assert facts["log_det"] == "estimator"
+    flow: Any = fl.compile(IMAGES, seed=0, dtype=torch.float64)
+    x = torch.rand(4, 1, 4, 4, dtype=torch.float64, generator=generator())
+    flow.initialise(x)
+    torch.manual_seed(0)
+    before = flow.train().log_prob(x).mean()
+    before.backward()
+    assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in flow.parameters())
+    flow.eval()
+    z = flow(x)[0]
+    assert float((flow.inverse(z)[0] - x).detach().abs().max()) < 1e-5
+    mean, error = flow.log_prob_mean(x, draws=8)
+    assert bool((error > 0).all())
+    assert bool((error < 0.2).all())
+    assert bool(torch.isfinite(mean).all())
+
+
+def test_the_cifar_preset_compiles_on_the_meta_device() -> None:
+    """No published count is certain (about 25 million, unsure): this is the count of the authors' layers."""
+    with torch.device("meta"):
+        flow = fl.compile("flow f = residual_flow_cifar10\n")
+    assert sum(p.numel() for p in flow.parameters()) == CIFAR
+
+
+CIFAR = 25_174_129
+
+
+def test_exported(tmp_path: Path) -> None:
+    """ONNX: forward y and the exact log-density in low dimension, norms folded into the weights; the inverse as a loop."""
+    import onnxruntime as ort
+
+    spec = "flow f {\n data x: R[D = 2]\n repeat 2 { exact_iresblock(iresnet_fc(8, 0.9, preact = false)) }\n base normal\n}\n"
+    flow = grown(fl.compile(spec, seed=0)).eval()
+    files = fl.export_onnx(flow, tmp_path / "f.onnx", programs=["forward", "log_prob", "inverse"])
+    x = points(5).float()
+    run = {n: ort.InferenceSession(str(p)).run(None, {i.name: v}) for n, p in files.items()
+           for i, v in [(ort.InferenceSession(str(p)).get_inputs()[0], x.numpy())]}  # fmt: skip
+    with torch.no_grad():
+        np.testing.assert_allclose(run["forward"][0], flow(x)[0].numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(run["log_prob"][0], flow.log_prob(x).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(run["inverse"][0], flow.inverse(x)[0].numpy(), rtol=1e-4, atol=1e-5)
