@@ -959,7 +959,8 @@ def _matrix_solve(w: Writer, n: Node) -> Expr:
     row, _ = (renames.get(a, a) for a in matrix.tensor.names[-2:])
     transposed = n.attrs["axis"] == row
     given = n.attrs["given"]
-    last = [a for a in ty.names if a != given] + [given]
+    own = [renames.get(a, a) for a in matrix.tensor.names[:-2]]  # a matrix for each index of these
+    last = [a for a in ty.names if a != given and a not in own] + own + [given]
     text = moved(w.tensor(y), ty.names, last)
     solved = f"{w.scope.matrix(matrix)}.solve({text}{', transposed=True' if transposed else ''})"
     names = [n.attrs["axis"] if a == given else a for a in last]

@@ -30,7 +30,7 @@ def parameter_count(region: Region, mode: str = "declared") -> int:
 
     def count(r: Region) -> int:
         if id(r) not in known:
-            own = sum(COUNTS[mode](r.graph, n) for n in r.graph if n.op == "param")
+            own = sum(COUNTS[mode](r.graph, n) for n in r.graph if n.op == "param" and not n.attrs.get("again"))
             known[id(r)] = own + sum(c.count * count(c.region) for c in r.children.values() if not c.shared)
         return known[id(r)]
 

@@ -715,8 +715,13 @@ def lipschitz(body: Body, args: Arguments) -> Any:
 
 
 def first_batch(body: Body, args: Arguments) -> FirstBatch:
-    """`param g: R[D] = first_batch(1 / std[B](x), 1)`: the start by the first batch, and what holds before it."""
-    expect(body, args, "first_batch", 2, 2)
+    """`param g: R[D] = first_batch(1 / std[B](x), 1)`: the start by the first batch, and what holds before it.
+
+    `W := first_batch(W * s)` for a parameter with a start of its own, which it may read.
+    """
+    expect(body, args, "first_batch", 1, 2)
+    if len(args.positional) == 1:
+        return FirstBatch(Tensor(body.tensor(args.positional[0], args.spans[0]), body), None)
     value, before = args.positional
     if not isinstance(before, int | float) or isinstance(before, bool):
         raise body.fail(

@@ -224,6 +224,9 @@ def bind(body: Body, statement: tree.Bind) -> Any:
 
 def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
     name = target.name
+    if isinstance(value, FirstBatch):
+        restart(body, target, value, op)
+        return
     if isinstance(value, Bracketed) and isinstance(value.fn, Declared | BuiltinNet) and value.fn.kind in ("net", "norm"):
         value = Instance(value.fn, {}, value.span, value.items)  # `f = linear[D -> D]` is one network too
     own(body, name, value)
@@ -498,8 +501,14 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
     init = initial_value(body, spec.domain, entry, type_)
     start = init.value if isinstance(init, FirstBatch) else init if isinstance(init, Tensor) else None
     if start is not None:
-        check_first_batch(body, start, type_, spec.domain, entry)
+        assert entry.value is not None
+        check_first_batch(body, start, type_, spec.domain, entry.name, entry.value.span)
         init = init.before if isinstance(init, FirstBatch) else default_start(spec.domain)
+        if init is None:
+            raise body.fail(
+                "FL0305", f"what `{entry.name}` is before the first batch is not told", entry.value.span,
+                suggestion="as in `first_batch(1 / std[B](x), 1)`",
+            )  # fmt: skip
     id = body.b.leaf(
         "param" if word == "param" else "state", type_, batched=False, span=entry.span, label=entry.name,
         name=entry.name, domain=spec.domain, init=init,
@@ -514,20 +523,38 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
     body.names[entry.name] = Tensor(id, body)
 
 
-def check_first_batch(body: Body, start: Tensor, type_: TensorType, domain: Domain, entry: tree.Entry) -> None:
+def restart(body: Body, target: tree.Target, value: FirstBatch, op: str) -> None:
+    """`W := first_batch(e)`: where the first batch puts a parameter that has a start, by which e may be made.
+
+    What reads the name afterwards reads a second leaf of the same parameter, so that e can read the first.
+    """
+    held = body.names.get(target.name)
+    node = body.graph[held.id] if isinstance(held, Tensor) and held.body is body else None
+    if op != ":=" or value.before is not None or node is None or node.op != "param" or node.attrs["name"] != target.name:
+        raise body.fail(
+            "FL0306", "`first_batch` starts a parameter of this declaration", target.span,
+            suggestion="as in `param g: R[D] = first_batch(1 / std[B](x), 1)`, or `W := first_batch(W * s)` after `param W`",
+        )  # fmt: skip
+    check_first_batch(body, value.value, node.tensor, node.attrs["domain"], target.name, target.span)
+    attrs = {**node.attrs, "again": True}
+    id = body.b.leaf("param", node.type, batched=False, span=target.span, label=target.name, **attrs)
+    body.region.starts.append(Start(id, value.value.id))
+    body.names[target.name] = Tensor(id, body)
+
+
+def check_first_batch(body: Body, start: Tensor, type_: TensorType, domain: Domain, name: str, span: Span) -> None:
     """A start that is computed: a statistic of the first batch, with the parameter's axes."""
-    assert entry.value is not None
     if body.graph[start.id].batched:
         raise body.fail(
             "FL0305",
-            f"the start of `{entry.name}` is a value of each sample, and a parameter is one for all",
-            entry.value.span,
+            f"the start of `{name}` is a value of each sample, and a parameter is one for all",
+            span,
             suggestion="reduce over the batch, as in `= mean[B](x)`",
         )
     if not set(start.type.axes) <= set(type_.axes):
-        raise body.fail("FL0301", f"the start of `{entry.name}` is `{start.type}`, not `{type_}`", entry.value.span, suggestion="a start has the type of what it starts, or is one number")
+        raise body.fail("FL0301", f"the start of `{name}` is `{start.type}`, not `{type_}`", span)
     if domain.structure is not None:
-        raise body.fail("FL0902", f"a `{domain.name}` cannot start from the first batch yet", entry.value.span, suggestion="start it from a number or a draw")
+        raise body.fail("FL0902", f"a `{domain.name}` cannot start from the first batch yet", span)
 
 
 def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entry) -> None:

@@ -189,7 +189,7 @@ class FirstBatch:
     """Where a parameter goes when the first batch comes, and what it is before."""
 
     value: Tensor
-    before: float
+    before: float | None  # None: what the parameter's own start made it
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ def region_problems(region: Region) -> Iterator[str]:
     for s in region.starts:
         if has(graph, s.param) and graph[s.param].op != "param":
             yield f"start of {s.param}, which is no parameter"
-    names = [n.attrs["name"] for n in graph if n.op in ("param", "state")]
+    names = [n.attrs["name"] for n in graph if n.op in ("param", "state") and not n.attrs.get("again")]
     if len(set(names)) != len(names):
         yield "two parameters have one name"
     yield from child_problems(region)
