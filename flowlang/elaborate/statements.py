@@ -552,9 +552,9 @@ def check_first_batch(body: Body, start: Tensor, type_: TensorType, domain: Doma
             suggestion="reduce over the batch, as in `= mean[B](x)`",
         )
     if not set(start.type.axes) <= set(type_.axes):
-        raise body.fail("FL0301", f"the start of `{name}` is `{start.type}`, not `{type_}`", span)
+        raise body.fail("FL0301", f"the start of `{name}` is `{start.type}`, not `{type_}`", span, suggestion="a start has the type of what it starts, or is one number")
     if domain.structure is not None:
-        raise body.fail("FL0902", f"a `{domain.name}` cannot start from the first batch yet", span)
+        raise body.fail("FL0902", f"a `{domain.name}` cannot start from the first batch yet", span, suggestion="start it from a number or a draw")
 
 
 def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entry) -> None:
