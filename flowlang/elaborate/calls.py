@@ -254,6 +254,8 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
             statics[name] = value
     free_tensors = [p for p in params if is_tensor_type(p.type) and p.name not in tensors]
     free_statics = [p for p in params if not is_tensor_type(p.type) and p.name not in statics]
+    if inst.owner is not None and any(isinstance(v, Tensor | Pending) for v in args.positional):
+        free_statics = []  # it is made: a number is a value, as the time in `v(x, 0)`
     for value, span in zip(args.positional, args.spans, strict=True):
         flat = list(value.items) if isinstance(value, Tuple) else [value]
         for v in flat:
@@ -536,7 +538,7 @@ def call_instance(
                         raise body.fail("FL0309", f"`{target.name}` needs `{p.name}`, which is absent here", where, suggestion="give it, or guard the call with `if present(..)`")
                 else:
                     continue
-            values[p.name] = body.tensor(value, where)
+            values[p.name] = body.tensor(real_number(p.type, value), where)
         elif not is_optional(p.type):
             if p.default is not None:
                 values[p.name] = body.tensor(body.ev(p.default), span)
@@ -565,6 +567,15 @@ def call_instance(
             where = tensors[f.name][1] if f.name in tensors else span
             bindings[f.name] = bind_axes(body, f, values[f.name], explicit, where, target.name, taken)
     return finish_call(body, inst, formals, bindings, axes, span)
+
+
+def real_number(type: tree.Expr | None, value: Any) -> Any:
+    """A whole number given for a real parameter is a real number."""
+    inner = type.type if isinstance(type, tree.Optional) else type
+    head = inner.value if isinstance(inner, tree.Brackets) else inner
+    head = head.fn if isinstance(head, tree.Call) else head
+    whole = isinstance(head, tree.Name) and head.id in ("Int", "Bool")
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and not whole else value
 
 
 def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span: Span) -> Any:
