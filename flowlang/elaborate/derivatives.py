@@ -74,7 +74,7 @@ def call_derivative(body: Body, made: Derivative, args: Arguments) -> Any:
     if kind == "derivative" and t.axes:
         raise body.fail("FL0306", f"`derivative` is in a number, and this is `{t}`", args.spans[0],
                         suggestion="`grad` gives the slopes of a number in a tensor, `jvp` those along a direction")  # fmt: skip
-    inner = region_of(body, made, t, [body.b.type(i) for i in rest], span)
+    inner = region_of(body, made, t, rest, span)
     if inner is None:
         return POISON
     region = inner.region
@@ -145,7 +145,7 @@ def shaped(body: Body, slopes: int, t: TensorType, span: Span) -> int:
     return body.b.op("split", slopes, axis=DIRECTION, into=tuple((a.name, a.size) for a in t.axes), span=span)
 
 
-def region_of(body: Body, made: Derivative, t: TensorType, rest: list[TensorType], span: Span) -> Body | None:
+def region_of(body: Body, made: Derivative, t: TensorType, rest: list[int], span: Span) -> Body | None:
     """The function as a region: its first argument maps, the others are context. None after a reported error."""
     from flowlang.elaborate.body import Body as MakeBody
 
@@ -156,7 +156,12 @@ def region_of(body: Body, made: Derivative, t: TensorType, rest: list[TensorType
     others = []
     for k, other in enumerate(rest):
         label = f"y{k}" if k else "y"
-        others.append(Tensor(inner.b.leaf("input", other, batched=True, span=span, label=label, name=label, role="context"), inner))
+        domain = body.graph[other].attrs.get("domain")
+        known = {} if domain is None else {"domain": domain}
+        leaf = inner.b.leaf(
+            "input", body.b.type(other), batched=True, span=span, label=label, name=label, role="context", **known
+        )
+        others.append(Tensor(leaf, inner))
     region.inputs, region.context = [x.id], [o.id for o in others]
     value = apply(inner, inner.capture(made.fn), [x, *others], {}, span)
     if isinstance(value, Poison) or region.broken:

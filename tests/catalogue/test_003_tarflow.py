@@ -1,7 +1,6 @@
 """Card 003, TarFlow (Zhai et al. 2024): what must hold, item by item.
 
-Item 5 (denoising by the model's score) waits for gradients of functions in programs. Item 4's cache waits for attention in the
-incremental inverse: the plain scan is compared with a recomputation by hand.
+Item 4's cache waits for attention in the incremental inverse: the plain scan is compared with a recomputation by hand.
 """
 
 from __future__ import annotations
@@ -118,6 +117,56 @@ def test_item_4_the_inverse_equals_a_recomputation_token_by_token() -> None:
             for j, (offset, slope) in enumerate(log_slopes):
                 x[:, i, j] = (z[:, i, j] - offset) / slope
         assert (model.inverse(z)[0] - x).abs().max() <= 1e-9
+
+
+def test_item_5_denoising_is_tweedie_s_mean() -> None:
+    """A model made to be N(0, (1 + σ²)·I) exactly: one block, no bias in b, a constant a = log sqrt(1 + σ²) but for the first token,
+    which has none and keeps variance 1."""
+    text = MODEL.format("").replace("blocks = 2", "blocks = 1")
+    model: Any = fl.compile(text, seed=0, dtype=torch.float64)
+    sigma = 0.1
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "bias_b" in n or "bias_a" in n:
+                p.zero_()
+            if "bias_a" in n:
+                a = 0.5 * math.log(1 + sigma**2)
+                p.fill_(3 * math.atanh(a / 3))
+    x, y = images(5), torch.tensor([0, 1, 2, -1, 0])
+    with torch.no_grad():
+        found = model.denoise(x, y)
+    wanted = x / (1 + sigma**2)
+    first = torch.zeros(8, 8, dtype=torch.bool)
+    first[:2, :2] = True  # the first token's patch: N(0, 1), whose mean is x - σ²·x
+    assert (found - wanted)[..., ~first].abs().max() <= 1e-9
+    assert (found - (1 - sigma**2) * x)[..., first].abs().max() <= 1e-9
+
+
+def test_item_5_the_score_is_autograd_s() -> None:
+    model, x, y = guided(), images(2), torch.tensor([1, -1])
+    x.requires_grad_()
+    quiet: Any = fl.compile(MODEL.format("").replace("noise = 0.1", "noise = 0"), seed=0, dtype=torch.float64)
+    quiet.load_state_dict(model.state_dict())
+    (score,) = torch.autograd.grad(-64 * 2 * quiet.loss(x, y), x)  # the loss is a mean over two images
+    with torch.no_grad():
+        assert (model.denoise(x, y) - x - 0.01 * score).abs().max() <= 1e-9
+
+
+def test_scales_stay_in_range_when_all_weights_move() -> None:
+    """Issue 2's numerical contract: log-densities of -1e16 under N(0, 0.05²) on all weights, unbounded; the published form is kept."""
+    sizes = "channels = 1, size = 8, patch = 2, blocks = 4, layers = 2, width = 64, head = 16"
+    worst = {}
+    for bound in (3, 0):
+        model: Any = fl.compile(f"flow f = tarflow({sizes}, bound = {bound})\n", seed=0)
+        with torch.no_grad():
+            for k, p in enumerate(model.parameters()):
+                p += 0.05 * torch.randn(p.shape, generator=generator(100 + k))
+            worst[bound] = float(model.log_prob(images(16).float()).min())
+    assert worst[3] > LEAST
+    assert worst[3] >= worst[0]
+
+
+LEAST = -1e9
 
 
 def test_item_6_guidance_0_is_plain_sampling() -> None:

@@ -160,10 +160,19 @@ OPS.append(Op(
     "logsumexp", _reduce_infer, _depend, interval=_logsumexp_bounds, jvp=_logsumexp_jvp, cost=cost, simplify=simplify_empty,
     lipschitz=lambda node, types, slot, ivs: 1.0, why_not={"invert": "it forgets how it is shared out"},
 ))  # fmt: skip
+
+
+def _var_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
+    axes = node.attrs["axes"]
+    rest = max(b.type(args[0]).count // max(b.type(out).count, 1) - node.attrs.get("ddof", 0), 1)
+    centred = b.sub(args[0], b.op("mean", args[0], axes=axes))
+    return b.mul(b.op("contract", centred, t, axes=axes), b.const(2.0 / rest))
+
+
 OPS.append(Op(
-    "var", _reduce_infer, _depend, interval=lambda ivs, types, node: NONNEGATIVE, cost=cost,
+    "var", _reduce_infer, _depend, interval=lambda ivs, types, node: NONNEGATIVE, cost=cost, jvp=_var_jvp,
     simplify=lambda b, args, attrs: None if attrs["axes"] else b.expand(b.const(0.0), b.type(args[0])),  # of one value
-    why_not={"invert": "a variance forgets its data", "jvp": "not needed so far", "lipschitz": "it is quadratic"},
+    why_not={"invert": "a variance forgets its data", "lipschitz": "it is quadratic"},
 ))  # fmt: skip
 OPS.append(Op(
     "argmax", _int_infer, _depend, interval=lambda ivs, types, node: closed(0, max(count_of(types, node) - 1, 0)), cost=cost,
