@@ -1090,8 +1090,13 @@ def _call_arguments(w: Writer, n: Node) -> list[str]:
     lifted = [a for a, _ in n.attrs.get("lifted", ())]
     out: list[str] = []
     some_batched = any(w.graph[i].batched for i in n.inputs)
-    for i in n.inputs:
+    region: Region = n.attrs["region"]
+    one_for_all = len(n.inputs) - len(region.context)  # weights of the caller come as they are, last in the context
+    for k, i in enumerate(n.inputs):
         t = w.type(i)
+        if k >= one_for_all and some_batched and not region.graph[region.context[k - one_for_all]].batched:
+            out.append(argument(w, i))
+            continue
         missing = [(a, s) for a, s in n.attrs.get("lifted", ()) if not t.has(a)]
         if missing or (some_batched and not w.graph[i].batched):
             sizes = dict(n.attrs.get("lifted", ()))

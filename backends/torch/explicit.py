@@ -80,6 +80,8 @@ class Probe:
     def sample(self, node: int) -> Tensor:
         """Points in the range that the analysis finds for a value, some of them near its edges."""
         shape = self.region.graph[node].tensor.shape
+        if not self.region.graph[node].batched:  # a weight that the caller lends
+            return 0.3 * torch.randn(*shape, dtype=torch.float64, generator=self.random)
         z = 1.5 * torch.randn(POINTS, *shape, dtype=torch.float64, generator=self.random)
         z[0] = 0.0
         return into(self.analyses.ranges(self.region).interval(node), z)
@@ -103,7 +105,8 @@ class Probe:
         if sum(sizes) > JACOBIAN_LIMIT:
             return
         for k in range(POINTS):
-            own = [c[k : k + 1] for c in context]
+            lent = [not self.region.graph[c].batched for c in self.region.context]
+            own = [c if whole else c[k : k + 1] for c, whole in zip(context, lent, strict=True)]
 
             def f(flat: Tensor, k: int = k, own: list[Tensor] = own) -> Tensor:
                 parts = [p.reshape(1, *v.shape[1:]) for p, v in zip(flat.split(sizes), x, strict=True)]

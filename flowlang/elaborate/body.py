@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang import limits
@@ -101,6 +102,8 @@ class Body:
         self.lost: set[str] = set()  # axes whose sizes an error has hidden
         self.depth = 0
         self.states: dict[str, int] = {}  # states declared here, by name
+        self.weights: dict[tuple[str, ...], Tensor] = {}  # of the networks held here, by network and part
+        self.imported: dict[str, str] = {}  # networks that the caller hands in: the argument each came by
 
     # ---- errors ---------------------------------------------------------------------------------
 
@@ -232,7 +235,23 @@ class Body:
             return Tuple(tuple(self.capture(v) for v in value.items))
         if isinstance(value, list):
             return [self.capture(v) for v in value]
+        if isinstance(value, Bracketed):
+            return replace(value, fn=self.capture(value.fn, name))
         return value
+
+    def bring(self, value: Tensor) -> Tensor:
+        """An outer value as a whole, also where a scan would see a slice of it."""
+        if value.body is self:
+            return value
+        if self.parent is not None and value.body is not self.parent:
+            value = self.parent.bring(value)
+        found = Body.capture(self, value)
+        assert isinstance(found, Tensor)
+        return found
+
+    def outer_instance(self, inst: Instance) -> Instance | None:
+        """The instance of the body around that a captured one stands for."""
+        return next((o for i, o in self.captured_instances.values() if i.name == inst.name), None)
 
     def draw(self, target: tree.Target, dist: DistributionValue, span: Span) -> Tensor | None:
         """The value of a draw in a program; None in a bijector, where a draw is balanced by an emission."""
@@ -710,8 +729,10 @@ class Body:
         return POISON if any(isinstance(v, Poison) for v in out) else out
 
     def bind_loop(self, names: tuple[str, ...], value: Any, span: Span) -> None:
+        from flowlang.elaborate.statements import own
+
         if len(names) == 1:
-            self.names[names[0]] = value
+            self.names[names[0]] = own(self, names[0], value, span)
             self.used.add(names[0])
             return
         items = value.items if isinstance(value, Tuple) else value if isinstance(value, list) else ()
@@ -723,7 +744,7 @@ class Body:
                 suggestion="as many names as each item of the list has parts",
             )
         for n, v in zip(names, items, strict=True):
-            self.names[n] = v
+            self.names[n] = own(self, n, v, span)
             self.used.add(n)
 
     def iterate(self, expr: tree.Expr) -> list[Any]:

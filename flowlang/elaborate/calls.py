@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
@@ -35,6 +35,7 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
+from flowlang.elaborate.weights import lend
 from flowlang.ir.graph import Emission, Region
 from flowlang.ir.tangents import FROZEN
 from flowlang.ir.types import TensorType, TupleType
@@ -43,6 +44,7 @@ from flowlang.syntax import tree
 
 if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
+    from flowlang.elaborate.elaborator import Elaborator
 
 
 REDUCTIONS = ("sum", "mean", "max", "min", "prod", "logsumexp")
@@ -203,6 +205,24 @@ def log_density(body: Body, fn: LogProb, args: Arguments) -> Tensor:
     given = {n: body.tensor(body.capture(v), law.span) for n, v in law.arguments}
     body.b.span = args.span
     return body.wrap(law.law.total_log_prob(body.b, body.tensor(args.positional[0], args.spans[0]), given))
+
+
+NETWORKS = ("net", "norm", "bijector")
+
+
+def instance_of(elab: Elaborator, value: Any, span: Span) -> Any:
+    """A network as the instance that a name for it stands for: `linear[D -> D]`, `mlp` and a preset of it are each one."""
+    fn = value.fn if isinstance(value, Bracketed) else value
+    items = value.items if isinstance(value, Bracketed) else ()
+    if isinstance(fn, Declared) and fn.kind in NETWORKS:
+        alias = elab.resolve_alias(fn)
+        if alias is not None:
+            fn = instance_of(elab, alias, span)
+    if isinstance(fn, Declared | BuiltinNet) and fn.kind in NETWORKS:
+        return Instance(fn, {}, span, items)
+    if isinstance(fn, Instance) and fn.owner is None:
+        return replace(fn, axes=items or fn.axes)
+    return value
 
 
 # ---- arguments to parameters --------------------------------------------------------------------
@@ -886,7 +906,7 @@ def emit_call(
         outs.append(TensorType(tuple(lifted_axes(front))))
         attrs["log_det"] = True
     type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
-    ids = tuple(id for id, _ in inputs.values())
+    ids = (*(id for id, _ in inputs.values()), *lend(body, inst, region))
     node = body.graph.add("call", ids, type_, attrs, span=span, label=None)
     if any(d for d in region.draws):
         node = body.graph[node.id]

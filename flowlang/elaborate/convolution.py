@@ -9,7 +9,7 @@ from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments
 from flowlang.elaborate.networks import cut, flag, free_name, keywords, pieces_of, split_arguments
 from flowlang.elaborate.values import AppliedBuiltin, Builtin, BuiltinNet, Instance, Pending, Tensor
-from flowlang.elaborate.weights import Fans, make_param, make_weight, start_of, starts_small
+from flowlang.elaborate.weights import Fans, Holder, net_bias, net_weight
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 
@@ -135,8 +135,8 @@ def convolution(op: str) -> Any:
 
         def build(total: int) -> int:
             if total % groups:
-                raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span, suggestion="choose a number of groups that divides both numbers of channels")
-            name = inst.name or body.fresh_child_name(op)
+                raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span)
+            holder = Holder(body, inst, op, span)
             out = free_name(t, f"{channel}^")
             window = tuple(zip(KERNEL_AXES[-n:], kernel, strict=True))
             fans = Fans(size // groups * math.prod(kernel), total // groups * math.prod(kernel))
@@ -148,11 +148,10 @@ def convolution(op: str) -> Any:
                     if transposed
                     else ((out, total), (channel, size // groups))
                 )
-                w = make_weight(body, name, (*pair, *window), out, fans, options, span)
+                w = net_weight(holder, (*pair, *window), out, fans, options)
             inputs = [x, w]
             if flag(options.get("bias", True)):
-                start = 0.0 if starts_small(options) else start_of(body, None, fans, span)
-                inputs.append(make_param(body, f"{name}_bias", ((out, total),), start, span))
+                inputs.append(net_bias(holder, ((out, total),), fans, options))
             return body.b.op(op, *inputs, **attrs, span=span)
 
         if "out" in options:

@@ -10,7 +10,7 @@ from flowlang import limits
 from flowlang.diagnostics import Diagnostic, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.builtins import BUILTINS
-from flowlang.elaborate.calls import ResultShape, parameters_of
+from flowlang.elaborate.calls import ResultShape, instance_of, parameters_of
 from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
@@ -39,6 +39,7 @@ from flowlang.elaborate.values import (
     TypeSpec,
     describe,
 )
+from flowlang.elaborate.weights import Need
 from flowlang.ir.check import after
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import Axis, TensorType
@@ -73,6 +74,7 @@ class Elaborator:
         self._items = 0
         self._exhausted = False
         self._depths: dict[Region, int] = {}
+        self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context
         self.quiet_free = False
         self.parameter_limit = limits.PARAMETERS
 
@@ -381,6 +383,8 @@ class Elaborator:
             )  # fmt: skip
             if value.owner is not None:
                 inner.shared = True
+                assert inner.name is not None
+                body.imported[inner.name] = name
             else:
                 inner.arguments = {
                     k: self.import_argument(body, f"{name}_{k}", v) if holds_instance(v) else v
@@ -453,7 +457,10 @@ class Elaborator:
         finally:
             self.leave()
         if inst.lipschitz is not None and not region.broken:
+            needs = self.needs.get(region)
             region = self.bound(caller, region, inst.lipschitz, span)
+            if needs:
+                self.needs[region] = needs
         self.regions[key] = after(region)
         if not region.broken and self.depth(region) > limits.REGION_DEPTH:
             region.broken = True
@@ -535,9 +542,11 @@ class Elaborator:
             if p.variadic and not isinstance(value, list):
                 value = [value]
             self.check_static(body if not given else caller, p, value, inst, span)
-            if isinstance(value, Declared) and value.kind in ("net", "norm") and value.declaration.alias is None:
+            if getattr(value.fn if isinstance(value, Bracketed) else value, "kind", None) in ("net", "norm"):
                 # A parameter of type `net` is one instance, however often it is used.
-                value = Instance(value, {}, span, owner=body, name=body.fresh_child_name(p.name), label=p.name)
+                value = instance_of(self, value, span)
+                if isinstance(value, Instance) and value.owner is None:
+                    value.owner, value.name, value.label = body, body.fresh_child_name(p.name), p.name
             body.names[p.name] = value
             body.used.add(p.name)
 

@@ -131,6 +131,11 @@ class ProgramBody(Body):
             return Tensor(self.copied(value.id), self)
         return super().capture(value, name)
 
+    def bring(self, value: Tensor) -> Tensor:
+        found = self.capture(value)
+        assert isinstance(found, Tensor)
+        return found
+
     def copied(self, n: int) -> int:
         if n not in self._copies:
             node = self.model.graph[n]

@@ -20,7 +20,7 @@ from flowlang.elaborate.values import (
     Tensor,
     TypeSpec,
 )
-from flowlang.elaborate.weights import Fans, make_param, make_weight, start_of, starts_small
+from flowlang.elaborate.weights import Axes, Fans, Holder, make_param, net_bias, net_weight, start_of
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -124,6 +124,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
     source = (
         axis_rules.axis_name(body, tree.Item(item.left, span=item.span)) if item and item.left is not None else None
     )
+    before = {a.name: a.size for a in body.b.type(x).axes}  # `D -> D` has the first input's size, others joined or not
     if len(tensors) > 1:
         first = source or (body.b.type(x).names[0] if body.b.type(x).rank else "D")
         formal = Formal("x", [(first, tree.Item(None, span=span))], False, "real", False, False)
@@ -164,7 +165,7 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
         if item.arrow_eq is not None:
             size = static_size(body, item.arrow_eq)
         elif item.arrow.id == source:
-            size = t.size(source)
+            size = before.get(source, t.size(source))
         else:
             known = body.find(item.arrow.id)
             size = known if isinstance(known, int) else body.axes.get(item.arrow.id)
@@ -199,25 +200,17 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
 
 
 def linear_node(body: Body, inst: Instance, x: int, axis: str, total: int, options: dict[str, Any], span: Span) -> int:
-    """Σ_axis x · W + b with a flat result axis `out`; the parameters stand in the enclosing body."""
+    """Σ_axis x · W + b with a flat result axis `out`."""
     t = body.b.type(x)
-    out = free_name(t, "out")
-    made: dict[int, tuple[int, int | None]] = body.__dict__.setdefault("linear_params", {})
-    if id(inst) not in made or inst.owner is None:
-        name = inst.name or body.fresh_child_name("linear")
-        fan = t.size(axis)
-        fans = Fans(fan, total)
-        w = make_weight(body, name, ((out, total), (axis, fan)), out, fans, options, span)
-        b = None
-        if flag(options.get("bias", True)):
-            start = 0.0 if starts_small(options) else start_of(body, None, fans, span)
-            b = make_param(body, f"{name}_bias", ((out, total),), start, span)
-        made[id(inst)] = (w, b)
-    w, b = made[id(inst)]
-    if body.b.type(w).shape != (total, t.size(axis)):
-        raise body.fail("FL0301", "this `linear` is one network, and is used here with other sizes than before", span, suggestion="make one for each size: `linear` written at each place is a network of its own")
+    out, fan = free_name(t, "out"), t.size(axis)
+    fans, holder = Fans(fan, total), Holder(body, inst, "linear", span)
+    w = net_weight(holder, ((out, total), (axis, fan)), out, fans, options)
+    if inst.lipschitz is not None:
+        w = body.b.op("norm_bounded", w, axes=(axis,), bound=inst.lipschitz, span=span)
     y = body.b.op("contract", x, w, axes=(axis,), span=span)
-    return body.b.op("add", y, b, span=span) if b is not None else y
+    if not flag(options.get("bias", True)):
+        return y
+    return body.b.op("add", y, net_bias(holder, ((out, total),), fans, options), span=span)
 
 
 # ---- autoregressive MLP -------------------------------------------------------------------------
@@ -270,7 +263,7 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
             span,
             suggestion="as in `autoregressive_mlp[D](x, hidden = [64], blocks = 1)`",
         )
-    made = Made(body, inst.name or body.fresh_child_name("made"), axis, context, options, span)
+    made = Made(Holder(body, inst, "made", span), axis, context, options)
 
     def resolve(wanted: list[Any]) -> list[Any]:
         pieces, total = pieces_of(body, wanted, set(t.names), span)
@@ -284,18 +277,15 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
 class Made:
     """The layers of one `autoregressive_mlp`."""
 
-    def __init__(
-        self, body: Body, name: str, axis: str, context: list[int], options: dict[str, Any], span: Span
-    ) -> None:
-        self.body, self.name, self.axis, self.context, self.options, self.span = (
-            body,
-            name,
-            axis,
-            context,
-            options,
-            span,
-        )
+    def __init__(self, holder: Holder, axis: str, context: list[int], options: dict[str, Any]) -> None:
+        self.holder, self.body, self.span = holder, holder.body, holder.span
+        self.axis, self.context, self.options = axis, context, options
         self.count = 0
+
+    def weight(self, part: str, axes: Axes, start: Any) -> int:
+        return self.holder.weight(
+            part, axes, lambda home, name: make_param(home, f"{name}_{part}", axes, start, self.span)
+        )
 
     def act(self, h: int) -> int:
         from flowlang.elaborate.calls import apply
@@ -311,11 +301,11 @@ class Made:
         """Σ W h + b over `before`, with W zero where the row's degree (the last axis of `rows`) is too small."""
         body, span = self.body, self.span
         size = body.b.type(h).size(before)
-        w = make_param(body, f"{self.name}_weight{name}", (*rows, (before, size)), start, span)
+        w = self.weight(f"weight{name}", (*rows, (before, size)), start)
         w = body.b.op(
             "masked", w, row=rows[-1][0], col=before, row_degrees=degrees[0], col_degrees=degrees[1], strict=strict
         )
-        b = make_param(body, f"{self.name}_bias{name}", rows, bias, span)
+        b = self.weight(f"bias{name}", rows, bias)
         return body.b.op("add", body.b.op("contract", h, w, axes=(before,), span=span), b, span=span)
 
     def hidden_layer(
@@ -342,7 +332,7 @@ class Made:
             degrees = own
             if k == 0:
                 for j, c in enumerate(self.context):
-                    h = add_context(body, h, c, before, width, f"{self.name}_context{j + 1}", span)
+                    h = self.add_context(h, c, before, width, f"context{j + 1}")
         for _ in range(blocks):
             width, inner, unit = hidden[-1], h, before
             for _ in range(2):
@@ -360,26 +350,25 @@ class Made:
         )  # fmt: skip
         if not hidden:
             for j, c in enumerate(self.context):
-                y = add_context(body, y, c, per, total, f"{self.name}_context{j + 1}", span)
+                y = self.add_context(y, c, per, total, f"context{j + 1}")
         return body.b.op("rename", y, pairs=((out, axis),), span=span), per
 
-
-def add_context(body: Body, h: int, c: int, unit: str, width: int, name: str, span: Span) -> int:
-    """h plus an unmasked linear map of the context."""
-    tc = body.b.type(c)
-    shared = {n for n in tc.names if body.b.type(h).has(n)}
-    own = [n for n in tc.names if n not in shared]
-    if not own:
-        if tc.rank:  # the context has the same axis names: it enters as a vector of its own
-            pairs = tuple((n, f"{n}_given") for n in tc.names)
-            return add_context(body, h, body.b.op("rename", c, pairs=pairs), unit, width, name, span)
-        c = body.b.op("expand", c, axes=(("given", 1),))
-        own, tc = ["given"], body.b.type(c)
-    fan = math.prod(tc.size(n) for n in own)
-    w = make_param(
-        body, name, ((unit, width), *((n, tc.size(n)) for n in own)), start_of(body, None, Fans(fan, width), span), span
-    )
-    return body.b.op("add", h, body.b.op("contract", c, w, axes=tuple(own), span=span), span=span)
+    def add_context(self, h: int, c: int, unit: str, width: int, name: str) -> int:
+        """h plus an unmasked linear map of the context."""
+        body, span = self.body, self.span
+        tc = body.b.type(c)
+        shared = {n for n in tc.names if body.b.type(h).has(n)}
+        own = [n for n in tc.names if n not in shared]
+        if not own:
+            if tc.rank:  # the context has the same axis names: it enters as a vector of its own
+                pairs = tuple((n, f"{n}_given") for n in tc.names)
+                return self.add_context(h, body.b.op("rename", c, pairs=pairs), unit, width, name)
+            c = body.b.op("expand", c, axes=(("given", 1),))
+            own, tc = ["given"], body.b.type(c)
+        fan = math.prod(tc.size(n) for n in own)
+        start = start_of(body, None, Fans(fan, width), span)
+        w = self.weight(name, ((unit, width), *((n, tc.size(n)) for n in own)), start)
+        return body.b.op("add", h, body.b.op("contract", c, w, axes=tuple(own), span=span), span=span)
 
 
 NETWORKS: dict[str, Any] = {

@@ -135,7 +135,8 @@ def backward(body: Body, local: Local) -> Rule:
     It sees the forward pass's names and may update states, which it reads as they are when it runs.
     """
     declaration, region = local.declaration, body.region
-    owner = next((r for r in region.walk() if any(n.op == "param" for n in r.graph)), None)
+    lent = any(r in body.elab.needs for r in region.walk())
+    owner = region if lent else next((r for r in region.walk() if any(n.op == "param" for n in r.graph)), None)
     if owner is not None:
         raise body.fail(
             "FL0902", f"`def backward` gives no gradient to the parameters of `{owner.name}`", declaration.span,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flowlang import limits
 from flowlang.diagnostics import Label
 from flowlang.elaborate.axes import words
-from flowlang.elaborate.calls import apply
+from flowlang.elaborate.calls import apply, instance_of
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.unread import look_up_names
@@ -227,9 +227,7 @@ def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
     if isinstance(value, FirstBatch):
         restart(body, target, value, op)
         return
-    if isinstance(value, Bracketed) and isinstance(value.fn, Declared | BuiltinNet) and value.fn.kind in ("net", "norm"):
-        value = Instance(value.fn, {}, value.span, value.items)  # `f = linear[D -> D]` is one network too
-    own(body, name, value)
+    value = own(body, name, value, target.span)
     if isinstance(value, Tensor):
         value = body.capture(value)
         body.graph.relabel(value.id, name)
@@ -241,13 +239,14 @@ def bind_name(body: Body, target: tree.Target, value: Any, op: str) -> None:
         body.used.discard(name)
 
 
-def own(body: Body, name: str, value: Any) -> None:
+def own(body: Body, name: str, value: Any, span: Span) -> Any:
     """What is bound to a name is an instance of this body, wherever it is used; so is each item of a list."""
+    if isinstance(value, list):
+        return [own(body, name, item, span) for item in value]
+    value = instance_of(body.elab, value, span)
     if isinstance(value, Instance) and value.owner is None:
         value.owner, value.label, value.name = body, name, body.fresh_child_name(name)
-    elif isinstance(value, list):
-        for item in value:
-            own(body, name, item)
+    return value
 
 
 def draw(body: Body, statement: tree.Bind) -> Any:
@@ -882,6 +881,7 @@ def adopt_body(body: Body, inner: Body, name: str, count: int, span: Span) -> No
         child = region.children.get(shared.name)
         if child is not None:
             bindings[shared.name] = body.adopt(outer, child.region, span).name
+        if child is not None or isinstance(outer.target, BuiltinNet):  # whose weights are captured as values
             body.elab.note_shared(body, outer, count)
     body.region.children[name] = Child(name, after(region), False, bindings, count)
 

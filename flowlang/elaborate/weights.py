@@ -7,6 +7,7 @@ axis is the unit's) makes the weight that is used from the one that is trained, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from flowlang.syntax import tree
 if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
     from flowlang.elaborate.calls import Arguments
+    from flowlang.ir.graph import Region
 
 # Gains by default; He et al. 2015 (kaiming: √2 for relu), LeCun et al. 1998, Glorot & Bengio 2010, Saxe et al. 2014.
 SCHEMES = {
@@ -119,10 +121,90 @@ def starts_small(options: dict[str, Any]) -> bool:
     )
 
 
-def make_weight(
-    body: Body, name: str, axes: tuple[tuple[str, int], ...], unit: str, fans: Fans, options: dict[str, Any], span: Span
-) -> int:  # fmt: skip
+# ---- where weights stand ------------------------------------------------------------------------
+
+Axes = tuple[tuple[str, int], ...]
+Make = Callable[["Body", str], int]  # makes a weight in the body that owns it, for the network of this name
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A weight that a region takes from its caller: of the network given as `argument` (or of one given to that)."""
+
+    argument: str
+    part: tuple[str, ...]
+    axes: Axes
+    make: Make
+
+
+class Holder:
+    """One network at one use. Its weights are made where it is bound, once, and handed from there to every use."""
+
+    def __init__(self, body: Body, inst: Instance, kind: str, span: Span):
+        self.body, self.inst, self.span = body, inst, span
+        self.name = inst.name or body.fresh_child_name(kind)
+
+    def weight(self, part: str, axes: Axes, make: Make) -> int:
+        body, inst = self.body, self.inst
+        if inst.owner is None:  # written where it is used, and used there alone
+            return make(body, self.name)
+        id = body.bring(take(inst, (part,), axes, make)).id
+        type_ = body.b.type(id)
+        if type_.shape != tuple(size for _, size in axes):
+            raise body.fail(
+                "FL0301", f"`{inst.label or self.name}` is one network, and is used here with other sizes than before", self.span,
+                suggestion=f"make a second one, as in `{inst.target.name}(..)`, for the other sizes",
+            )  # fmt: skip
+        pairs = [(old, new) for old, (new, _) in zip(type_.names, axes, strict=True)]
+        if any(old != new for old, new in pairs):  # it was made for axes of other names
+            middle = tuple((old, f"{new}~") for old, new in pairs)
+            id = body.b.op("rename", id, pairs=middle, span=self.span)
+            id = body.b.op("rename", id, pairs=tuple((f"{new}~", new) for _, new in pairs), span=self.span)
+        return id
+
+
+def take(inst: Instance, part: tuple[str, ...], axes: Axes, make: Make) -> Tensor:
+    """A weight of a network, as the body that holds the instance sees it."""
+    home = inst.owner
+    assert home is not None
+    assert inst.name is not None
+    key = (inst.name, *part)
+    if key not in home.weights:
+        around = home.outer_instance(inst)
+        if around is not None:  # bound around a `repeat` or `scan`
+            home.weights[key] = home.bring(take(around, part, axes, make))
+        elif inst.shared:  # handed in by the caller
+            home.weights[key] = ask(home, Need(home.imported[inst.name], part, axes, make))
+        elif len(part) > 1:  # of a network that was given to this one
+            other = home.elab.shared_arguments(inst)[part[0]]
+            home.weights[key] = home.bring(take(other, part[1:], axes, make))
+        else:
+            home.weights[key] = Tensor(make(home, inst.name), home)
+    return home.weights[key]
+
+
+def ask(home: Body, need: Need) -> Tensor:
+    """A weight as an input of the region under construction, which every caller gives."""
+    name = "_".join((need.argument, *need.part))
+    type_ = TensorType.of(*need.axes)
+    id = home.b.leaf("input", type_, batched=False, span=home.region.span, label=name, name=name, role="context")
+    home.region.context.append(id)
+    home.elab.needs.setdefault(home.region, []).append(need)
+    return Tensor(id, home)
+
+
+def lend(body: Body, inst: Instance, region: Region) -> tuple[int, ...]:
+    """The weights that a region asks of its caller, `inst` being the network called."""
+    needs = body.elab.needs.get(region, ())
+    return tuple(body.bring(take(inst, (n.argument, *n.part), n.axes, n.make)).id for n in needs)
+
+
+# ---- the weight as used -------------------------------------------------------------------------
+
+
+def net_weight(holder: Holder, axes: Axes, unit: str, fans: Fans, options: dict[str, Any]) -> int:
     """The weight as used: its parameter, or what `weight = f` makes of it, f's first axis being `unit`."""
+    body, span = holder.body, holder.span
     weight, start = options.get("weight"), options.get("start")
     if isinstance(weight, Absent):
         weight = None
@@ -132,8 +214,18 @@ def make_weight(
         if start is not None:
             raise body.fail("FL0306", "`weight` is a start here, and so is `start`", span, suggestion="keep one of them")
         start, weight = weight, None
-    w = make_param(body, f"{name}_weight", axes, start_of(body, start, fans, span), span)
-    return w if weight is None else reparametrised(body, weight, w, unit, span)
+    init = start_of(body, start, fans, span)
+
+    def make(home: Body, name: str) -> int:
+        w = make_param(home, f"{name}_weight", axes, init, span)
+        return w if weight is None else reparametrised(home, weight, w, unit, span)
+
+    return holder.weight("weight", axes, make)
+
+
+def net_bias(holder: Holder, axes: Axes, fans: Fans, options: dict[str, Any]) -> int:
+    start = 0.0 if starts_small(options) else start_of(holder.body, None, fans, holder.span)
+    return holder.weight("bias", axes, lambda home, name: make_param(home, f"{name}_bias", axes, start, holder.span))
 
 
 def reparametrised(body: Body, weight: Any, w: int, unit: str, span: Span) -> int:

@@ -31,6 +31,7 @@ DISAGREES = {
     ("080", 8): "FL0302",  # `conv` keeps the name of its channels: there is no `O` to rename
     ("095", 4): "FL0409",  # a sum of products of any sign as divisor
     ("104", 7): "FL0409",  # w may be 0
+    ("134", 16): "FL0312",  # `out: net` is one network, and is used with two sizes; told for the first witness size
     ("113", 33): "FL0203",  # `polynomial` is a path of the library, and the draft wants a schedule
     ("121", 11): "FL0304",  # `linear(n)[..]`: no result type sizes it
     ("123", 15): "FL0308",  # one declared result, two given

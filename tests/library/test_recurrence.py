@@ -54,10 +54,9 @@ def test_a_scan_is_a_loop_over_slices(batch: tuple[int, ...], reverse: bool) -> 
     module = compiled(RNN.replace("scan T", "scan reverse T") if reverse else RNN, T=5, D=3)
     x = data(*batch, 5, 3).requires_grad_()
     first = torch.nn.functional.linear(x, module.linear_weight, module.linear_bias)
-    step = module.step
     h, out = torch.zeros(*batch, 4, dtype=torch.float64), [None] * 5
     for t in reversed(range(5)) if reverse else range(5):
-        h = torch.tanh(first[..., t, :] + torch.nn.functional.linear(h, step.back_weight, step.back_bias))
+        h = torch.tanh(first[..., t, :] + torch.nn.functional.linear(h, module.back_weight, module.back_bias))
         out[t] = 2 * h  # type: ignore[call-overload]
     expected = torch.stack(out, -2)  # type: ignore[arg-type]
     assert torch.allclose(module(x), expected, rtol=1e-12)
