@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +79,15 @@ class Body:
         *,
         parent: Body | None = None,
         anchor: Span | None = None,
+        enclosing: Body | None = None,
     ):
         self.elab = elab
         self.region = region
         self.graph: Graph = region.graph
         self.b = Builder(region.graph)
         self.module = module
-        self.parent = parent
+        self.parent = parent or enclosing  # where values are captured from
+        self.scope = parent  # where names are looked up that are not bound here; nothing is, around a declaration
         self.anchor = anchor  # the user's call that led into library text
         self.names: dict[str, Any] = {}
         self.axes: dict[str, int] = dict(parent.axes) if parent else {}
@@ -155,7 +159,7 @@ class Body:
         self.lost |= introduced_axes(node) - self.axes.keys()
 
     def is_lost(self, axis: str) -> bool:
-        return axis in self.lost or (self.parent is not None and self.parent.is_lost(axis))
+        return axis in self.lost or (self.scope is not None and self.scope.is_lost(axis))
 
     # ---- names ----------------------------------------------------------------------------------
 
@@ -192,8 +196,8 @@ class Body:
         if name in self.names:
             self.used.add(name)
             return self.names[name]
-        if self.parent is not None:
-            outer = self.parent.find(name)
+        if self.scope is not None:
+            outer = self.scope.find(name)
             return None if outer is None else self.capture(outer, name)
         return None
 
@@ -205,14 +209,14 @@ class Body:
             for name, value in scope.names.items():
                 if isinstance(value, Tensor) and value.body.graph[value.id].attrs.get("given") and name not in names:
                     names.append(name)
-            scope = scope.parent
+            scope = scope.scope
         found = {n: self.find(n) for n in sorted(names)}
         return {n: v for n, v in found.items() if isinstance(v, Tensor)}
 
     def visible_names(self) -> set[str]:
         names = set(self.names) | set(self.axes) | set(self.module.names) | self.elab.global_names()
-        if self.parent is not None:
-            names |= self.parent.visible_names()
+        if self.scope is not None:
+            names |= self.scope.visible_names()
         return names
 
     def capture(self, value: Any, name: str | None = None) -> Any:
@@ -252,6 +256,26 @@ class Body:
     def outer_instance(self, inst: Instance) -> Instance | None:
         """The instance of the body around that a captured one stands for."""
         return next((o for i, o in self.captured_instances.values() if i.name == inst.name), None)
+
+    @contextmanager
+    def inside(self, around: Body) -> Iterator[None]:
+        """Names and axes are those of another body around this one, while a `def` of its is evaluated here."""
+        saved = self.names, self.axes, self.rest, self.module, self.scope
+        self.names, self.axes, self.rest, self.module, self.scope = (
+            {},
+            dict(around.axes),
+            around.rest,
+            around.module,
+            around,
+        )
+        try:
+            yield
+        finally:
+            self.names, self.axes, self.rest, self.module, self.scope = saved
+
+    def sees(self, other: Body) -> bool:
+        """Whether names of another body are in sight here."""
+        return self is other or (self.scope is not None and self.scope.sees(other))
 
     def draw(self, target: tree.Target, dist: DistributionValue, span: Span) -> Tensor | None:
         """The value of a draw in a program; None in a bijector, where a draw is balanced by an emission."""
@@ -304,6 +328,9 @@ class Body:
         """For each shared child that `region` expects, the child of this body that it gets."""
         bindings: dict[str, str] = {}
         given = self.elab.shared_arguments(inst)
+        if region in self.elab.closures:  # networks that a local function reads
+            held = self.elab.closures[region].captured_instances.values()
+            given |= {shared.name: outer for shared, outer in held if shared.name is not None}
         for name, child in region.children.items():
             if child.shared:
                 outer = given.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,22 +115,12 @@ def apply(
 def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arguments:
     args = Arguments()
     words = option_words(fn)
+    order = free_words(fn, {n for i in items if (n := item_name(i)) is not None}) if words else []
     for item in items:
         name = item_name(item)
         if name is not None and item.arrow is None:
             assert item.eq is not None
-            if name in words and isinstance(item.eq, tree.Name) and item.eq.id in words[name]:
-                args.keywords[name] = Option(item.eq.id, words[name])
-            elif name in words and isinstance(item.eq, tree.Name) and isinstance(body.find(item.eq.id), Option):
-                args.keywords[name] = body.find(item.eq.id)  # handed on: `trace = trace`
-            elif name in words:
-                choices = ", ".join(f"`{w}`" for w in words[name])
-                raise body.fail(
-                    "FL0306", f"`{name}` is one of {choices}", item.eq.span,
-                    suggestion=name_help(item.eq.id, words[name]) if isinstance(item.eq, tree.Name) else "write a word here",
-                )  # fmt: skip
-            else:
-                args.keywords[name] = body.ev(item.eq)
+            args.keywords[name] = word_or_value(body, item.eq, name, words.get(name, ()))
             args.keyword_spans[name] = item.span
         elif name is not None and item.arrow is not None and item.arrow_eq is None:
             assert item.eq is not None
@@ -139,11 +130,49 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
             if item.type is not None:
                 args.positional.append(body.typed(item.left, [item.type])[0])
             else:
-                args.positional.append(body.ev(item.left))
+                filled = sum(not isinstance(v, Tensor | Pending | Absent) for v in args.positional)
+                parameter, among = order[filled] if filled < len(order) else ("", ())
+                if isinstance(item.left, tree.Name):
+                    args.positional.append(word_or_value(body, item.left, parameter, among))
+                else:  # a tensor, perhaps
+                    args.positional.append(body.ev(item.left))
             args.spans.append(item.span)
         else:
             raise body.fail("FL0202", "an argument is a value or `name = value`", item.span, suggestion="as in `affine_coupling(net = mlp(64))`")
     return args
+
+
+def word_or_value(body: Body, expr: tree.Expr, name: str, words: tuple[str, ...]) -> Any:
+    """The argument of a choice: one of its words, which come before names, or a choice handed on (`trace = trace`)."""
+    if not words:
+        return body.ev(expr)
+    if isinstance(expr, tree.Name):
+        if expr.id in words:
+            return Option(expr.id, words)
+        found = body.find(expr.id)
+        if found is not None:  # `check_static` says so if it does not fit
+            return found
+    choices = ", ".join(f"`{w}`" for w in words)
+    raise body.fail(
+        "FL0306", f"`{name}` is one of {choices}", expr.span,
+        suggestion=did_you_mean(expr.id, words) if isinstance(expr, tree.Name) else None,
+    )  # fmt: skip
+
+
+def free_words(fn: Any, named: set[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """The static parameters that positions fill, in order, with their words; a variadic one takes the rest."""
+    target = fn.target if isinstance(fn, Instance) else fn
+    if not isinstance(target, Declared):
+        return []
+    bound = set(fn.arguments) if isinstance(fn, Instance) else set()
+    out = []
+    for p in (p for ps in target.declaration.parameters for p in ps):
+        if is_tensor_type(p.type) or p.name in named or p.name in bound:
+            continue
+        if p.variadic:
+            break
+        out.append((p.name, one_of_words(p.type)))
+    return out
 
 
 def option_words(fn: Any) -> dict[str, tuple[str, ...]]:
@@ -414,24 +443,31 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
             )  # fmt: skip
         values[name] = value
     free = [p for p in params if p.name not in values]
-    if len(args.positional) > len(free):
-        raise body.fail("FL0202", f"`{declaration.name}` takes {len(params)} arguments", args.span, suggestion="leave out the rest")
-    for p, v in zip(free, args.positional, strict=False):
+    given = list(args.positional)
+    while len(given) > len(free) and isinstance(given[-1], Absent):
+        given.pop()  # a network that takes no context gets none
+    if len(given) > len(free):
+        raise body.fail(
+            "FL0202", f"`{declaration.name}` takes {len(params)} arguments, and gets {len(given)}", args.span
+        )
+    for p, v in zip(free, given, strict=False):
         values[p.name] = v
     for p in params:
-        if p.name not in values:
-            if p.default is None:
-                raise body.fail("FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span, suggestion=f"as in `{declaration.name}({p.name} = ..)`")
-            values[p.name] = body.ev(p.default)
+        if p.name not in values and p.default is None:
+            raise body.fail("FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span)
     body.elab.enter(body, f"def:{id(declaration)}", declaration.name, args.span)
-    saved = dict(body.names)
     try:
-        body.names.update(values)
-        result = run_statements(body, declaration.body or ())
-        if finish is not None:
-            finish()
+        with nullcontext() if body.sees(fn.body) else body.inside(fn.body):
+            saved = dict(body.names)
+            try:
+                values |= {p.name: body.ev(p.default) for p in params if p.name not in values and p.default is not None}
+                body.names.update(values)
+                result = run_statements(body, declaration.body or ())
+                if finish is not None:
+                    finish()
+            finally:
+                body.names = saved
     finally:
-        body.names = saved
         body.elab.leave()
     return result
 
@@ -607,10 +643,34 @@ def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span:
     for name, value in body.context_values().items():
         if name != "x":
             inputs[name] = (value.id, value.type)
-    region = body.elab.instantiate(body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span)
+    region = region_of(body, inst, {n: t for n, (_, t) in inputs.items()}, span)
     if region is None:
         return POISON
     return emit_call(body, inst, region, inputs, {}, {}, span)
+
+
+def region_of(
+    body: Body, inst: Instance, types: dict[str, TensorType], span: Span, fixed: bool = False
+) -> Region | None:
+    """The region of a call; of `inverse(b)` the one whose result has the type that is given."""
+    elab = body.elab
+    if not inst.inverted or not types:
+        return elab.instantiate(body, inst, types, {}, span, fixed)
+    first = next(iter(types))
+    wanted = types[first]
+    for known in elab.regions_of(inst):
+        same = len(known.inputs) == 1 and [t.axes for t in known.output_types()] == [wanted.axes]
+        if same and not known.emissions and not known.draws and not known.broken:
+            return elab.instantiate(body, inst, types | {first: known.input_types()[0]}, {}, span, fixed)
+    guess = elab.trial(body, inst, types, span)
+    if guess is not None and [t.names for t in guess.output_types()] == [wanted.names]:
+        # Where the map makes an axis so many times as long, its inverse makes it so many times shorter.
+        (made,) = guess.output_types()
+        before = TensorType.of(*((a.name, a.size * a.size // made.size(a.name)) for a in wanted.axes), kind=wanted.kind)
+        again = elab.trial(body, inst, types | {first: before}, span)
+        if again is not None and [t.axes for t in again.output_types()] == [wanted.axes]:
+            types = types | {first: before}
+    return elab.instantiate(body, inst, types, {}, span, fixed)
 
 
 def join_inputs(
@@ -723,9 +783,7 @@ def finish_call(
                 return pending.resolve([spec])[0]
         del first
         return pending
-    region = body.elab.instantiate(
-        body, inst, {n: t for n, (_, t) in inputs.items()}, {}, span, of_weights(body, inst, inputs)
-    )
+    region = region_of(body, inst, {n: t for n, (_, t) in inputs.items()}, span, of_weights(body, inst, inputs))
     if region is None:
         return POISON
     return emit_call(body, inst, region, inputs, lifted, back, span)
@@ -877,11 +935,16 @@ def emit_call(
     if region.broken:
         body.region.broken = True
         return POISON
-    if inst.inverted and [t.axes for t in region.output_types()] != [t.axes for t in region.input_types()]:
-        # The region was made for what comes out of it, taken as what goes in.
+    name = inst.target.name
+    if inst.inverted and region.emissions:
         raise body.fail(
-            "FL0902", f"`inverse({inst.target.name})` has no meaning yet: `{inst.target.name}` changes the shape of its value",
-            span, suggestion="write the opposite step by itself, as `unsqueeze` for `squeeze`",
+            "FL0902", f"`inverse({name})` has no meaning yet: parts leave `{name}` on the way", span,
+            suggestion="keep the parts as results of a net, or sample the flow that they leave",
+        )  # fmt: skip
+    if inst.inverted and [t.axes for t in region.output_types()] != [t.axes for t in type_of(inputs, region)]:
+        raise body.fail(
+            "FL0902", f"`inverse({name})` has no meaning yet: what `{name}` was made of cannot be told from the shape it gives",
+            span, suggestion="use it forward first, or write the opposite step by itself, as `unsqueeze` for `squeeze`",
         )  # fmt: skip
     child = body.adopt(inst, region, span)
     front = tuple(lifted.items())
@@ -906,7 +969,7 @@ def emit_call(
         outs.append(TensorType(tuple(lifted_axes(front))))
         attrs["log_det"] = True
     type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
-    ids = (*(id for id, _ in inputs.values()), *lend(body, inst, region))
+    ids = (*(id for id, _ in inputs.values()), *lend(body, inst, region), *closed_over(body, region))
     node = body.graph.add("call", ids, type_, attrs, span=span, label=None)
     if any(d for d in region.draws):
         node = body.graph[node.id]
@@ -935,6 +998,20 @@ def emit_call(
         named.append(Tensor(id, body))
     named += log_det
     return named[0] if len(named) == 1 else Tuple(tuple(named))
+
+
+def type_of(inputs: dict[str, tuple[int, TensorType]], region: Region) -> list[TensorType]:
+    """The types of the values that a call maps."""
+    return [t for _, t in inputs.values()][: len(region.inputs)]
+
+
+def closed_over(body: Body, region: Region) -> tuple[int, ...]:
+    """What a region sees of the bodies around through the local functions that were given to it."""
+    inner = body.elab.closures.get(region)
+    if inner is None:
+        return ()
+    assert inner.parent is not None
+    return tuple(body.bring(Tensor(id, inner.parent)).id for id in inner.captures)
 
 
 def lifted_axes(front: tuple[tuple[str, int], ...]) -> Any:

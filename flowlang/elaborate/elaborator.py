@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +74,7 @@ class Elaborator:
         self._items = 0
         self._exhausted = False
         self._depths: dict[Region, int] = {}
+        self.closures: dict[Region, Body] = {}  # regions that were given local functions, as they were made
         self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context
         self.quiet_free = False
         self.parameter_limit = limits.PARAMETERS
@@ -352,6 +353,8 @@ class Elaborator:
                 return ("option", value.word)
             case Tensor():
                 return ("tensor", value.id, id(value.body))
+            case Local():
+                return ("local", id(value.declaration), id(value.body))
             case _:
                 return repr(value)
 
@@ -426,8 +429,7 @@ class Elaborator:
         target = inst.target
         assert isinstance(target, Declared)
         key = (
-            id(target.declaration),
-            tuple((k, self.static_key(v)) for k, v in sorted(inst.arguments.items())),
+            *self.target_key(inst),
             tuple(inputs.items()),
             tuple(sorted(open_sizes.items())),
             inst.lipschitz,  # not `inverted`: both directions are methods of one region
@@ -447,7 +449,7 @@ class Elaborator:
             declaration.name, declaration.kind, Graph(), span=declaration.span, doc=declaration.doc, library=library
         )
         region.signature = self.signature(inst)
-        body = Body(self, region, target.module, anchor=anchor)
+        body = Body(self, region, target.module, anchor=anchor, enclosing=enclosing(inst))
         try:
             self.build(body, inst, inputs, open_sizes, span, caller, fixed)
         except Fail as e:
@@ -456,11 +458,14 @@ class Elaborator:
             region.broken = True
         finally:
             self.leave()
+        region.context.extend(body.captures.values())
         if inst.lipschitz is not None and not region.broken:
             needs = self.needs.get(region)
             region = self.bound(caller, region, inst.lipschitz, span)
             if needs:
                 self.needs[region] = needs
+        if body.parent is not None:
+            self.closures[region] = body
         self.regions[key] = after(region)
         if not region.broken and self.depth(region) > limits.REGION_DEPTH:
             region.broken = True
@@ -468,6 +473,31 @@ class Elaborator:
         if region.broken:
             caller.region.broken = True
         return region
+
+    def target_key(self, inst: Instance) -> tuple[Hashable, ...]:
+        """What tells a declaration with its static arguments from any other."""
+        arguments = tuple((k, self.static_key(v)) for k, v in sorted(inst.arguments.items()))
+        return id(inst.target.declaration if isinstance(inst.target, Declared) else inst.target), arguments
+
+    def regions_of(self, inst: Instance) -> list[Region]:
+        """The regions that an instance has been used as so far, at whatever sizes."""
+        key = self.target_key(inst)
+        return [r for k, r in self.regions.items() if isinstance(k, tuple) and k[:2] == key]
+
+    def trial(self, caller: Body, inst: Instance, inputs: Mapping[str, TensorType], span: Span) -> Region | None:
+        """The region at these types if there is one; what is wrong with it is not told."""
+        scratch = Body(self, Region(caller.region.name, caller.region.kind, Graph()), caller.module)
+        told, known = self.report, set(self.regions)
+        self.report = Report()
+        try:
+            found = self.instantiate(scratch, inst, inputs, {}, span)
+        except (Fail, Poisoned):
+            found = None
+        finally:
+            self.report = told
+            for key in set(self.regions) - known:  # made again, and told of, where they are wanted
+                del self.regions[key]
+        return None if found is None or found.broken else found
 
     def bound(self, caller: Body, region: Region, limit: float, span: Span) -> Region:
         """The region with its weights scaled so that its certified Lipschitz constant is at most `limit`."""
@@ -564,10 +594,6 @@ class Elaborator:
                 suggestion=f"as in `{p.name} = [64, 64]`",
             )  # fmt: skip
         for v in values:
-            if isinstance(v, Local) and kind.name in ("net", "fn"):
-                raise body.not_yet(
-                    "def as net", f"the local function `{v.declaration.name}` as a network has no meaning yet", span
-                )
             if not fits_static(kind, v):
                 raise body.fail(
                     "FL0306",
@@ -849,13 +875,19 @@ class Elaborator:
                         raise scope.fail("FL0310", f"the size of axis `{shape.open_axes[0]}` of the result is open", span,
                                          suggestion=f"set it, as in `compile(.., {shape.open_axes[0]}=8)`")  # fmt: skip
             if not inputs and declaration.kind == "bijector":
-                inputs = {"x": TensorType((Axis("D", max(size_of("D") or 2, 2)),))}
+                inputs = {"x": self.chain_input(scope, inst, max(size_of("D") or 2, 2), span)}
             return self.instantiate(scope, inst, inputs, open_sizes, span)
         except Fail as e:
             self.report.add(e.diagnostic)
         except Poisoned:
             pass
         return None
+
+    def chain_input(self, scope: Body, inst: Instance, size: int, span: Span) -> TensorType:
+        """What a chain that nothing uses may map: a vector, an image or a sequence, whichever its steps take."""
+        vector = TensorType.of(("D", size))
+        tried = (vector, TensorType.of(("C", size), ("H", 4), ("W", 4)), TensorType.of(("T", 4), ("D", size)))
+        return next((t for t in tried if self.trial(scope, inst, {"x": t}, span) is not None), vector)
 
     def witness_static(self, scope: Body, p: tree.Parameter, span: Span) -> Any:
         try:
@@ -910,6 +942,26 @@ class Library:
         return self._sources[self._index[name]] if name in self._index else None
 
 
+def enclosing(inst: Instance) -> Body | None:
+    """The innermost body whose local functions are among an instance's arguments; all others are around it."""
+
+    def bodies(value: Any) -> Iterator[Body]:
+        match value:
+            case Local():
+                yield value.body
+            case Instance():
+                for v in value.arguments.values():
+                    yield from bodies(v)
+            case list():
+                for v in value:
+                    yield from bodies(v)
+
+    def depth(body: Body) -> int:
+        return 0 if body.parent is None else 1 + depth(body.parent)
+
+    return max(bodies(inst), key=depth, default=None)
+
+
 def holds_instance(value: Any) -> bool:
     return isinstance(value, Instance) or (isinstance(value, list) and any(holds_instance(v) for v in value))
 
@@ -932,7 +984,7 @@ def fits_static(kind: Static, value: Any) -> bool:
             return isinstance(value, bool)
         case "net" | "fn" | "norm":
             return isinstance(
-                value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed | StartValue
+                value, Instance | Declared | Builtin | BuiltinNet | AppliedBuiltin | Bracketed | StartValue | Local
             ) and (getattr(value, "kind", "net") not in ("bijector", "flow", "distribution"))
         case "bijector":
             return isinstance(value, Instance | Declared | Builtin | AppliedBuiltin | Bracketed)

@@ -127,6 +127,8 @@ class ProgramBody(Body):
         """The model's networks are used as they are; its parameters, and what it computes of them, are copied here."""
         if isinstance(value, Instance):
             return value
+        if isinstance(value, Local) and value.body is self.model:
+            return Local(value.declaration, self)  # the model's functions read the program's data
         if isinstance(value, Tensor) and value.body is self.model:
             return Tensor(self.copied(value.id), self)
         return super().capture(value, name)

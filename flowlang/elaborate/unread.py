@@ -42,7 +42,7 @@ def mark_read(body: Body, name: str) -> None:
         if name in scope.names:
             scope.used.add(name)
             return
-        scope = scope.parent
+        scope = scope.scope
 
 
 def bound_inside(statements: tuple[tree.Statement, ...]) -> set[str]:

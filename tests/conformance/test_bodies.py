@@ -55,10 +55,26 @@ def test_an_absent_value_elsewhere_is_refused() -> None:
 CHOICE = "net g(way: one_of(up, down) = up) (x: R[D]) {{ if way == up {{ x + 1 }} else {{ x - 1 }} }}\nnet f(x: R[D]) {{ g({})(x) }}"
 
 
+@pytest.mark.parametrize("steps", ["actnorm;  reverse", "squeeze;  actnorm[C]", "affine_coupling[T](net = mlp(4))"])
+def test_a_chain_that_nothing_uses_is_judged_on_what_its_steps_take(steps: str) -> None:
+    assert told(f"bijector c {{ {steps} }}") == []
+
+
 def test_an_enumeration_takes_its_words() -> None:
     assert same(value(CHOICE.format("way = down"), X, D=3), [[0.0, 1.0, 2.0]])
     assert same(value(CHOICE.format(""), X, D=3), [[2.0, 3.0, 4.0]])
     assert codes(CHOICE.format("way = sideways")) == ["FL0306"]
+
+
+def test_an_enumeration_takes_its_words_by_position_whatever_else_they_name() -> None:
+    text = CHOICE.replace("up", "exp").replace("down", "checkerboard")
+    assert same(value(text.format("checkerboard"), X, D=3), [[0.0, 1.0, 2.0]])
+    assert same(value(text.format("exp"), X, D=3), [[2.0, 3.0, 4.0]])
+    assert codes(text.format("chekerboard")) == ["FL0306"]
+    handed = text.replace("net f", "net h(way: one_of(exp, checkerboard)) (x: R[D]) {{ g(way)(x) }}\nnet f")
+    assert same(value(handed.replace("g({})", "h({})").format("checkerboard"), X, D=3), [[0.0, 1.0, 2.0]])
+    several = text.replace("(way", "(k: int = 2, way").replace("x + 1", "k * x")
+    assert same(value(several.format("3, exp"), X, D=3), [[3.0, 6.0, 9.0]])
 
 
 def test_a_bijector_without_a_tensor_parameter_is_a_chain() -> None:
@@ -255,3 +271,36 @@ def test_the_compiler_notes_a_network_shared_by_copies() -> None:
 
     text = "flow f { data x: R[D = 2];  n = mlp(8);  repeat 4 { affine_coupling(net = n) };  base normal }"
     assert [d.code for d in compile_source(Source("spec.flow", text)).report] == ["FL0214"]
+
+
+# ---- inverses of steps that change shapes -------------------------------------------------------
+
+SQUEEZED = (
+    "bijector small() {{ squeeze;  actnorm[C] }}\nmodel f {{ data x: R[C = 1, H = 4, W = 4];  s = {step}\n{programs} }}"
+)
+DENSITY = "def log_prob(x) { z, l = s(x);  normal.log_prob(z) + l }"
+BACK = "def back(z: R[C = 4, H = 2, W = 2]) { x, l = inverse(s)(z);  x }"
+FORTH = "def forth(x) { z, l = s(x);  z }"
+
+
+@pytest.mark.parametrize("step", ["squeeze", "squeeze()", "small()"])
+@pytest.mark.parametrize("programs", [DENSITY + "\n" + FORTH + "\n" + BACK, BACK + "\n" + FORTH])
+def test_the_inverse_of_a_step_that_changes_shapes(step: str, programs: str) -> None:
+    m = made(SQUEEZED.format(step=step, programs=programs))
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    assert torch.allclose(m.back(m.forth(x)), x, atol=1e-12)
+
+
+def test_it_stands_in_a_chain_too() -> None:
+    m = made("flow f { data x: R[C = 1, H = 4, W = 4];  squeeze;  actnorm[C];  inverse(squeeze);  base normal }")
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    z, _ = m(x)
+    assert z.shape == x.shape
+    assert torch.allclose(m.inverse(z)[0], x, atol=1e-12)
+
+
+def test_it_is_refused_where_parts_leave() -> None:
+    text = SQUEEZED.format(
+        step="factor_out[C](normal)", programs="def back(z: R[C = 2, H = 4, W = 4]) { x, l = inverse(s)(z);  x }"
+    )
+    assert codes(text) == ["FL0902"]
