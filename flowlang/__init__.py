@@ -1,20 +1,40 @@
 """FlowLang: write the forward map of a density model; get the inverse, the log-determinant and PyTorch."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 from flowlang.api import analyse, check, compile, export_onnx, folded, generate, info, load, save
 from flowlang.diagnostics import Diagnostic, FlowError, Report
+=======
+>>>>>>> 18cd352 (Importing flowlang loads nothing but its version; names come from their modules when they are asked for)
 from flowlang.version import __version__
+
+if TYPE_CHECKING:
+    from flowlang.api import analyse, check, compile, export_onnx, generate, info, load, save
+    from flowlang.diagnostics import Diagnostic, FlowError, Report
 
 __all__ = [
     "Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compile", "export_onnx", "folded",
     "generate", "info", "load", "save",
 ]  # fmt: skip
 
+# Where each name comes from: importing the package loads none of it, and torch least of all.
+HOMES = {
+    "flowlang.api": ("analyse", "check", "compile", "export_onnx", "generate", "info", "load", "save"),
+    "flowlang.diagnostics": ("Diagnostic", "FlowError", "Report"),
+    "flowlang.backends.torch.runtime": ("NumericalWarning",),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "NumericalWarning":  # needs torch, which importing this package does not load
-        from flowlang.backends.torch.runtime import NumericalWarning
+    for home, names in HOMES.items():
+        if name in names:
+            import importlib
 
-        return NumericalWarning
+            globals()[name] = found = getattr(importlib.import_module(home), name)
+            return found
     raise AttributeError(f"module `flowlang` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(n for names in HOMES.values() for n in names)})

@@ -155,7 +155,7 @@ def word_or_value(body: Body, expr: tree.Expr, name: str, words: tuple[str, ...]
     choices = ", ".join(f"`{w}`" for w in words)
     raise body.fail(
         "FL0306", f"`{name}` is one of {choices}", expr.span,
-        suggestion=did_you_mean(expr.id, words) if isinstance(expr, tree.Name) else None,
+        suggestion=name_help(expr.id, words) if isinstance(expr, tree.Name) else "write a word here",
     )  # fmt: skip
 
 
@@ -448,13 +448,17 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
         given.pop()  # a network that takes no context gets none
     if len(given) > len(free):
         raise body.fail(
-            "FL0202", f"`{declaration.name}` takes {len(params)} arguments, and gets {len(given)}", args.span
-        )
+            "FL0202", f"`{declaration.name}` takes {len(params)} arguments, and gets {len(given)}", args.span,
+            suggestion="leave out the rest",
+        )  # fmt: skip
     for p, v in zip(free, given, strict=False):
         values[p.name] = v
     for p in params:
         if p.name not in values and p.default is None:
-            raise body.fail("FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span)
+            raise body.fail(
+                "FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span,
+                suggestion=f"as in `{declaration.name}({p.name} = ..)`",
+            )  # fmt: skip
     body.elab.enter(body, f"def:{id(declaration)}", declaration.name, args.span)
     try:
         with nullcontext() if body.sees(fn.body) else body.inside(fn.body):
