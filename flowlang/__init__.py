@@ -2,15 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
-from flowlang.api import analyse, check, compile, export_onnx, folded, generate, info, load, save
-from flowlang.diagnostics import Diagnostic, FlowError, Report
-=======
->>>>>>> 18cd352 (Importing flowlang loads nothing but its version; names come from their modules when they are asked for)
 from flowlang.version import __version__
 
 if TYPE_CHECKING:
-    from flowlang.api import analyse, check, compile, export_onnx, generate, info, load, save
+    from flowlang.api import analyse, check, compile, export_onnx, folded, generate, info, load, save
     from flowlang.diagnostics import Diagnostic, FlowError, Report
 
 __all__ = [
@@ -20,7 +15,7 @@ __all__ = [
 
 # Where each name comes from: importing the package loads none of it, and torch least of all.
 HOMES = {
-    "flowlang.api": ("analyse", "check", "compile", "export_onnx", "generate", "info", "load", "save"),
+    "flowlang.api": ("analyse", "check", "compile", "export_onnx", "folded", "generate", "info", "load", "save"),
     "flowlang.diagnostics": ("Diagnostic", "FlowError", "Report"),
     "flowlang.backends.torch.runtime": ("NumericalWarning",),
 }
