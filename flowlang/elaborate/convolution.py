@@ -135,7 +135,7 @@ def convolution(op: str) -> Any:
 
         def build(total: int) -> int:
             if total % groups:
-                raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span)
+                raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span, suggestion="choose a number of groups that divides both numbers of channels")
             holder = Holder(body, inst, op, span)
             out = free_name(t, f"{channel}^")
             window = tuple(zip(KERNEL_AXES[-n:], kernel, strict=True))

@@ -797,10 +797,7 @@ def run_repeat(body: Body, statement: tree.Repeat) -> Any:
     if count < 0:
         raise body.fail("FL0305", f"{count} copies make no sense", statement.count.span, suggestion="give 0 or more")
     if count > limits.REPEAT_COUNT:
-        raise body.fail(
-            "FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span,
-            suggestion=f"repeat it at most {limits.REPEAT_COUNT:,} times",
-        )  # fmt: skip
+        raise body.fail("FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span, suggestion=f"write at most {limits.REPEAT_COUNT:,}")
     body.elab.multiply(body, count, statement.count.span)
     try:
         if body.chain_value is not None:
