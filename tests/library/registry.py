@@ -34,6 +34,8 @@ ELSEWHERE = {
     "tarflow_block": "test_003", "tarflow_guided_block": "test_003", "tarflow_patches": "test_003",
     "modified_rq_spline": "test_039", "modified_rq_spline_coupling": "test_039",
     "modified_rq_spline_injector": "test_039", "cond_affine_coupling": "test_039",
+    "mixlogistic_cdf": "test_089", "mixlogistic_attn_coupling": "test_089", "pointwise": "test_089",
+    "flowpp_step": "test_089", "flowpp_steps": "test_089", "flowpp_noise": "test_089", "flowpp_dequant": "test_089",
 }  # fmt: skip
 BASES = {"Unit": "uniform(0, 1)", "Torus": "uniform(-π, π)", "Positive": "exponential"}
 
