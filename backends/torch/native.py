@@ -18,6 +18,7 @@ from flowlang.backends.torch.emit import Expr, Writer, argument, emitter
 from flowlang.derive.program import Program, is_map
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node
+from flowlang.ir.types import Axis, TensorType
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,108 @@ def with_native_norms(program: Program) -> Program:
     """The program with its native norms as nodes of their own, and fewer passes in what is written out."""
     if is_map(program.region):
         return program
-    return regrouped(with_patterns(program))
+    return regrouped(with_patterns(with_attention(program)))
+
+
+@dataclass(frozen=True)
+class Attended:
+    """softmax over S of scale · q·k along d, times v: what each reads along, and the nodes that it stands for."""
+
+    q: int
+    k: int
+    v: int
+    lead: tuple[str, ...]
+    axes: tuple[str, str, str, str]  # T, S, d, e
+    scale: float
+    causal: bool
+    inside: frozenset[int]
+
+
+def attention(graph: Graph, n: int) -> Attended | None:
+    """The pattern that ends in a product with the softmax of scores; None where it is none."""
+    root = graph[n]
+    if root.op != "contract" or len(root.attrs["axes"]) != 1 or not root.batched:
+        return None
+    (s,) = root.attrs["axes"]
+    r = Reader(graph)
+    p, v = root.inputs if softened(graph, root.inputs[0]) else root.inputs[::-1]
+    while graph[p].op == "order":
+        r.taken.add(p)
+        p = graph[p].inputs[0]
+    weights = r.take(p, "softmax")
+    if weights is None or weights.attrs["axis"] != s or not set(weights.attrs) <= {"axis", "causal"}:
+        return None
+    at, scale = weights.inputs[0], 1.0
+    while graph[at].op == "order":
+        r.taken.add(at)
+        at = graph[at].inputs[0]
+    if graph[at].op in ("mul", "div"):
+        node = graph[at]
+        number = r.number(node.inputs[1])
+        if number is None or number == 0:
+            return None
+        r.taken.add(at)
+        scale = number if node.op == "mul" else 1 / number
+        at = node.inputs[0]
+    product = r.take(at, "contract")
+    if product is None or len(product.attrs["axes"]) != 1:
+        return None
+    (d,) = product.attrs["axes"]
+    q, k = product.inputs
+    if s in graph[q].tensor.names:
+        q, k = k, q
+    names = [set(graph[i].tensor.names) for i in (q, k, v)]
+    lead = names[1] - {s, d}
+    own, result = names[0] - lead - {d}, names[2] - lead - {s}
+    fits = s in names[1] and d in names[0] & names[1] and lead < names[0] and lead < names[2]
+    if not fits or len(own) != 1 or len(result) != 1 or own == {s} or own & result or set(root.tensor.names) != lead | own | result:
+        return None
+    (t,), (e,) = own, result
+    if not all(graph[i].batched and graph[i].tensor.kind == "real" for i in (q, k, v)) or weights.attrs.get("causal", t) != t:
+        return None
+    order = tuple(x for x in root.tensor.names if x in lead)
+    return Attended(q, k, v, order, (t, s, d, e), scale, "causal" in weights.attrs, frozenset(r.taken))
+
+
+def softened(graph: Graph, n: int) -> bool:
+    while graph[n].op == "order":
+        n = graph[n].inputs[0]
+    return graph[n].op == "softmax"
+
+
+def with_attention(program: Program) -> Program:
+    """The program with attention that is written out as one op each."""
+    graph = program.graph
+    roots = [*program.outputs, *(n for _, n in program.effects)]
+    needed = graph.reachable(roots)
+    found: dict[int, Attended] = {}
+    for n in sorted(needed):
+        a = attention(graph, n)
+        if a is not None and closed(graph, Native("", (), {}, a.inside), n, needed, roots):
+            found[n] = a
+    if not found:
+        return program
+    b, ids = Builder(Graph()), dict[int, int]()
+    inside = {n for a in found.values() for n in a.inside}
+    for n in sorted((needed | set(program.inputs)) - inside):
+        node, a = graph[n], found.get(n)
+        if a is None:
+            ids[n] = b.graph.add(
+                node.op, tuple(ids[i] for i in node.inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+            ).id
+            continue
+        t, s, d, e = a.axes
+        wanted = ((a.q, (*a.lead, t, d)), (a.k, (*a.lead, s, d)), (a.v, (*a.lead, s, e)))
+        parts = [b.op("order", ids[i], names=names) if graph[i].tensor.names != names else ids[i] for i, names in wanted]
+        laid = TensorType(tuple(Axis(x, node.tensor.size(x)) for x in (*a.lead, t, e)), "real")
+        made = b.graph.add("native_attention", tuple(parts), laid, {"scale": a.scale, "causal": a.causal}, span=node.span, batched=True).id
+        ids[n] = made if laid.names == node.tensor.names else b.op("order", made, names=node.tensor.names)
+        if node.label:
+            b.graph.relabel(ids[n], node.label)
+    return replace(
+        program, graph=b.graph, inputs=[ids[i] for i in program.inputs], outputs=[ids[o] for o in program.outputs],
+        effects=[(name, ids[n]) for name, n in program.effects],
+    )  # fmt: skip
 
 
 def with_patterns(program: Program) -> Program:
@@ -386,7 +488,7 @@ def follows(r: Reader, node: Node, op: str, x: int, ddof: int) -> tuple[int, flo
 
 
 TITLES = {"native_layer_norm": "layer norm", "native_rms_norm": "RMS norm", "native_group_norm": "group norm",
-          "native_batch_norm": "batch norm", "native_gated_norm": "gated norm", "native_mean_square": "mean square",
+          "native_batch_norm": "batch norm", "native_gated_norm": "gated norm", "native_attention": "attention", "native_mean_square": "mean square",
           "native_batch_mean_square": "mean square over the batch"}  # fmt: skip
 
 
@@ -424,6 +526,13 @@ def _batch_mean_square(w: Writer, n: Node) -> Expr:
     x = n.inputs[0]
     dims = tuple(w.dim(x, a) for a in n.attrs["axes"])
     return Expr(f"{w.scope.use('batch_mean_square')}({argument(w, x)}, {w.type(x).rank}, {dims!r})")
+
+
+@emitter("native_attention")
+def _attention(w: Writer, n: Node) -> Expr:
+    w.lines.append("# torch's own scaled_dot_product_attention: the spec's formula is its pattern")
+    causal = ", True" if n.attrs["causal"] else ""
+    return Expr(f"{w.scope.use('attend')}({', '.join(argument(w, i) for i in n.inputs)}, {n.attrs['scale']!r}{causal})")
 
 
 @emitter("native_gated_norm")

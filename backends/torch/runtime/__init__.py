@@ -1,5 +1,6 @@
 """What generated modules call. `flowlang build` copies the parts that a file uses into it."""
 
+from flowlang.backends.torch.runtime.attention import Attention, attend, attend_plain
 from flowlang.backends.torch.runtime.errors import (
     bad_input,
     no_solution,
@@ -131,6 +132,7 @@ from flowlang.backends.torch.runtime.splines import (
 )
 
 __all__ = [
+    "Attention",
     "BoundedWeight",
     "Cayley",
     "DenseMatrix",
@@ -155,6 +157,8 @@ __all__ = [
     "ZeroMean",
     "assign",
     "at_bin",
+    "attend",
+    "attend_plain",
     "bad_input",
     "batch_first",
     "batch_last",
