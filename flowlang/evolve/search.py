@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +133,30 @@ class Search:
     def generation(self) -> None:
         """As many children as there are members; the best of all stay."""
         s = self.state
-        kept = replace(s.plan)
-        for _ in range(kept.population):
-            rng = self.rng()
-            drawn = rng.sample(s.members, min(kept.tournament, len(s.members)))
-            winner = rng.choice(sorted(front(drawn), key=lambda m: m.born))
-            child = winner.genome
-            while child == winner.genome:
-                child = mutated(rng, child)
-            self.tried(child)
-            s.members = sorted(s.members, key=lambda m: (-m.fitness, m.born))[: kept.population]
+        for _ in range(s.plan.population):
+            self.child()
+            s.members = sorted(s.members, key=lambda m: (-m.fitness, m.born))[: s.plan.population]
         s.best.append(s.members[0].fitness)
         self.save(s)
+
+    def child(self) -> None:
+        """A child that the compiler accepts, of tournaments until there is one; it may still be rejected when it is tried."""
+        s = self.state
+        for _ in range(ATTEMPTS):
+            rng = self.rng()
+            drawn = rng.sample(s.members, min(s.plan.tournament, len(s.members)))
+            winner = rng.choice(sorted(front(drawn), key=lambda m: m.born))
+            if self.tried(self.other(rng, winner.genome)).rejected != "invalid":
+                return
+
+    def other(self, rng: random.Random, genome: Genome) -> Genome:
+        """A mutant that is another layer than all that live: one of a node that nothing reads is the layer it was, and such
+        twins would soon fill a small population. A node more is mutated until it differs."""
+        alive = {text(m.genome, "layer") for m in self.state.members}
+        child = mutated(rng, genome)
+        while text(child, "layer") in alive:
+            child = mutated(rng, child)
+        return child
 
 
 def report(state: State, count: int = 3) -> str:

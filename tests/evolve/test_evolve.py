@@ -193,3 +193,11 @@ def test_wrong_options_are_told(options: list[str], words: str, tmp_path: Path) 
     found = CliRunner().invoke(cli, ["evolve", "-o", str(tmp_path / "e"), *options])
     assert isinstance(found.exception, FlowError)
     assert words in str(found.exception)
+
+
+def test_children_are_other_layers_and_idle_nodes_make_no_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "judge", quick)
+    state = run(Plan(population=4, generations=6, nodes=12, seed=3))
+    texts = [text(m.genome, "layer") for m in state.members]
+    assert len(set(texts)) == len(texts)
+    assert state.best[-1] > state.best[0]
