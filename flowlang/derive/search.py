@@ -432,28 +432,29 @@ class Inverter:
 
     def dominators(self, p: Problem, stuck: list[int]) -> dict[int, list[int]]:
         """For each stuck member the unknown values that every way from the unknown targets to it crosses."""
-        import networkx as nx  # takes longer than checking most specs: only where propagation sticks
-
-        g: nx.DiGraph[int] = nx.DiGraph()
         root = -1
-        g.add_node(root)
-        for n in p.unknown | set(stuck):
-            if n in p.targets:
-                g.add_edge(root, n)
+        above: dict[int, int] = {root: root}  # the nearest dominator of each value that is reached
+        depth = {root: 0}
+        for n in sorted(p.unknown | set(stuck)):  # operands have smaller numbers
+            ways = [root] if n in p.targets else [i for i in self.graph[n].inputs if i in p.unknown and i in above]
+            if not ways:
                 continue
-            for i in self.graph[n].inputs:
-                if i in p.unknown:
-                    g.add_edge(i, n)
-        idom = nx.immediate_dominators(g, root)
+            met = ways[0]
+            for way in ways[1:]:
+                while met != way:
+                    if depth[met] >= depth[way]:
+                        met = above[met]
+                    else:
+                        way = above[way]
+            above[n], depth[n] = met, depth[met] + 1
         out: dict[int, list[int]] = {}
         for m in stuck:
             chain: list[int] = []
-            at: int | None = idom.get(m)
-            while at is not None and at != root:
+            at = above.get(m, root)
+            while at != root:
                 if isinstance(self.graph[at].type, TensorType):
                     chain.append(at)
-                up = idom.get(at)
-                at = None if up == at else up
+                at = above[at]
             out[m] = chain
         return out
 

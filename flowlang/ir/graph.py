@@ -92,9 +92,7 @@ class Graph:
     def annotate(self, id: int, **attrs: Any) -> int:
         """Adds attributes to a node that say what is known of it."""
         old = self._nodes[id]
-        node = replace(old, attrs={**old.attrs, **attrs})
-        self._nodes[id] = node
-        self.nx.nodes[id]["node"] = node
+        self._nodes[id] = replace(old, attrs={**old.attrs, **attrs})
         return id
 
     def __getitem__(self, id: int) -> Node:
