@@ -11,6 +11,7 @@ from pathlib import Path
 from flowlang import limits
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.elaborate.elaborator import Library
+from flowlang.elaborate.scope import did_you_mean
 from flowlang.source import Source
 
 _DECLARATION = re.compile(r"^(?:bijector|net|norm|flow|const|model|path|solver|optimizer|recipe)\s+([^\s(={]+)", re.M)
@@ -45,13 +46,19 @@ def read_text(path: str | Path) -> str:
         with Path(path).open("rb") as f:
             blob = f.read(limit + 1)
         if len(blob) > limit:
-            message, advice = f"`{path}` is larger than the limit of {limit:,} bytes for one spec", "check that it is a spec"
+            message, advice = (
+                f"`{path}` is larger than the limit of {limit:,} bytes for one spec",
+                "check that it is a spec",
+            )
             raise FlowError(Diagnostic("FL0901", message, suggestion=advice))
         return blob.decode("utf-8")
     except UnicodeDecodeError as e:
         message, advice = f"`{path}` is not UTF-8 text (byte {e.start})", "save it as UTF-8"
     except OSError as e:
-        message, advice = f"`{path}` cannot be read: {e.strerror or e}", "check the path; a spec may also be given as text"
+        message, advice = (
+            f"`{path}` cannot be read: {e.strerror or e}",
+            "check the path; a spec may also be given as text",
+        )
     except ValueError:
         message, advice = f"{str(path)!r} is no path", "a path holds no zero byte"
     raise FlowError(Diagnostic("FL0801", message, suggestion=advice))
@@ -76,6 +83,50 @@ class Folders:
                 return Source.of(str(file), text)
         return None
 
+    def advice(self, path: tuple[str, ...], importer: Source) -> str | None:
+        name = ".".join(path)
+        if path[0] == "std":
+            return library_advice(name)
+        if importer.library or not all(re.fullmatch(r"\w+", p) for p in path):
+            return None
+        if path[-1] == "flow":
+            return f"leave the ending out: `import {'.'.join(path[:-1])}`"
+        for folder in self.folders:
+            place = folder.joinpath(*path)
+            if place.is_dir():
+                files = sorted(f.stem for f in place.glob("*.flow"))
+                held = ", ".join(f"`{name}.{f}`" for f in files[:4])
+                return f"`{name}` is a folder; " + (f"its files are {held}" if files else "it holds no `.flow` file")
+            file = place.with_suffix(".flow")
+            if file.is_symlink() and file.is_file() and not file.resolve().is_relative_to(folder):
+                return (
+                    f"`{file.name}` is a link that leads out of the spec's folder, where nothing can be imported from"
+                )
+            if file.exists() or file.is_symlink():
+                return f"`{file.name}` is not a file that can be read"
+            beside = Path(importer.name).parent.joinpath(*path).with_suffix(".flow")
+            if beside.is_file() and beside.resolve().is_relative_to(folder):
+                whole = ".".join(beside.resolve().relative_to(folder).with_suffix("").parts)
+                return f"paths begin in the spec's own folder: `import {whole}`"
+            if place.parent.is_dir():
+                near = [".".join((*path[:-1], f.stem)) for f in place.parent.glob("*.flow")]
+                found = did_you_mean(name, near)
+                if found:
+                    return found
+        return None
+
+
+def library_advice(name: str) -> str | None:
+    """What of the library may be meant by a path."""
+    library = standard_library()
+    held = [p for p in library.paths() if p.startswith(f"{name}.")]
+    if held:
+        return f"`{name}` is a folder; its files are {', '.join(f'`{p}`' for p in held[:4])}{', ..' if len(held) > 4 else ''}"
+    last = library.find(name.rpartition(".")[2])
+    if last is not None:
+        return f"`{name.rpartition('.')[2]}` is declared in `{last.name}`, and needs no import"
+    return did_you_mean(name, library.paths())
+
 
 class Texts:
     """Imports from texts that were kept beside weights; the library as ever."""
@@ -88,3 +139,7 @@ class Texts:
         if path and path[0] == "std":
             return standard_library().source(name)
         return Source.of(name, self.loaded[name]) if name in self.loaded and not importer.library else None
+
+    def advice(self, path: tuple[str, ...], importer: Source) -> str | None:
+        name = ".".join(path)
+        return library_advice(name) if path[0] == "std" else did_you_mean(name, self.loaded)

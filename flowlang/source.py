@@ -79,3 +79,7 @@ class Loader(Protocol):
     def load(self, path: tuple[str, ...], importer: Source) -> Source | None:
         """The source for a dotted import path, or None where there is none."""
         ...
+
+    def advice(self, path: tuple[str, ...], importer: Source) -> str | None:
+        """What may be meant by a path at which there is nothing."""
+        ...

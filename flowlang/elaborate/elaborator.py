@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from flowlang import limits
-from flowlang.diagnostics import Diagnostic, Label, Report
+from flowlang.diagnostics import Diagnostic, FlowError, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, instance_of, parameters_of
 from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
-from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, name_help
+from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
@@ -97,7 +98,7 @@ class Elaborator:
     def declare(self, scope: ModuleScope, item: tree.Declaration) -> None:
         span = item.name_span or item.span
         known = scope.names.get(item.name)
-        if isinstance(known, Declared) and known.module is scope:
+        if known is not None:  # declared or imported
             self.report.add(
                 Diagnostic("FL0204", f"`{item.name}` is declared twice", span, suggestion="rename one of them")
             )
@@ -135,34 +136,56 @@ class Elaborator:
                 Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span, suggestion="import from fewer files")
             )
             return
-        source = self.loader.load(item.path, scope.source)
+        path = ".".join(item.path)
+        try:
+            source = self.loader.load(item.path, scope.source)
+        except FlowError as e:  # a file that cannot be read
+            self.report.extend(replace(d, span=item.span) for d in e.diagnostics)
+            scope.broken |= {*item.names} or {item.path[-1]}
+            return
         if source is None:
             self.report.add(
                 Diagnostic(
-                    "FL0207",
-                    f"nothing to import at `{'.'.join(item.path)}`",
-                    item.span,
-                    suggestion="paths resolve in the spec's folder, the folders given, then the library (`std. ..`)",
+                    "FL0207", f"nothing to import at `{path}`", item.span, suggestion=self.loader.advice(item.path, scope.source)
+                    or "paths resolve in the spec's folder, the folders given, then the library (`std. ..`)",
                 )
-            )
+            )  # fmt: skip
+            scope.broken |= {*item.names} or {item.path[-1]}
             return
         if source.name in chain:
-            self.report.add(Diagnostic("FL0208", f"`{'.'.join(item.path)}` imports itself in a cycle", item.span, suggestion="move what both files need into a third one"))
+            ring = [*chain[chain.index(source.name) :], source.name]
+            self.report.add(
+                Diagnostic("FL0208", f"`{path}` imports itself in a cycle", item.span,
+                           suggestion="move what both files need into a third one",
+                           notes=("the cycle: " + " -> ".join(f"`{name}`" for name in ring),))
+            )  # fmt: skip
             return
         other = self.add_module(source, chain)
         if not item.names:
-            scope.names.setdefault(item.path[-1], other)
+            self.bind_import(scope, item, item.path[-1], other)
             return
         for name in item.names:
             if name in other.names:
-                scope.names.setdefault(name, other.names[name])
-            elif name not in other.broken:
+                self.bind_import(scope, item, name, other.names[name])
+                continue
+            scope.broken |= {name}
+            if name not in other.broken:
+                known = ", ".join(f"`{n}`" for n in sorted(other.names)[:6]) or "nothing"
                 self.report.add(
                     Diagnostic(
-                        "FL0207", f"`{'.'.join(item.path)}` has no `{name}`", item.span,
-                        suggestion=name_help(name, other.names),
+                        "FL0207", f"`{path}` has no `{name}`", imported_name(item, name),
+                        suggestion=did_you_mean(name, other.names) or f"it declares {known}",
                     )
                 )  # fmt: skip
+
+    def bind_import(self, scope: ModuleScope, item: tree.Import, name: str, value: Any) -> None:
+        """An imported name; two of one name would leave the reader to guess."""
+        known = scope.names.setdefault(name, value)
+        if known is not value:
+            self.report.add(
+                Diagnostic("FL0204", f"`{name}` is declared twice", imported_name(item, name),
+                           suggestion=f"import the file, as in `import {'.'.join(item.path)}`, and write `{item.path[-1]}.{name}`")
+            )  # fmt: skip
 
     def global_name(self, name: str) -> Any:
         if name in BUILTINS:
@@ -940,6 +963,14 @@ class Library:
 
     def find(self, name: str) -> Source | None:
         return self._sources[self._index[name]] if name in self._index else None
+
+
+def imported_name(item: tree.Import, name: str) -> Span:
+    """Where a name stands in an import."""
+    at = re.compile(rf"(?<![\w.']){re.escape(name)}(?![\w'])").search(item.span.text, item.span.text.find("(") + 1)
+    if at is None:
+        return item.span
+    return Span(item.span.source, item.span.start + at.start(), item.span.start + at.end())
 
 
 def enclosing(inst: Instance) -> Body | None:

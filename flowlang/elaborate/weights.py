@@ -54,7 +54,9 @@ def scheme(name: str) -> Any:
         values = [*args.positional, *args.keywords.values()]
         known = all(k == "gain" for k in args.keywords)
         if not known or len(values) > 1 or not all(isinstance(v, int | float) and v > 0 for v in values):
-            raise body.fail("FL0305", f"`{name}` takes its gain, a number above 0", args.span, suggestion="as in `orthogonal(1)`")
+            raise body.fail(
+                "FL0305", f"`{name}` takes its gain, a number above 0", args.span, suggestion="as in `orthogonal(1)`"
+            )
         return StartValue(name, float(values[0]) if values else SCHEMES[name])
 
     return call
@@ -102,7 +104,12 @@ def start_of(body: Body, value: Any, fans: Fans, span: Span) -> Any:
 def make_param(body: Body, name: str, axes: tuple[tuple[str, int], ...], init: Any, span: Span) -> int:
     type_ = TensorType.of(*axes)
     if type_.count > body.elab.parameter_limit:
-        raise body.fail("FL0901", f"{type_.count:,} parameters exceed the limit of {body.elab.parameter_limit:,}", span, suggestion="choose smaller sizes, or raise `max_parameters`")
+        raise body.fail(
+            "FL0901",
+            f"{type_.count:,} parameters exceed the limit of {body.elab.parameter_limit:,}",
+            span,
+            suggestion="choose smaller sizes, or raise `max_parameters`",
+        )
     return body.b.leaf("param", type_, batched=False, span=span, label=name, name=name, domain=R, init=init)
 
 
@@ -148,7 +155,7 @@ class Holder:
         body, inst = self.body, self.inst
         if inst.owner is None:  # written where it is used, and used there alone
             return make(body, self.name)
-        id = body.bring(take(inst, (part,), axes, make)).id
+        id = frozen_or_not(body, inst, body.bring(take(inst, (part,), axes, make)).id)
         type_ = body.b.type(id)
         if type_.shape != tuple(size for _, size in axes):
             raise body.fail(
@@ -196,7 +203,13 @@ def ask(home: Body, need: Need) -> Tensor:
 def lend(body: Body, inst: Instance, region: Region) -> tuple[int, ...]:
     """The weights that a region asks of its caller, `inst` being the network called."""
     needs = body.elab.needs.get(region, ())
-    return tuple(body.bring(take(inst, (n.argument, *n.part), n.axes, n.make)).id for n in needs)
+    found = (body.bring(take(inst, (n.argument, *n.part), n.axes, n.make)).id for n in needs)
+    return tuple(frozen_or_not(body, inst, id) for id in found)
+
+
+def frozen_or_not(body: Body, inst: Instance, id: int) -> int:
+    """A weight as `frozen(f)` reads it: no gradient reaches it from there."""
+    return body.b.op("stop", id) if inst.frozen else id
 
 
 # ---- the weight as used -------------------------------------------------------------------------
@@ -212,7 +225,9 @@ def net_weight(holder: Holder, axes: Axes, unit: str, fans: Fans, options: dict[
         start = None
     if weight is not None and not is_map(weight):
         if start is not None:
-            raise body.fail("FL0306", "`weight` is a start here, and so is `start`", span, suggestion="keep one of them")
+            raise body.fail(
+                "FL0306", "`weight` is a start here, and so is `start`", span, suggestion="keep one of them"
+            )
         start, weight = weight, None
     init = start_of(body, start, fans, span)
 

@@ -26,6 +26,9 @@ class Parsed:
     comments: tuple[Comment, ...]
 
 
+IMPORTS = "as in `import std.flows.coupling (rqs_coupling)`, or `import nets.mine` for `nets/mine.flow` beside the spec"
+
+
 def parse(source: Source, report: Report) -> Parsed:
     """The tree of a text. Every problem goes to `report`; nothing is raised."""
     if len(source.text) > limits.SOURCE_SIZE:
@@ -138,7 +141,7 @@ class _Parser:
             try:
                 return self.top(self.feed(tokens, "item"))
             except _Failure as e:
-                failure = e.diagnostic
+                failure = self.misplaced(tokens) if tokens[0].type == "IMPORT" else e.diagnostic
         found = self.recover(tokens, failure)
         if found is None:
             self.mark_broken(tokens)
@@ -146,6 +149,9 @@ class _Parser:
 
     def misplaced(self, tokens: list[Any]) -> Diagnostic:
         where = Span(self.source, tokens[0].start_pos, tokens[0].end_pos)
+        if tokens[0] == "import":
+            return Diagnostic("FL0101", "an import names a file by dots, without folders above and without its ending",
+                              Span(self.source, tokens[0].start_pos, tokens[-1].end_pos), suggestion=IMPORTS)  # fmt: skip
         return Diagnostic(
             "FL0106" if tokens[0].type == "NAME" else "FL0101",
             "a declaration is needed here", where,

@@ -100,6 +100,16 @@ def test_a_bounded_linear_map_is_bounded() -> None:
     assert torch.linalg.matrix_norm(slope, 2) <= 0.5 + 1e-12
 
 
+@pytest.mark.parametrize("call", ["frozen(g)(x)", "frozen(s(g))(x)", "frozen(s(linear[D -> D]))(x)"])
+def test_a_frozen_network_gets_no_gradient(call: str) -> None:
+    text = "net s(g: net) (x: R[D]) { g(x) }\nmodel f { data x: R[D = 3];  g = linear[D -> D];  def loss { mean(CALL + g(x)) } }"
+    m, x = made(text.replace("CALL", call)), torch.randn(4, 3, dtype=torch.float64)
+    m.loss(x).backward()
+    found = dict(m.named_parameters())
+    assert torch.allclose(found["g_bias"].grad, torch.full((3,), 1 / 3, dtype=torch.float64))  # of g(x) alone
+    assert all(p.grad is None or not p.grad.any() for n, p in found.items() if not n.startswith("g_"))
+
+
 COUPLING = "bijector shear(g: net) (x: R[D]) { a: R[D], b: R[D] = g(x);  x * exp(tanh(a)) + b }\n"
 FLOWS = {
     "linear": "flow f { data x: R[D = 4];  g = linear;  repeat 3 { affine_coupling(net = g);  reverse };  base normal }",
