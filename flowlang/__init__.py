@@ -17,7 +17,7 @@ __all__ = [
 HOMES = {
     "flowlang.api": ("analyse", "check", "compile", "export_onnx", "folded", "generate", "info", "load", "save"),
     "flowlang.diagnostics": ("Diagnostic", "FlowError", "Report"),
-    "flowlang.backends.torch.runtime": ("NumericalWarning",),
+    "flowlang.backends.torch.runtime": ("NumericalWarning", "count_steps"),
 }
 
 

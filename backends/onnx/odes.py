@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from flowlang.backends.onnx.graph import BOOL, REAL, Builder, Value
-from flowlang.backends.onnx.lower import Lowering, Result, emitter
+import numpy as np
+from flowlang.backends.onnx.graph import BOOL, INT, Builder, Dim, Value
+from flowlang.backends.onnx.lower import Lowering, Result, Unlowered, emitter
 from flowlang.backends.onnx.solvers import any_of, finite
 
-from flowlang.analysis.solvers import order
-from flowlang.ir.graph import Node
+from flowlang.analysis.solvers import interpolant, order
+from flowlang.derive.programs import Program
+from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.tableau import Tableau
 from flowlang.ir.tangents import plain_method
-from flowlang.ir.types import TensorType
+from flowlang.ir.types import Axis, TensorType
 
 State = list[Value]
 Rates = Callable[[State, Value], State]
@@ -33,16 +35,18 @@ class Method:
     error: tuple[float, ...]
     order: int
     last_is_first: bool
+    dense: tuple[tuple[float, ...], ...] = ()
 
     @staticmethod
-    def of(t: Tableau) -> Method:
+    def of(t: Tableau, *, dense: bool = False) -> Method:
         error: tuple[float, ...] = ()
         found = 1
         if t.embedded is not None:
             error = tuple(float(x - y) for x, y in zip(t.b, t.embedded, strict=True))
             found = order(t, t.embedded).value + 1
         a = tuple(tuple(map(float, row[:i])) for i, row in enumerate(t.a))
-        return Method(a, tuple(map(float, t.b)), tuple(map(float, t.c)), error, found, t.first_same_as_last)
+        inside = tuple(tuple(map(float, row)) for row in interpolant(t).weights) if dense else ()
+        return Method(a, tuple(map(float, t.b)), tuple(map(float, t.c)), error, found, t.first_same_as_last, inside)
 
 
 @emitter("integrate")
@@ -52,7 +56,8 @@ def _integrate(w: Lowering, n: Node) -> Result:
     traced = bool(n.attrs.get("log_det"))
     along = plain_method(n.attrs) == "divergence_along"
     before = [w.value(i) for i in n.inputs[1 : 1 + along]]
-    after = [w.value(i) for i in n.inputs[1 + along :]]
+    timed = bool(n.attrs.get("timed"))
+    after = [w.value(i) for i in n.inputs[1 + along : len(n.inputs) - timed]]
     child = n.attrs["child"]
     weights = w.weights.child(child)
     shapes = [(*w.leads, *w.type(x).shape), *([w.leads] if traced else [])]
@@ -64,14 +69,75 @@ def _integrate(w: Lowering, n: Node) -> Result:
     state = [g.expand(w.value(x), shapes[0])]
     if traced:
         state.append(g.filled(0.0, w.leads))
-    method = Method.of(n.attrs["tableau"])
+    if "rule" in n.attrs:
+        found = rule_steps(w, n, rates, state)
+        return found[0] if isinstance(n.type, TensorType) else found
+    if not n.attrs["tableau"].explicit:
+        raise Unlowered(
+            n,
+            f"the steps of `{n.attrs['solver']}` are solved for by Newton's method",
+            "use an explicit solver, such as `rk4`",
+        )
+    at = w.value(n.inputs[-1]) if timed else g.const(np.array(n.attrs["at"])) if "at" in n.attrs else None
+    method = Method.of(n.attrs["tableau"], dense=at is not None)
     start, stop = float(n.attrs["start"]), float(n.attrs["stop"])
+    dense = None if at is None else Dense(g, at, w.leads, method)
     if "steps" in n.attrs:
-        found = equal_steps(g, rates, state, start, stop, int(n.attrs["steps"]), method)
+        steps = n.attrs.get("times", int(n.attrs["steps"]))
+        if n.attrs.get("gradient") == "reversible":
+            found = reversible_steps(g, rates, state, start, stop, steps, method)
+        else:
+            found = given_steps(g, rates, state, start, stop, steps, method, dense)
     else:
-        adaptive = Adaptive(g, rates, start, stop, float(n.attrs["rtol"]), float(n.attrs["atol"]), method, len(w.leads))
-        found = adaptive.solve(state, w)
+        most = int(n.attrs.get("max_steps", MOST_STEPS))
+        adaptive = Adaptive(
+            g, rates, start, stop, float(n.attrs["rtol"]), float(n.attrs["atol"]), method, len(w.leads), most
+        )
+        found = adaptive.solve(state, w, dense)
     return found[0] if isinstance(n.type, TensorType) else found
+
+
+class Dense:
+    """Values at the times asked for, filled in step by step."""
+
+    def __init__(self, g: Builder, at: Value, leads: Sequence[Dim], method: Method):
+        self.g, self.leads, self.method = g, leads, method
+        self.at = g.expand(at, (*leads, at.shape[-1]))
+
+    def begin(self, state: State) -> State:
+        """What is carried: the values, none known yet, and which are open."""
+        n = len(self.leads)
+        shapes = [(*self.leads, self.at.shape[-1], *s.shape[n:]) for s in state]
+        return [*(self.g.filled(math.nan, s) for s in shapes), self.g.filled(1.0, self.at.shape)]
+
+    def fill(
+        self, carried: State, state: State, slopes: Sequence[State], t: Value, h: Value, accepted: Value | None
+    ) -> State:
+        g = self.g
+        n = len(self.leads)
+        known, still = carried[:-1], carried[-1]
+        start, step = (g.unsqueeze(v, [-1]) if v.rank else v for v in (t, h))
+        θ = g.div(g.sub(self.at, start), step)
+        inside = g.binary("And", g.binary("Greater", θ, -1e-6, BOOL), g.binary("Less", θ, 1 + 1e-6, BOOL), BOOL)
+        inside = g.binary("And", inside, g.binary("Greater", still, 0.5, BOOL), BOOL)
+        if accepted is not None:
+            inside = g.binary("And", inside, g.unsqueeze(accepted, [-1]), BOOL)
+        θ = g.where(inside, θ, 0.0)
+        weights = []
+        for row in self.method.dense:
+            total: Value | float = row[-1]
+            for c in reversed(row[:-1]):
+                total = g.add(g.mul(total, θ), c)
+            weights.append(g.mul(g.mul(total, θ), step))
+        out = []
+        for part, old in enumerate(known):
+            value = g.unsqueeze(state[part], [n])
+            for weight, k, row in zip(weights, slopes, self.method.dense, strict=True):
+                if any(row):
+                    slope = g.unsqueeze(k[part], [n])
+                    value = g.add(value, g.mul(expanded(g, weight, slope), slope))
+            out.append(g.where(expanded(g, inside, old), value, old))
+        return [*out, g.where(inside, 0.0, still)]
 
 
 def combined(g: Builder, base: State, weights: Sequence[float], slopes: Sequence[State], h: Value | float) -> State:
@@ -92,17 +158,144 @@ def expanded(g: Builder, value: Value, like: Value) -> Value:
     return g.unsqueeze(value, [-1 - k for k in range(like.rank - value.rank)])
 
 
-def equal_steps(g: Builder, rates: Rates, state: State, start: float, stop: float, steps: int, method: Method) -> State:
-    h = (stop - start) / steps
+def step_times(g: Builder, start: float, stop: float, steps: int | tuple[float, ...]) -> tuple[Value, Value, int]:
+    """The time and the size of each step, and how many there are."""
+    if isinstance(steps, int):
+        times = np.linspace(start, stop, steps + 1)
+    else:
+        times = np.array(sorted(steps, reverse=stop < start))
+    return g.const(times[:-1]), g.const(np.diff(times)), len(times) - 1
 
-    def step(i: Value, now: State) -> tuple[None, State]:
-        t = g.add(g.mul(g.cast(i, REAL), h), start)
-        slopes: list[State] = []
-        for row, c in zip(method.a, method.c, strict=True):
-            slopes.append(rates(combined(g, now, row, slopes, h), g.add(t, c * h)))
-        return None, combined(g, now, method.b, slopes, h)
 
-    return g.loop(steps, state, step, "integrate")
+def slopes_of(
+    g: Builder, rates: Rates, now: State, t: Value, h: Value, method: Method, first: State | None = None
+) -> list[State]:
+    slopes: list[State] = [] if first is None else [first]
+    for row, c in list(zip(method.a, method.c, strict=True))[len(slopes) :]:
+        slopes.append(rates(combined(g, now, row, slopes, h), g.add(t, g.mul(h, c))))
+    return slopes
+
+
+def entry(g: Builder, table: Value, i: Value) -> Value:
+    return g.op("Gather", table, i, shape=(), axis=0)
+
+
+def given_steps(
+    g: Builder, rates: Rates, state: State, start: float, stop: float, steps: int | tuple[float, ...], method: Method,
+    dense: Dense | None,
+) -> State:  # fmt: skip
+    times, sizes, count = step_times(g, start, stop, steps)
+    parts = len(state)
+
+    def step(i: Value, carried: State) -> tuple[None, State]:
+        now, slope = carried[:parts], carried[parts : 2 * parts] if reuse else None
+        t, h = entry(g, times, i), entry(g, sizes, i)
+        slopes = slopes_of(g, rates, now, t, h, method, slope)
+        new = combined(g, now, method.b, slopes, h)
+        if not reuse:
+            return None, new
+        last = slopes[-1] if method.last_is_first else rates(new, g.add(t, h))
+        if dense is None:
+            return None, [*new, *last]
+        known = slopes if method.last_is_first else [*slopes, last]
+        return None, [*new, *last, *dense.fill(carried[2 * parts :], now, known, t, h, None)]
+
+    reuse = method.last_is_first or dense is not None
+    carried = list(state)
+    if reuse:
+        carried += rates(state, g.const(np.array(start)))
+    if dense is None:
+        return g.loop(count, carried, step, "integrate")[:parts]
+    return g.loop(count, [*carried, *dense.begin(state)], step, "integrate")[2 * parts : 3 * parts]
+
+
+def rule_steps(w: Lowering, n: Node, rates: Rates, state: State) -> State:
+    """A step rule: first steps of their own, then one `Loop` for all others."""
+    g = w.g
+    start, stop = float(n.attrs["start"]), float(n.attrs["stop"])
+    times, sizes, count = step_times(g, start, stop, n.attrs.get("times", int(n.attrs["steps"])))
+    regions: Sequence[Region] = n.attrs["rule_regions"]
+    shapes = [s.shape[len(w.leads) :] for s in state]
+    widths = [math.prod(int(d) for d in s) for s in shapes]
+
+    def pack(parts: State) -> Value:
+        if len(parts) == 1:
+            return parts[0]
+        return g.concat([g.reshape(p, (*w.leads, k)) for p, k in zip(parts, widths, strict=True)], len(w.leads))
+
+    def unpack(x: Value) -> State:
+        if len(shapes) == 1:
+            return [x]
+        parts = g.split(x, len(w.leads), widths)
+        return [g.reshape(p, (*w.leads, *s)) for p, s in zip(parts, shapes, strict=True)]
+
+    whole = pack(state).shape
+
+    def v(x: Value, t: Value) -> Value:
+        return pack(rates(unpack(g.expand(x, whole)), t))
+
+    def step(k: int, carried: State, i: Value) -> State:
+        region = regions[k]
+        inner = Lowering(g, w.shared, w.weights.child(n.attrs["rule"][k]), w.leads)
+        inner.field = v
+        program = w.shared.program(region, "forward")
+        if len(widths) > 1:
+            program = flattened(program, region.graph[region.inputs[0]].tensor, sum(widths))
+        with w.scope(n.attrs["rule"][k]):
+            found = inner.program(
+                program, [*carried, entry(g, times, i), entry(g, sizes, i), i, g.const(np.array(0.0))]
+            )
+        return [g.expand(f, whole) for f in found]
+
+    carried = [pack(state)]
+    last = len(regions) - 1
+    for k in range(min(last, count)):
+        carried = step(k, carried, g.const(np.array(k), INT))
+    if count > last:
+
+        def again(i: Value, now: State) -> tuple[None, State]:
+            return None, step(last, now, g.binary("Add", i, g.const(np.array(last), INT), INT))
+
+        carried = g.loop(count - last, carried, again, "integrate")
+    return unpack(carried[0])
+
+
+def flattened(program: Program, state: TensorType, width: int) -> Program:
+    """A step that only sums multiples of its values, for values along one axis."""
+    made = Graph()
+    for node in program.graph:
+        same = isinstance(node.type, TensorType) and node.type.axes == state.axes and node.batched
+        type_ = TensorType((Axis("parts", width),)) if same else node.type
+        made.add(node.op, node.inputs, type_, node.attrs, span=node.span, label=node.label, batched=node.batched)
+    return replace(program, graph=made)
+
+
+@emitter("evaluate")
+def _evaluate(w: Lowering, n: Node) -> Value:
+    assert w.field is not None
+    return w.field(w.value(n.inputs[1]), w.value(n.inputs[2]))
+
+
+COUPLING = 0.99  # λ of McCallum & Foster
+
+
+def reversible_steps(
+    g: Builder, rates: Rates, state: State, start: float, stop: float, steps: int | tuple[float, ...], method: Method
+) -> State:
+    """x⁺ = λx + (1 - λ)z + Ψ_h(z, t), z⁺ = z - Ψ_-h(x⁺, t⁺)."""
+    times, sizes, count = step_times(g, start, stop, steps)
+    parts = len(state)
+
+    def step(i: Value, carried: State) -> tuple[None, State]:
+        x, z = carried[:parts], carried[parts:]
+        t, h = entry(g, times, i), entry(g, sizes, i)
+        mixed = [g.add(g.mul(a, COUPLING), g.mul(b, 1 - COUPLING)) for a, b in zip(x, z, strict=True)]
+        new = combined(g, mixed, method.b, slopes_of(g, rates, z, t, h, method), h)
+        back = g.neg(h)
+        down = slopes_of(g, rates, new, g.add(t, h), back, method)
+        return None, [*new, *combined(g, z, method.b, down, h)]
+
+    return g.loop(count, [*state, *state], step, "integrate")[:parts]
 
 
 class Adaptive:
@@ -118,12 +311,13 @@ class Adaptive:
         atol: float,
         method: Method,
         lead_rank: int,
+        most: int,
     ):
-        self.lead_rank = lead_rank
+        self.lead_rank, self.most = lead_rank, most
         self.g, self.rates, self.method, self.rtol, self.atol = g, rates, method, rtol, atol
         self.start, self.span, self.sign = start, abs(stop - start), 1.0 if stop > start else -1.0
 
-    def solve(self, state: State, w: Lowering) -> State:
+    def solve(self, state: State, w: Lowering, dense: Dense | None) -> State:
         g, m = self.g, self.method
         parts = len(state)
         leads = w.leads
@@ -133,7 +327,7 @@ class Adaptive:
 
         def step(i: Value, carried: State) -> tuple[Value, State]:
             now, slope = carried[:parts], carried[parts : 2 * parts]
-            done, h, before = carried[2 * parts :]
+            done, h, before = carried[2 * parts : 2 * parts + 3]
             active = g.binary("Less", done, self.span, BOOL)
             h = g.binary("Min", h, g.sub(self.span, done))
             signed = g.mul(h, self.sign)
@@ -157,17 +351,30 @@ class Adaptive:
             before = g.where(accepted, ratio, before)
             grows = g.binary("Or", accepted, bad, BOOL)
             h = g.where(grows, g.mul(h, factor), g.mul(h, g.clip(factor, None, 1.0)))
+            old, t = now, self.time(carried[2 * parts])
             now = [self.chosen(accepted, a, b) for a, b in zip(new, now, strict=True)]
             now = [self.chosen(lost, g.mul(v, math.nan), v) for v in now]
             last = slopes[-1] if m.last_is_first else self.rates(now, self.time(done))
             slope = [self.chosen(accepted, a, b) for a, b in zip(last, slope, strict=True)]
-            return any_of(g, g.binary("Less", done, self.span, BOOL)), [*now, *slope, done, h, before]
+            filled: State = []
+            if dense is not None:
+                known = slopes if m.last_is_first else [*slopes, last]
+                size = g.where(active, signed, self.sign)
+                filled = dense.fill(carried[2 * parts + 3 :], old, known, t, size, accepted)
+            return any_of(g, g.binary("Less", done, self.span, BOOL)), [*now, *slope, done, h, before, *filled]
 
-        zero = g.filled(0.0, leads)
-        carried = [*state, *slope, zero, h, g.add(zero, 1.0)]
-        return g.loop(MOST_STEPS, [g.expand(v, (*leads, *v.shape[len(leads) :])) for v in carried], step, "integrate")[
-            :parts
-        ]
+        # A sample that is not finite at the start has no step: it is NaN, by itself.
+        known = finite(g, h)
+        zero = g.where(known, g.filled(0.0, leads), self.span)
+        state = [self.chosen(known, v, g.filled(math.nan, v.shape)) for v in state]
+        carried = [*state, *slope, zero, g.where(known, h, 1.0), g.filled(1.0, leads)]
+        carried = [g.expand(v, (*leads, *v.shape[len(leads) :])) for v in carried]
+        if dense is not None:
+            carried += dense.begin(state)
+        out = g.loop(self.most, carried, step, "integrate")
+        reached = g.unary("Not", g.binary("Less", out[2 * parts], self.span, BOOL), BOOL)
+        found = out[:parts] if dense is None else out[2 * parts + 3 : -1]
+        return [self.chosen(reached, v, g.filled(math.nan, v.shape)) for v in found]
 
     def weighted(self, slopes: Sequence[State], h: Value) -> State:
         """The error estimate h·Σ e·k of each part."""

@@ -14,7 +14,7 @@ from flowlang.backends.torch.names import RESERVED, Names, ascii_name, class_nam
 from flowlang.backends.torch.native import with_native_norms
 from flowlang.backends.torch.polish import folded, reuse_names
 
-from flowlang.analysis.solvers import order
+from flowlang.analysis.solvers import interpolant, order
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.programs import Program, is_map, is_random
 from flowlang.derive.tidy import graphs, tidy, without_log_det, zero_log_det
@@ -127,6 +127,8 @@ class Generator:
                 continue
             for graph in graphs(self.program(region, name, value_only)):
                 todo += [called(n) for n in graph if n.op in RUNS]
+                todo += [(n.attrs["region"], "forward", False) for n in graph if implicit(n)]
+                todo += [(r, "forward", False) for n in graph for r in n.attrs.get("rule_regions", ())]
         return {k: sorted(v, key=lambda p: (p[1], program_rank(p[0]), p[0])) for k, v in found.items()}
 
     # ---- one class ------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ class Generator:
             rank = program.graph[program.inputs[0]].tensor.rank
             writer.batch = f"{names[0]}.shape[:-{rank}]" if rank else f"{names[0]}.shape"
             writer.reference = names[0]
-        signature = ["self", *(["batch: tuple[int, ...]"] if sampling else []), *(f"{n}: Tensor" for n in names)]
+        signature = ["self", *(["batch: tuple[int, ...]"] if sampling else []), *(f"{n}: {annotation(program.graph[i])}" for n, i in zip(names, program.inputs, strict=True))]
         value_only = is_map(region) and not program.log_det and not sampling
         if sampling or named or self.noisy(region, program.name, value_only):
             signature.append("generator: torch.Generator | None = None")
@@ -343,6 +345,15 @@ OWN_GRADIENT = ("plain", "trained", "backward")  # of a region with a hand-given
 RUNS = ("call", "repeat", "integrate", "scan")  # ops that run a program of a child
 
 
+def implicit(n: Node) -> bool:
+    """Whether a trajectory's steps are solved for, by the field itself."""
+    return n.op == "integrate" and "tableau" in n.attrs and not n.attrs["tableau"].explicit
+
+
+def annotation(node: Node) -> str:
+    return "Any" if node.attrs.get("role") == "field" else "Tensor"
+
+
 def program_rank(name: str) -> int:
     """Programs in the order of the list, derivatives of nets after them."""
     return PROGRAMS.index(name) if name in PROGRAMS else len(PROGRAMS)
@@ -409,7 +420,7 @@ class ClassScope:
         self.constants: dict[str, str] = {}
         self.children: dict[str, str] = {}
         self.shared: list[tuple[str, str]] = []
-        self.tableaus: list[tuple[Tableau, str]] = []
+        self.tableaus: list[tuple[Tableau, bool, str]] = []
         for child in region.children.values():
             self.add_child(child)
         for node in region.graph:
@@ -441,19 +452,21 @@ class ClassScope:
 
     # ---- solvers --------------------------------------------------------------------------------
 
-    def tableau(self, name: str, tableau: Tableau) -> str:
-        """An attribute that holds a Runge-Kutta method."""
-        for known, attribute in self.tableaus:
-            if known == tableau:
+    def tableau(self, name: str, tableau: Tableau, *, dense: bool = False) -> str:
+        """An attribute that holds a Runge-Kutta method, with its values inside a step if asked."""
+        for known, has_dense, attribute in self.tableaus:
+            if known == tableau and has_dense == dense:
                 return f"self.{attribute}"
         attribute = self.names.fresh(name)
-        self.tableaus.append((tableau, attribute))
-        a = tuple(tuple(float(v) for v in row[:i]) for i, row in enumerate(tableau.a))
+        self.tableaus.append((tableau, dense, attribute))
+        a = tuple(tuple(float(v) for v in (row[:i] if tableau.explicit else row)) for i, row in enumerate(tableau.a))
         b, c = (tuple(map(float, values)) for values in (tableau.b, tableau.c))
         parts = [repr(a), repr(b), repr(c)]
         if tableau.embedded is not None:
             parts.append(repr(tuple(float(x - y) for x, y in zip(tableau.b, tableau.embedded, strict=True))))
             parts.append(str(order(tableau, tableau.embedded).value + 1))
+        if dense:
+            parts.append(f"dense={tuple(tuple(map(float, row)) for row in interpolant(tableau).weights)!r}")
         self.lines.append(f"self.{attribute} = {self.use('RungeKutta')}({', '.join(parts)})")
         return f"self.{attribute}"
 

@@ -1285,34 +1285,67 @@ def _carried_start(w: Writer, i: int, over_batch: bool) -> str:
 
 @emitter("integrate")
 def _integrate(w: Writer, n: Node) -> Expr | None:
-    """`ode_steps(rates, state, batch, start, stop, steps, method)`, or the adaptive one with its tolerances."""
+    """`ode_steps(rates, state, batch, start, stop, steps, method)`, or the adaptive one with its tolerances.
+
+    With a gradient of its own the field takes what else it reads as arguments, so that gradients reach that too.
+    """
     x = n.inputs[0]
-    traced = bool(n.attrs.get("log_det"))
+    traced, timed = bool(n.attrs.get("log_det")), bool(n.attrs.get("timed"))
     along = plain_method(n.attrs) == "divergence_along"
     rank = w.type(x).rank
     batch = f"{w.variable(x)}.shape[:-{rank}]" if rank else f"{w.variable(x)}.shape"
-    before = [w.variable(i) for i in n.inputs[1 : 1 + along]]
-    after = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in n.inputs[1 + along :]]
-    call = f"self.{w.scope.children[n.attrs['child']]}{_method(n)}({', '.join(['state[0]', *before, 't', *after])})"
+    others = n.inputs[1 : len(n.inputs) - timed]
+    outside = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in others]
+    gradient = n.attrs.get("gradient", "through")
+    known = outside if gradient == "through" else [w.names.fresh("held") for _ in outside]
+    arguments = ", ".join(["state[0]", *known[:along], "t", *known[along:]])
+    child = f"self.{w.scope.children[n.attrs['child']]}"
+    call = f"{child}{_method(n)}({arguments})"
     start_value = w.variable(x)
-    if traced:
-        state = f"({start_value}, {start_value}.new_zeros({batch}))"
-        rates = f"lambda state, t: {call}"
-    else:
-        state, rates = f"({start_value},)", f"lambda state, t: ({call},)"
+    state = f"({start_value}, {start_value}.new_zeros({batch}))" if traced else f"({start_value},)"
+    inputs = ", ".join(["state", "t", *(known if gradient != "through" else [])])
+    rates = f"lambda {inputs}: {call}" if traced else f"lambda {inputs}: ({call},)"
     ends = f"{n.attrs['start']!r}, {n.attrs['stop']!r}"
-    method = w.scope.tableau(n.attrs["solver"], n.attrs["tableau"])
-    if "steps" in n.attrs:
-        function, how = w.scope.use("ode_steps"), f"{n.attrs['steps']}"
+    steps = n.attrs.get("times", n.attrs.get("steps"))
+    if "rule" in n.attrs:
+        rules = [f"self.{w.scope.children[c]}" for c in n.attrs["rule"]]
+        text = f"{w.scope.use('ode_rule')}({rates}, {state}, {batch}, {ends}, {steps!r}, [{', '.join(rules)}])"
+        return _trajectory(w, n, text, traced)
+    method = w.scope.tableau(n.attrs["solver"], n.attrs["tableau"], dense=timed or "at" in n.attrs)
+    if not n.attrs["tableau"].explicit:
+        plain = f"lambda state, t: ({child}({', '.join(['state[0]', 't', *outside[along:]])}),)"
+        parts = [rates, plain, state, batch, ends, repr(steps), method]
+        return _trajectory(w, n, f"{w.scope.use('ode_implicit')}({', '.join(parts)})", traced)
+    at = [f"at={w.tensor(n.inputs[-1])}"] if timed else []
+    if "at" in n.attrs:
+        at = [f"at={n.attrs['at']!r}"]
+    how = {k: n.attrs[k] for k in ("rtol", "atol", "max_steps") if k in n.attrs}
+    if gradient != "through":
+        given = repr(steps) if steps is not None else f"dict({', '.join(f'{k}={v!r}' for k, v in how.items())})"
+        held = f"({', '.join(outside)}{',' if len(outside) == 1 else ''})"
+        text = f"{w.scope.use(f'ode_{gradient}')}({', '.join([rates, state, batch, ends, given, method, held, child, *at])})"
+    elif steps is not None:
+        text = f"{w.scope.use('ode_steps')}({', '.join([rates, state, batch, ends, repr(steps), method, *at])})"
     else:
-        function, how = w.scope.use("ode_adaptive"), f"{n.attrs['rtol']!r}, {n.attrs['atol']!r}"
-    text = f"{function}({rates}, {state}, {batch}, {ends}, {how}, {method})"
+        most = [f"max_steps={how['max_steps']}"] if "max_steps" in how else []
+        parts = [rates, state, batch, ends, f"{how['rtol']!r}, {how['atol']!r}", method, *at, *most]
+        text = f"{w.scope.use('ode_adaptive')}({', '.join(parts)})"
+    return _trajectory(w, n, text, traced)
+
+
+def _trajectory(w: Writer, n: Node, text: str, traced: bool) -> Expr | None:
     if isinstance(n.type, TupleType):
         names = _results(w, n)
         w.lines.append(f"{', '.join(names)} = {text}" if traced else f"{names[0]} = {text}[0]")
         _bind_results(w, n, names)
         return None
     return Expr(f"{text}[0]")
+
+
+@emitter("evaluate")
+def _evaluate(w: Writer, n: Node) -> Expr:
+    v, x, t = n.inputs
+    return Expr(f"{w.env[v].text}({w.tensor(x)}, {w.env[t].text})")
 
 
 # ---- solvers ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 RUNTIME = "flowlang.backends.torch.runtime"
-MODULES = ("parameters", "functions", "norms", "attention", "splines", "solvers", "errors", "odes", "noise", "face", "flow", "model")
+MODULES = ("parameters", "functions", "norms", "attention", "splines", "solvers", "errors", "odes", "ode_gradients", "noise", "face", "flow", "model")
 STANDALONE = {"errors": "errors_standalone"}  # what stands in for a module in a file that needs torch alone
 
 FUTURE = "from __future__ import annotations"
@@ -19,8 +19,10 @@ STANDARD = {
     "math": "import math",
     "warnings": "import warnings",
     "Callable": "from collections.abc import Callable",
+    "Iterator": "from collections.abc import Iterator",
     "Sequence": "from collections.abc import Sequence",
     "AbstractContextManager": "from contextlib import AbstractContextManager",
+    "contextmanager": "from contextlib import contextmanager",
     "nullcontext": "from contextlib import nullcontext",
     "fnmatchcase": "from fnmatch import fnmatchcase",
     "pairwise": "from itertools import pairwise",
@@ -68,6 +70,8 @@ def defined(node: ast.stmt) -> str | None:
         return node.name
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         return node.targets[0].id
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return node.target.id
     return None
 
 

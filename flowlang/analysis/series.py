@@ -15,7 +15,7 @@ from typing import Any
 
 TERMS = 7  # coefficients kept: orders up to 5 are told apart
 CLOSE = 1e-9  # where a function of the rule made the coefficients floats
-STEPS = 4
+STEPS = 4  # of a rule whose steps are all alike after the first
 
 Number = Fraction | float | int
 
@@ -253,7 +253,7 @@ def first_difference(v: Vector) -> int:
 StepRule = Callable[[Callable[[Any, Any], Vector], Vector, Series, Series, int], Vector]
 
 
-def rule_order(steps_of: Callable[[], StepRule], seeds: Sequence[int] = (1, 2)) -> int:
+def rule_order(steps_of: Callable[[], StepRule], seeds: Sequence[int] = (1, 2), steps: int = STEPS) -> int:
     """The order of a rule. `steps_of()` gives a fresh rule (with fresh state): (v, x, t, h, i) -> next x."""
     best = TERMS
     for seed in seeds:
@@ -263,7 +263,7 @@ def rule_order(steps_of: Callable[[], StepRule], seeds: Sequence[int] = (1, 2)) 
         h = Series.of(Fraction(0), Fraction(1))
         x = Vector(tuple(Series.of(v) for v in START))
         before: Vector | None = None
-        for i in range(STEPS):
+        for i in range(steps):
             x = rule(field, x, Series.of(TIME, Fraction(i)), h, i)
             error = x - Vector(tuple(scaled(s, i + 1) for s in exact.items))
             best = min(best, first_difference(error) if before is None else first_difference(error - before) - 1)

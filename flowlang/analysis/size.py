@@ -122,7 +122,8 @@ def node_cost(graph: Graph, node: Node, known: dict[int, int]) -> int:
         lifted = prod(s for _, s in node.attrs.get("lifted", ()))
         times = int(node.attrs.get("count", 1))
         if node.op == "integrate":
-            times = int(node.attrs.get("steps", 1)) * int(node.attrs["tableau"].stages)
+            stages = node.attrs["tableau"].stages if "tableau" in node.attrs else node.attrs.get("evaluations", 1)
+            times = int(node.attrs.get("steps", 1)) * int(stages)
         return lifted * times * region_cost(inner, known)
     types = [graph[i].type for i in node.inputs]
     tensors = [t for t in types if isinstance(t, TensorType)]

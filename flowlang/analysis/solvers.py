@@ -146,4 +146,102 @@ def _det_plus(matrix: list[list[Fraction]]) -> tuple[Fraction, ...]:
     return tuple(out)
 
 
-__all__ = ["Order", "Tableau", "condition", "order", "rooted_trees", "row_sum_faults", "stability"]
+# ---- dense output -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolant:
+    """x(t + θh) = x + h·Σ_i k_i·Σ_j weights[i][j]·θ^(j+1) inside a step; the last k is the slope at the step's end.
+
+    It is of `order` at every θ, and its value and slope agree with the steps' at both ends.
+    """
+
+    weights: tuple[tuple[Fraction, ...], ...]
+    order: int
+
+
+@lru_cache(maxsize=64)
+def interpolant(tableau: Tableau) -> Interpolant:
+    """The polynomial through a step of the highest order that its own stages allow (Hairer, Norsett & Wanner, II.6).
+
+    For every tree of at most that order the weights' elementary weight is θ^|tree|/γ; with value and slope at both
+    ends these are linear equations in the coefficients, and of their solutions the least is taken.
+    """
+    wide = tableau if tableau.first_same_as_last else with_end(tableau)
+    n, reached = wide.stages, order(tableau).value
+    phi = Weights(wide)
+    for q in range(reached, 0, -1):
+        degree = max(q, 3)
+        rows: list[list[Fraction]] = []
+
+        def equation(terms: dict[tuple[int, int], Fraction], value: Fraction, degree: int = degree) -> list[Fraction]:
+            row = [Fraction(0)] * (n * degree + 1)
+            for (i, k), c in terms.items():
+                row[i * degree + k - 1] = c
+            row[-1] = value
+            return row
+
+        powers = range(1, degree + 1)
+        for i in range(n):
+            rows.append(equation({(i, k): Fraction(1) for k in powers}, wide.b[i]))
+            rows.append(equation({(i, 1): Fraction(1)}, Fraction(int(i == 0))))
+            rows.append(equation({(i, k): Fraction(k) for k in powers}, Fraction(int(i == n - 1))))
+        for p in range(1, q + 1):
+            for tree in rooted_trees(p):
+                stage = phi.stage(tree)
+                for k in powers:
+                    value = Fraction(1, density(tree)) if k == p else Fraction(0)
+                    rows.append(equation({(i, k): stage[i] for i in range(n)}, value))
+        found = least_solution(rows, n * degree, Fraction(1, 10**9) if tableau.rounded else Fraction(0))
+        if found is not None:
+            return Interpolant(tuple(tuple(found[i * degree : (i + 1) * degree]) for i in range(n)), q)
+    raise AssertionError("a consistent method has an interpolant of order 1")
+
+
+def with_end(tableau: Tableau) -> Tableau:
+    """The method with one more stage, of weight 0: the slope at the step's end."""
+    a = (*((*row, Fraction(0)) for row in tableau.a), (*tableau.b, Fraction(0)))
+    return Tableau(a, (*tableau.b, Fraction(0)), (*tableau.c, Fraction(1)), None, tableau.rounded)
+
+
+def least_solution(rows: list[list[Fraction]], unknowns: int, small: Fraction) -> list[Fraction] | None:
+    """The solution of least Euclidean norm; None where the equations contradict each other."""
+    reduced = row_reduced(rows, unknowns, small)
+    if reduced is None:
+        return None
+    # x = Aᵀy with AAᵀy = b: the rows are independent now.
+    gram = [
+        [sum((p * q for p, q in zip(r[:-1], s[:-1], strict=True) if p and q), Fraction(0)) for s in reduced] + [r[-1]]
+        for r in reduced
+    ]
+    solved = row_reduced(gram, len(reduced), Fraction(0))
+    assert solved is not None
+    assert len(solved) == len(reduced)
+    y = [r[-1] for r in solved]
+    return [sum((r[j] * v for r, v in zip(reduced, y, strict=True) if r[j]), Fraction(0)) for j in range(unknowns)]
+
+
+def row_reduced(rows: list[list[Fraction]], unknowns: int, small: Fraction) -> list[list[Fraction]] | None:
+    """Gauss and Jordan's reduced rows that are not 0."""
+    work = [r[:] for r in rows]
+    top = 0
+    for j in range(unknowns):
+        pivot = max(range(top, len(work)), key=lambda i: abs(work[i][j]), default=None)
+        if pivot is None or abs(work[pivot][j]) <= small:
+            continue
+        work[top], work[pivot] = work[pivot], work[top]
+        head = work[top][j]
+        work[top] = [v / head for v in work[top]]
+        for i, row in enumerate(work):
+            if i != top and row[j]:
+                factor = row[j]
+                work[i] = [v - factor * w if w else v for v, w in zip(row, work[top], strict=True)]
+        top += 1
+    if any(abs(r[-1]) > small for r in work[top:]):
+        return None
+    return work[:top]
+
+
+__all__ = [
+    "Interpolant", "Order", "Tableau", "condition", "interpolant", "order", "rooted_trees", "row_sum_faults", "stability",
+]  # fmt: skip

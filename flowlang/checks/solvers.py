@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from flowlang.analysis.series import FUNCTIONS, Series, StepRule, Vector, rule_order
+from flowlang.analysis.series import FUNCTIONS, STEPS, Series, StepRule, Vector, rule_order
 from flowlang.analysis.solvers import condition, order, row_sum_faults
 from flowlang.checks.claims import Claims
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.elaborate.steps import asked_index
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
 from flowlang.syntax import tree
 
@@ -122,7 +123,7 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
             )
         )
     try:
-        return {"order": rule_order(lambda: step_rule(declaration))}
+        return {"order": rule_order(lambda: step_rule(declaration), steps=max(STEPS, asked_index(declaration.body or ()) + 3))}
     except NotPlain as stop:
         report.add(
             Diagnostic(

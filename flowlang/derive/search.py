@@ -337,10 +337,14 @@ class Inverter:
     def integrate_back(self, p: Problem, node: Node) -> bool:
         """A trajectory is told from its end when what the field reads besides it is known."""
         start, *others = node.inputs
-        if p.scans or any(i in p.unknown for i in others):
+        if p.scans or node.attrs.get("timed") or "at" in node.attrs or any(i in p.unknown for i in others):
             return False
         if start not in p.unknown:
             p.lost = node.id
+            return False
+        if not node.attrs.get("linear", True) or node.attrs.get("indexed"):
+            why = "depend on their index" if node.attrs.get("indexed") else "are no sums of values and slopes times numbers"
+            p.conditions.append((node, 0, f"the steps of `{node.attrs['solver']}` {why}, so they cannot be taken backwards with a log-det"))
             return False
         method = "divergence" if node.attrs["trace"] == "exact" else "divergence_along"
         rough = self.analyses.rough(node.attrs["region"], method)

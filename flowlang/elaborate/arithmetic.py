@@ -185,7 +185,10 @@ class Evaluator:
         if isinstance(found, LocalFunction):
             return self.call_local(found.declaration, arguments, span)
         if callable(found):
-            return found(*arguments)
+            try:
+                return found(*arguments)
+            except TypeError:
+                raise NotPlain(span, f"`{fn.id}` of {len(arguments)} arguments") from None
         function = self.algebra.functions.get(fn.id)
         if function is None or found is not None:
             raise NotPlain(fn.span, f"`{fn.id}`")

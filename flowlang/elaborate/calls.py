@@ -333,7 +333,8 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
     return call_instance(body, full, tensors, extras, axes, args.span)
 
 
-SOLVER_OPTIONS = ("steps", "rtol", "atol")  # of every solver: so many equal steps, or the tolerances of adaptive ones
+# Of every solver: so many equal steps, or steps between given times, or the tolerances of adaptive ones and their cap.
+SOLVER_OPTIONS = ("steps", "times", "rtol", "atol", "max_steps")
 
 
 def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
@@ -352,7 +353,10 @@ def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
                 "FL0202", f"the solver `{inst.target.name}` has no argument `{name}`", where,
                 suggestion=did_you_mean(name, known) or f"its arguments are {', '.join(f'`{n}`' for n in known)}",
             )  # fmt: skip
-        whole = name == "steps"
+        if name == "times":
+            values[name] = step_times(body, inst, value, where)
+            continue
+        whole = name in ("steps", "max_steps")
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if name in SOLVER_OPTIONS and not (number and value > 0):
             kind = "a whole number" if whole else "a number"
@@ -364,6 +368,17 @@ def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
             )
         values[name] = value
     return Instance(inst.target, values, args.span or inst.span)
+
+
+def step_times(body: Body, inst: Instance, value: Any, span: Span) -> list[float]:
+    """`times = [0, 0.1, 1]`: numbers that rise or fall from one end to the other."""
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    if not numbers or len(value) < 2 or value not in (sorted(set(value)), sorted(set(value), reverse=True)):
+        raise body.fail(
+            "FL0306", f"the times of `{inst.target.name}` are two or more numbers that rise or fall all along", span,
+            suggestion="as in `times = [0, 0.1, 0.4, 1]`",
+        )  # fmt: skip
+    return [float(v) for v in value]
 
 
 def is_tensor_like(value: Any) -> bool:

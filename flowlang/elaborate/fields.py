@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import FlowError
 from flowlang.elaborate.calls import Arguments, apply
+from flowlang.elaborate.steps import Rule, step_rule
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
 from flowlang.elaborate.values import (
     POISON,
@@ -21,27 +22,29 @@ from flowlang.elaborate.values import (
     describe,
 )
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import Graph, Region
+from flowlang.ir.graph import Child, Graph, Region
 from flowlang.ir.interval import closed
 from flowlang.ir.tableau import Tableau
-from flowlang.ir.types import SCALAR, TensorType, TupleType
+from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
 from flowlang.source import Span
+from flowlang.syntax import tree
 
 if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
 
-INTEGRATE_OPTIONS = (("trace", ("exact", "hutchinson")),)
+GRADIENTS = ("through", "adjoint", "reversible")
+INTEGRATE_OPTIONS = (("trace", ("exact", "hutchinson")), ("gradient", GRADIENTS))
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def integrate(body: Body, args: Arguments) -> Any:
-    """The value at the end of a trajectory; a bijection of its start.
+    """The value at the end of a trajectory, a bijection of its start; or its values `at` several times.
 
-    `solver` has a fixed number of `steps`, or tolerances when it holds an error estimate.
+    `solver` has a fixed number of `steps`, or `times`, or tolerances when it holds an error estimate.
     """
     span = args.span
     assert span is not None
-    known = ("t", "solver", "trace", "log_det")
+    known = ("t", "solver", "trace", "log_det", "at", "gradient")
     for name in args.keywords:
         if name not in known:
             raise body.fail(
@@ -53,11 +56,29 @@ def integrate(body: Body, args: Arguments) -> Any:
                         suggestion="as in `integrate(v, x, t = 0 -> 1, rk4(steps = 20))`")  # fmt: skip
     start, stop = times(body, args, span)
     solver = args.keywords.get("solver", args.positional[2] if len(args.positional) == 3 else None)
-    method = solver_attributes(body, solver, span)
     x = state_of(body, args.positional[1], args.spans[1])
+    method = solver_attributes(body, solver, span, (start, stop), x.type)
+    at = observed(body, args, (min(start, stop), max(start, stop)), span)
+    gradient = args.keywords.get("gradient")
+    gradient = gradient.word if isinstance(gradient, Option) else "through"
+    if gradient == "reversible":
+        told = args.keyword_spans.get("gradient", span)
+        if "steps" not in method:
+            raise body.fail("FL0203", "a reversible gradient needs a number of steps: a step whose size is chosen cannot be undone", told,
+                            suggestion="as in `rk4(steps = 20)`, or `gradient = adjoint`")  # fmt: skip
+        if at is not None:
+            raise body.fail("FL0202", "a reversible gradient is for the end of a trajectory, not for its values `at` times", told,
+                            suggestion="`gradient = adjoint`")  # fmt: skip
     inner = field_body(body, args.positional[0], x.type, (min(start, stop), max(start, stop)), span)
     if inner is None:
         return POISON
+    rule = method.pop("rule", None)
+    if rule is not None and (gradient != "through" or at is not None):
+        what = f"`gradient = {gradient}`" if gradient != "through" else "`at`"
+        raise body.fail("FL0902", f"{what} with a step rule has no meaning yet", span, suggestion="use a tableau, such as `rk4`")
+    if "tableau" in method and not method["tableau"].explicit and (gradient != "through" or at is not None):
+        what = f"`gradient = {gradient}`" if gradient != "through" else "`at`"
+        raise body.fail("FL0902", f"{what} with an implicit method has no meaning yet", span, suggestion="use an explicit one, such as `rk4`")
     name = body.fresh_child_name("field")
     from flowlang.elaborate.statements import adopt_body
 
@@ -65,13 +86,61 @@ def integrate(body: Body, args: Arguments) -> Any:
     trace = args.keywords.get("trace")
     attrs = {
         "child": name, "region": inner.region, "method": "forward", "start": start, "stop": stop, **method,
-        "trace": trace.word if isinstance(trace, Option) else "exact",
+        "trace": trace.word if isinstance(trace, Option) else "exact", "gradient": gradient,
     }  # fmt: skip
+    if rule is not None:
+        attrs |= add_rule(body, rule)
     inputs = (x.id, *inner.captures.keys())
     if weighed(body, args):
+        if at is not None:
+            raise body.fail("FL0202", "`log_det` is for the end of a trajectory, not for its values `at` times", span, suggestion="leave `at` or `log_det` out")
+        if attrs.get("indexed") or not attrs.get("linear", True):
+            raise body.fail("FL0902", f"the steps of `{attrs['solver']}` carry no log-det", span, suggestion="use a tableau, such as `rk4`")
         return with_log_det(body, inputs, x.type, attrs, span)
-    node = body.graph.add("integrate", inputs, x.type, attrs, span=span)
+    if at is None:
+        node = body.graph.add("integrate", inputs, x.type, attrs, span=span)
+        return Tensor(node.id, body)
+    axis = Axis("T", len(at)) if isinstance(at, tuple) else at.type.axes[0]
+    if x.type.has(axis.name):
+        raise body.fail("FL0307", f"the times are along `{axis.name}`, and what is integrated has that axis itself", span,
+                        suggestion="rename one of them, as in `at = times[T -> S]`")  # fmt: skip
+    type_ = TensorType((axis, *x.type.axes), x.type.kind)
+    given, how = ((), {"at": at}) if isinstance(at, tuple) else ((at.id,), {"timed": True})
+    node = body.graph.add("integrate", (*inputs, *given), type_, {**attrs, **how}, span=span)
     return Tensor(node.id, body)
+
+
+def add_rule(body: Body, rule: Rule) -> dict[str, Any]:
+    """The regions of a step rule as children."""
+    names = []
+    for region in rule.regions:
+        names.append(body.fresh_child_name(region.name))
+        body.region.children[names[-1]] = Child(names[-1], region)
+    evaluations = sum(n.op == "evaluate" for n in rule.regions[-1].graph)
+    return {
+        "rule": tuple(names), "rule_regions": rule.regions, "linear": rule.linear, "indexed": rule.indexed, "evaluations": evaluations,
+    }  # fmt: skip
+
+
+def observed(body: Body, args: Arguments, ends: tuple[float, float], span: Span) -> Tensor | tuple[float, ...] | None:
+    """The times `at` which values are asked for: a tensor with one axis, or a list, whose axis is `T`."""
+    at = args.keywords.get("at")
+    if at is None:
+        return None
+    where = args.keyword_spans["at"]
+    if isinstance(at, list) and at and all(isinstance(v, int | float) and not isinstance(v, bool) for v in at):
+        outside = next((v for v in at if not ends[0] <= v <= ends[1]), None)
+        if outside is not None:
+            raise body.fail(
+                "FL0305", f"{outside} is not between the times {ends[0]} and {ends[1]} of `integrate`", where,
+                suggestion="let `t` reach as far as the times",
+            )
+        return tuple(float(v) for v in at)
+    found = Tensor(body.tensor(at, where), body)
+    if len(found.type.axes) != 1 or found.type.kind != "real":
+        raise body.fail("FL0306", f"the times `at` which values are asked for have one axis, and this is `{found.type}`", where,
+                        suggestion="as in `at = [0, 0.5, 1]`, or a tensor `R[T]`")  # fmt: skip
+    return found
 
 
 def weighed(body: Body, args: Arguments) -> bool:
@@ -118,8 +187,8 @@ def times(body: Body, args: Arguments, span: Span) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def solver_attributes(body: Body, solver: Any, span: Span) -> dict[str, Any]:
-    """The tableau, with steps or tolerances."""
+def solver_attributes(body: Body, solver: Any, span: Span, ends: tuple[float, float], state: TensorType) -> dict[str, Any]:
+    """The tableau, with steps, times or tolerances."""
     if isinstance(solver, Declared):
         solver = Instance(solver, {}, span)
     if (
@@ -135,26 +204,45 @@ def solver_attributes(body: Body, solver: Any, span: Span) -> dict[str, Any]:
         )  # fmt: skip
     declaration = solver.target.declaration
     name = declaration.name
+    rule: Rule | None = None
+    tableau: Tableau | None = None
     if tableau_of(declaration) is None:
-        raise body.fail("FL0902", f"integrating by a step rule such as `{name}` has no meaning yet", solver.span, suggestion="choose a tableau, as `rk4(steps = 8)` or `dopri5`")
-    try:
-        tableau: Tableau = read_tableau(declaration, solver.arguments)
-    except FlowError as e:
-        body.elab.report.extend(e.diagnostics)
-        raise poisoned() from None
-    if not tableau.explicit:
-        raise body.fail("FL0902", f"integrating by an implicit method such as `{name}` has no meaning yet", solver.span, suggestion="choose an explicit method, as `rk4(steps = 8)` or `dopri5`")
+        rule = step_rule(body, solver, state)
+        if rule is None:
+            raise poisoned()
+    else:
+        try:
+            tableau = read_tableau(declaration, solver.arguments)
+        except FlowError as e:
+            body.elab.report.extend(e.diagnostics)
+            raise poisoned() from None
+    how: dict[str, Any] = {"solver": name, "tableau": tableau} if rule is None else {"solver": name, "rule": rule}
     options = solver.arguments
+    given = [n for n in ("steps", "times", "rtol") if n in options or (n == "rtol" and "atol" in options)]
+    if len(given) > 1:
+        words = {"steps": "a number of steps", "times": "times", "rtol": "tolerances"}
+        raise body.fail("FL0202", f"`{name}` takes {words[given[0]]} or {words[given[1]]}, not both", solver.span,
+                        suggestion=f"leave out `{given[1]}`")
     if "steps" in options:
-        if "rtol" in options or "atol" in options:
-            raise body.fail("FL0202", f"`{name}` takes a number of steps or tolerances, not both", solver.span, suggestion="keep `steps` for fixed steps, or `rtol` and `atol` for adaptive ones")
-        return {"solver": name, "tableau": tableau, "steps": options["steps"]}
-    if tableau.embedded is None:
+        return {**how, "steps": options["steps"]}
+    if "times" in options:
+        found = sorted({float(v) for v in options["times"]})
+        if (found[0], found[-1]) != (min(ends), max(ends)):
+            raise body.fail(
+                "FL0305", f"the times of `{name}` go from {found[0]:g} to {found[-1]:g}, and `integrate` from {ends[0]:g} to {ends[1]:g}",
+                solver.span, suggestion="the first and last of the times are those of `integrate`",
+            )  # fmt: skip
+        return {**how, "steps": len(found) - 1, "times": tuple(found)}
+    own = next((p.default for ps in declaration.parameters for p in ps if p.name == "steps"), None)
+    if rule is not None and isinstance(own, tree.Number):
+        return {**how, "steps": int(own.value)}
+    if tableau is None or tableau.embedded is None or not tableau.explicit:
         raise body.fail(
             "FL0203", f"`{name}` has no error estimate, and needs a number of steps", solver.span,
             suggestion=f"as in `{name}(steps = 20)`; `dopri5` chooses its steps by tolerances",
         )  # fmt: skip
-    return {"solver": name, "tableau": tableau, **{k: float(options.get(k, v)) for k, v in TOLERANCES.items()}}
+    most = {"max_steps": options["max_steps"]} if "max_steps" in options else {}
+    return {**how, **{k: float(options.get(k, v)) for k, v in TOLERANCES.items()}, **most}
 
 
 def poisoned() -> Exception:

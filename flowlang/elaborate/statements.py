@@ -383,11 +383,14 @@ def expression(body: Body, statement: tree.ExprStatement, last: bool) -> Any:
 
 def declare(body: Body, statement: tree.Declare) -> None:
     from flowlang.elaborate.body import Fail
+    from flowlang.elaborate.steps import RuleBody
 
     for entry in statement.entries:
         try:
             if statement.word in ("data", "given"):
                 declare_input(body, statement.word, entry)
+            elif statement.word == "state" and isinstance(body, RuleBody):
+                body.declare_state(entry)
             else:
                 declare_param(body, statement.word, entry)
         except Fail as e:

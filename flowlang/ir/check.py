@@ -245,7 +245,7 @@ def child_problems(region: Region) -> Iterator[str]:
         name = node.attrs.get("child")
         if name is None:
             continue
-        called.add(name)
+        called |= {name, *node.attrs.get("rule", ())}
         child = region.children.get(name)
         if child is None:
             yield f"node {node.id} calls `{name}`, which is no child"

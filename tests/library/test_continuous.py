@@ -155,7 +155,6 @@ flow f {{
         ("mlp(8)", "rk4(stops = 3)", "FL0202", "no argument `stops`"),
         ("mlp(8)", "dopri5(steps = 3, rtol = 1e-3)", "FL0202", "not both"),
         ("mlp(8)", "mlp(8)", "FL0211", "needs a solver"),
-        ("mlp(8)", "implicit_midpoint(steps = 3)", "FL0902", "implicit"),
         ("bad()", "rk4(steps = 3)", "FL0403", "`floor`"),
     ],
 )

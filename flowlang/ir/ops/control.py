@@ -49,7 +49,9 @@ WHY = {
     "jvp": "the region is inlined", "lipschitz": "from the region it runs",
 }  # fmt: skip
 
-# integrate: the value at `stop` of x' = v(x, t, ..) with the value at `start`; by the tableau in equal steps or adaptive ones.
+# evaluate: the field that is integrated, in a solver's step; its first input stands for the field.
+# integrate: the value at `stop` of x' = v(x, t, ..) with the value at `start`; by the tableau or the rule's
+# regions in given steps, or by a pair in adaptive ones; or its values at other times.
 # call: an instance applied to tensors; repeat: equal copies one after the other; get: one of several results;
 # scan_solve: slice after slice along an axis; bracket_solve: a monotone scalar equation for each entry;
 # fixed_point_solve: x + g(x) = y for a contraction g; estimate_log_det: of the identity plus a contraction;
@@ -68,6 +70,7 @@ for _name in (
     "running",
     "start",
     "integrate",
+    "evaluate",
     "scan",
     "choose",
 ):
