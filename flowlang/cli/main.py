@@ -23,7 +23,7 @@ LAZY = {
     "export": ("export", "Write the flow's programs as ONNX models that need no PyTorch."),
     "train": ("training", "Train a flow on a file of samples, or on an energy."),
     "evolve": ("evolving", "Search layers of normalisation and activation by evolution (Liu et al. 2020)."),
-    "rewrite": ("rewriting", "Rewrite a network as an equivalent one: its text and its weights, compared in float64."),
+    "rewrite": ("rewriting", "Rewrite a network as an equivalent one: its text and its weights, compared with the original in float64."),
     "sample": ("training", "Draw samples from a trained flow (of its own spec, if none is named)."),
     "score": ("training", "Log-density of each row under a trained flow or model, in the units of the data."),
 }

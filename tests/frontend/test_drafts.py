@@ -34,6 +34,7 @@ DISAGREES = {
     ("134", 16): "FL0312",  # `out: net` is one network, and is used with two sizes; told for the first witness size
     ("113", 33): "FL0203",  # `polynomial` is a path of the library, and the draft wants a schedule
     ("121", 11): "FL0304",  # `linear(n)[..]`: no result type sizes it
+    ("121", 17): "FL0303",  # the library's time embedding has an axis of its own, and nothing maps it to D
     ("123", 15): "FL0308",  # one declared result, two given
     ("144", 16): "FL0304",  # a product does not size a network
     ("145", 15): "FL0307",  # `mlp` of rank 2 without its axis

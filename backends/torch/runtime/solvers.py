@@ -204,7 +204,7 @@ UNTRACEABLE = "the log-det of a contraction is a series of random length, which 
 
 
 def roulette(law: str, rate: float, exact: int, generator: torch.Generator | None) -> list[float]:
-    """The weight of each term of a series: 1 for the first `exact`, then 1/P(N >= k - exact) for the N more that are drawn.
+    """The weight of each term of a series: 1 for the first `exact`, then 1/P(N >= k - exact) for the N more drawn.
 
     N is geometric on 1, 2, .. (P(N >= j) = (1 - rate)^(j - 1)), or Poisson with mean `rate`.
     """
@@ -231,9 +231,9 @@ def estimate_log_det(
 ) -> Tensor:  # fmt: skip
     """Unbiased log|det(I + dg/dx)| for each sample: power series, random length, Hutchinson's trace.
 
-    Chen et al. 2019 (Residual Flows), eq. 6: the first terms always, the rest with weights 1/P(N >= k). Its gradient is that
-    of a Neumann series (eq. 8), unbiased too, for which one product with the Jacobian is differentiated, whatever the number
-    of terms; first derivatives only. `surrogate`: the value as well is what eq. 8 differentiates, which means nothing.
+    Chen et al. 2019 (Residual Flows), eq. 6: the first terms always, the rest with weights 1/P(N >= k). Its gradient is
+    that of a Neumann series (eq. 8), unbiased too, for which one product with the Jacobian is differentiated, whatever
+    the number of terms; first derivatives only. `surrogate`: the value as well is what eq. 8 differentiates, which means nothing.
     `torch.compile` runs it outside its graphs and refuses it under `fullgraph=True`, as `torch.export` does.
     """
     if torch.compiler.is_exporting():
@@ -269,7 +269,9 @@ def exact_log_det(g: Callable[[Tensor], Tensor], x: Tensor, event: int) -> Tenso
         eye = torch.eye(size, dtype=x.dtype, device=x.device)
         shape = x.shape[x.dim() - event :]
         rows = [
-            torch.autograd.grad(value, inner, e.reshape(shape).expand_as(value), create_graph=wanted, retain_graph=True)[0]
+            torch.autograd.grad(
+                value, inner, e.reshape(shape).expand_as(value), create_graph=wanted, retain_graph=True
+            )[0]
             for e in eye
         ]
         jacobian = torch.stack([r.reshape(*r.shape[: r.dim() - event], size) for r in rows], -2)

@@ -54,8 +54,17 @@ CASES |= {
         for name in ("modified_rq_spline_coupling", "modified_rq_spline_injector", "cond_affine_coupling")
     },
 }  # fmt: skip
+SMALL = "filters = 4, blocks = 1, heads = 2, components = 2"
+CASES |= {
+    "mixlogistic_attn_coupling": ("data x: R[S = 2, C = 2, H = 2, W = 2]\n", f"mixlogistic_attn_coupling({SMALL})", "normal"),
+    "flowpp_step": ("data x: R[S = 2, C = 2, H = 2, W = 2]\n", f"flowpp_step({SMALL})", "normal"),
+    "flowpp_steps": ("data x: R[C = 2, H = 4, W = 4]\n", f"flowpp_steps({SMALL})", "normal"),
+    "flowpp_dequant": (
+        "data x: Int(0..4)[C = 2, H = 2, W = 4]\n", f"flowpp_dequant(4, {SMALL}, context = 3)\n elementwise(logit)", "normal",
+    ),
+}  # fmt: skip
 # Maps that others are made of: their parameters are values of the flow, and the entries that use them are tested.
-PARTS = {"planar_map", "radial_map"}
+PARTS = {"planar_map", "radial_map", "mixlogistic_cdf", "flowpp_noise"}
 BIJECTORS = [e["name"] for e in entries() if e["kind"] == "bijector" and e["name"] not in PARTS]
 
 
