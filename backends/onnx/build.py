@@ -18,7 +18,7 @@ from flowlang.backends.onnx.lower import Lowering, Noise, Shared, Unlowered, Wei
 from flowlang.backends.onnx.model import DEFAULT_OPSET, HIGHEST_OPSET, LOWEST_OPSET, finish
 from flowlang.backends.torch.codegen import ClassScope, Generator
 
-from flowlang.derive.analyse import Analyses
+from flowlang.derive.analyse import Analyses, seen_from
 from flowlang.derive.programs import Program
 from flowlang.ir.graph import Node, Region
 from flowlang.version import __version__
@@ -287,6 +287,9 @@ class Model:
             "flowlang_version": __version__, "flow": self.region.name, "program": self.name, "opset": str(o.opset),
             "dtype": self.g.dtype, "axes": json.dumps(axes, ensure_ascii=False), **o.metadata,
         }  # fmt: skip
+        if self.name in ("log_prob", "sample_and_log_prob"):
+            method = "score" if self.name == "log_prob" else "generate"
+            found["exactness"] = seen_from(method, self.analyses.exactness(self.region))
         if free:
             found["free_axes"] = json.dumps(free, ensure_ascii=False)
         if o.seed is not None:

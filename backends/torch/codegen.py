@@ -189,6 +189,9 @@ class Generator:
         domain = data.attrs.get("domain")
         if isinstance(domain, Domain) and (domain.interval != REAL or domain.structure):
             lines.append(f"data_domain = {data_domain(domain)!r}")
+        exactness = self.analyses.exactness(region)
+        if exactness != "exact":
+            lines.append(f"exactness = {string(exactness)}")
         if region.emissions:
             lines.append(f"emitted_shapes = {tuple(graph[e.value].tensor.shape for e in region.emissions)!r}")
         if given:
@@ -213,6 +216,9 @@ class Generator:
             types |= {str(n.label): string(str(n.tensor)) for n in nodes}
         types |= {name: string(str(t)) for name, (_, t) in region.data.items()}
         lines = [f"programs = {dictionary(table)}", f"types = {dictionary(types)}"]
+        exactness = {ascii_name(n): found for n, p in region.programs.items() if (found := self.analyses.exactness(p)) != "exact"}
+        if exactness:
+            lines.append(f"exactness = {dictionary({k: string(v) for k, v in exactness.items()})}")
         first = next((n for n, (word, _) in region.data.items() if word == "data"), None)
         if first is not None:
             rest = {n: repr(t.shape) for n, (_, t) in region.data.items() if n != first}
@@ -232,6 +238,7 @@ class Generator:
         head = f"def {ascii_name(region.name)}(self{inputs}, generator: torch.Generator | None = None) -> {returns}:"
         values = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
         doc = plain(region.doc or f"The program `{region.name}` of the spec.").splitlines()
+        doc += EXACTNESS.get(self.analyses.exactness(region), [])
         body = f"return self.run({string(ascii_name(region.name))}, {values}, {'()' if names else 'shape'}, generator)"
         return [head, *(f"    {x}" for x in quoted(doc)), f"    {body}"]
 
@@ -342,6 +349,13 @@ class Generator:
 SOLVERS = ("scan_solve", "bracket_solve", "fixed_point_solve")
 PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob", "initialise")
 OWN_GRADIENT = ("plain", "trained", "backward")  # of a region with a hand-given backward pass
+EXACTNESS = {  # what is added to the words of a program
+    "lower bound": ["", "Its log-density is a lower bound: one draw of log w with E[w] = p, so E[log w] <= log p."],
+    "upper bound": ["", "Its log-density is an upper bound in the mean: its draws are those that made the sample."],
+    "biased": ["", "Its log-density is an estimate, and not unbiased."],
+    "unbiased": ["", "Its log-density is an unbiased estimate."],
+    "ratio": ["", "Its log-density is right up to a constant."],
+}
 RUNS = ("call", "repeat", "integrate", "scan")  # ops that run a program of a child
 
 

@@ -18,7 +18,7 @@ RESERVED = {
     "train", "eval", "apply", "cpu", "cuda", "compile", "zero_grad", "state_dict", "register_buffer", "share_memory", "T_destination",
     "value", "inverse_value", "score_value", "generate_value", "like", "types", "log_prob", "sample", "rsample",
     "sample_and_log_prob", "to_distribution", "data_shape", "base_shape", "data_domain", "emitted_shapes", "given_shapes",
-    "initialise", "initialised",
+    "initialise", "initialised", "exactness", "log_prob_bound",
 }  # fmt: skip
 
 

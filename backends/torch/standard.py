@@ -85,6 +85,7 @@ class Standardised(Scales, Flow):
         self.flow = flow
         self.data_shape, self.base_shape = flow.data_shape, flow.base_shape
         self.emitted_shapes, self.given_shapes = flow.emitted_shapes, flow.given_shapes
+        self.exactness = flow.exactness
         self.types = flow.types
         self._keep(mean, scale, given)
         self.origin = getattr(flow, "origin", None)
@@ -133,7 +134,7 @@ class StandardisedModel(Scales, Model):
     def __init__(self, flow: Model, mean: Any, scale: Any, given: Mapping[str, tuple[Any, Any]] | None = None) -> None:
         super().__init__()
         self.flow = flow
-        self.programs, self.types, self.context = flow.programs, flow.types, flow.context
+        self.programs, self.types, self.context, self.exactness = flow.programs, flow.types, flow.context, flow.exactness  # type: ignore[misc]
         self.data_name, self.data_shape, self.given_shapes = flow.data_name, flow.data_shape, flow.given_shapes  # type: ignore[misc]
         self._keep(mean, scale, given)
         self.origin = getattr(flow, "origin", None)

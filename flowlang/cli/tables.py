@@ -39,6 +39,9 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 facts.append(f"{what} = {d[key] or 'no polynomial in the sizes of the data'}")
         if "base" in d:
             facts.append(f"base {d['base']}, {d['steps']} steps")
+        for name, program in d.get("programs", {}).items():
+            if program["exactness"] != "exact":
+                facts.append(f"`{name}`: its log-density is {SAID[program['exactness']]}")
         if "norm" in d:
             facts.extend(norm_facts(d["norm"]))
         lines.extend(f"  {f}" for f in facts)
@@ -54,6 +57,10 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
     return "\n\n".join(blocks)
 
 
+SAID = {
+    "unbiased": "an unbiased estimate", "lower bound": "a lower bound", "upper bound": "an upper bound", "biased": "a biased estimate",
+    "ratio": "right up to a constant",
+}  # fmt: skip
 CHANGES = {
     ("scale", "all"): "scaling the input, or the weights before it", ("scale", "sample"): "scaling a sample",
     ("scale", "channel"): "scaling a channel, or one weight vector", ("shift", "all"): "shifting the input",

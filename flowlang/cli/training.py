@@ -452,6 +452,9 @@ def score(
     averaged = program.startswith("loss") or program.endswith("_loss")  # one number for each batch, not each row
     error = float(found.std() / np.sqrt(len(found)))
     facts = {"rows": len(found), "mean": float(found.mean())} | ({} if averaged else {"standard_error": error})
+    exactness = flow.exactness.get(program, "exact") if is_model(flow) else flow.exactness
+    facts |= {"exactness": exactness}
+    said = "" if exactness == "exact" else f" ({exactness})"
     drawn = ""
     if draws > 1:  # the spread of the whole run's mean over draws, and that of a row
         facts["draw_error"] = float(runs.mean(1).std(ddof=1) / np.sqrt(draws))
@@ -459,7 +462,7 @@ def score(
         drawn = f"; {draws} draws: the mean ± {facts['draw_error']:.4f}, one draw of a row ± {facts['draw_deviation']:.4f}"
     click.echo(
         json.dumps(facts) if as_json else
-        f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats{drawn}" if program == "log_prob" else
+        f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats{said}{drawn}" if program == "log_prob" else
         f"{len(found)} rows: mean {program} {facts['mean']:.4f}" + ("" if averaged else f" ± {error:.4f}") + drawn
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flowlang.analysis.dependence import Summaries
@@ -457,10 +457,14 @@ class Analyses:
 
         A draw inside makes it a lower bound: its mean over draws is log p less a Kullback-Leibler divergence.
         """
+        if region.kind == "program":
+            return combined(
+                seen_from(method, self.exactness(inner)) for inner, method in weighed_maps(region)
+            )
         rule = region.rules.get("log_det")
         own = rule.exactness if rule is not None else "lower bound" if region.draws else "exact"
         steps = () if rule is not None else self.steps_of(region)
-        return max((own, *(self.step_exactness(region, s) for s in steps)), key=EXACTNESS.index)
+        return combined([own, *(self.step_exactness(region, s) for s in steps)])
 
     def step_exactness(self, region: Region, step: Step) -> str:
         match step:
@@ -469,7 +473,7 @@ class Analyses:
             case Integrate(n):
                 return "unbiased" if self.view(region).graph[n].attrs["trace"] == "hutchinson" else "exact"
             case Scan():
-                return max((self.step_exactness(region, s) for s in step.steps), key=EXACTNESS.index, default="exact")
+                return combined(self.step_exactness(region, s) for s in step.steps)
             case CallInverse(n):
                 return self.exactness(self.view(region).graph[n].attrs["region"])
         return "exact"
@@ -479,6 +483,26 @@ class Analyses:
             # Its cost is its author's affair; it is not analysed.
             return "estimator" if region.rules["log_det"].exactness == "unbiased" else "D"
         return worst(self.log_det_class(region, s) for s in self.steps_of(region))
+
+
+def combined(parts: Iterable[str]) -> str:
+    """The exactness of a sum: the worst of its terms'; bounds from both sides leave nothing but a biased estimate."""
+    found = {"exact", *parts}
+    return "biased" if found >= {"lower bound", "upper bound"} else max(found, key=EXACTNESS.index)
+
+
+def seen_from(method: str, exactness: str) -> str:
+    """What a program learns in a direction: the draws that made a sample make its weight too large in the mean."""
+    return "upper bound" if (method, exactness) == ("generate", "lower bound") else exactness
+
+
+def weighed_maps(program: Region) -> Iterator[tuple[Region, str]]:
+    """The bijectors whose log-det a model's program depends on, and the method that is run."""
+    graph = program.graph
+    for n in graph.reachable(list(program.outputs)):
+        call = graph[graph[n].inputs[0]] if graph[n].op == "get" else None
+        if call is not None and call.attrs.get("log_det") and graph[n].attrs["index"] == len(result_types(call.type)) - 1:
+            yield call.attrs["region"], call.attrs["method"]
 
 
 def equal_forms(region: Region) -> Iterator[Region]:
@@ -507,7 +531,7 @@ def derivative(region: Region, name: str) -> Program | None:
     return None if how is None else jvp_program(region, how)
 
 
-EXACTNESS = ("exact", "unbiased", "lower bound", "ratio")  # from the best to the worst
+EXACTNESS = ("exact", "unbiased", "lower bound", "upper bound", "biased", "ratio")  # from the best to the worst
 WAYS = ("analytic", "explicit", "bracketing", "scan", "fixed point", "integration")
 
 
@@ -541,4 +565,4 @@ def shown_class(c: str, data: int) -> str:
     return {"0": "O(1)", "1": "O(1)", "D": "O(D)"}.get(c, c)
 
 
-__all__ = ["Analyses", "Evaluated", "costlier", "shown_class"]
+__all__ = ["Analyses", "Evaluated", "costlier", "seen_from", "shown_class"]

@@ -8,8 +8,7 @@ from flowlang.ir.program import Program
 
 
 def is_random(region: Region) -> bool:
-    """Whether the region, or one below it, draws or scores an emission."""
-    return any(r.draws or any(e.distribution is not None for e in r.emissions) for r in region.walk())
+    return region.is_random
 
 
 def is_map(region: Region) -> bool:

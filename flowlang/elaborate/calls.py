@@ -969,11 +969,17 @@ def emit_call(
             "FL0902", f"`inverse({name})` has no meaning yet: what `{name}` was made of cannot be told from the shape it gives",
             span, suggestion="use it forward first, or write the opposite step by itself, as `unsqueeze` for `squeeze`",
         )  # fmt: skip
+    if inst.inverted and region.is_random and body.region.kind != "program":
+        raise body.fail(
+            "FL0902", f"`inverse({inst.target.name})` has no meaning yet: `{inst.target.name}` draws or emits", span,
+            suggestion="write the opposite step by itself; in a program of a model `inverse` of it is a sample",
+        )  # fmt: skip
     child = body.adopt(inst, region, span)
     front = tuple(lifted.items())
-    outs = [
-        TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in call_results(region, inst.inverted)
-    ]
+    weighed = body.region.kind == "program" and region.kind in ("bijector", "chain")
+    scored = weighed and region.is_random  # what leaves and what is drawn counts in the log-det
+    results = region.output_types() if scored and not inst.inverted else call_results(region, inst.inverted)
+    outs = [TensorType(tuple(a for a in lifted_axes(front)) + t.axes, t.kind) for t in results]
     for t in outs:
         twice = next((n for n in t.names if t.names.count(n) > 1), None)
         if twice is not None:
@@ -981,13 +987,13 @@ def emit_call(
                 "FL0307", f"axis `{twice}` would stand twice in the result of `{inst.target.name}`", span,
                 suggestion=f"rename it in the argument, as in `x[{twice} -> E]`",
             )  # fmt: skip
+    methods = ("score", "generate") if scored else ("forward", "inverse")
     attrs = {
         "child": child.name,
         "region": region,
-        "method": FROZEN * inst.frozen + ("inverse" if inst.inverted else "forward"),
+        "method": FROZEN * inst.frozen + methods[inst.inverted],
         "lifted": front,
     }
-    weighed = body.region.kind == "program" and region.kind in ("bijector", "chain")
     if weighed:  # a program gets a bijector's log-det beside its value
         outs.append(TensorType(tuple(lifted_axes(front))))
         attrs["log_det"] = True
@@ -1002,7 +1008,9 @@ def emit_call(
         else [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(outs)]
     )
     main = len(region.outputs) if not inst.inverted else len(region.inputs)
-    log_det = [Tensor(body.b.sum_all(values.pop()), body)] if weighed else []
+    log_det = [body.b.sum_all(values.pop())] if weighed else []
+    if scored and inst.inverted:  # `generate` weighs the forward map
+        log_det = [body.b.neg(log_det[0])]
     for id in values[main:]:
         body.region.emissions.append(Emission(id, None, (), span))
     named = []
@@ -1019,7 +1027,7 @@ def emit_call(
             elif pairs:
                 id = body.b.op("rename", id, pairs=tuple(pairs.items()), span=span)
         named.append(Tensor(id, body))
-    named += log_det
+    named += [Tensor(id, body) for id in log_det]
     return named[0] if len(named) == 1 else Tuple(tuple(named))
 
 

@@ -54,6 +54,7 @@ MODULE_NAMES = frozenset(
         "double",
         "dump_patches",
         "eval",
+        "exactness",
         "extra_repr",
         "float",
         "forward",

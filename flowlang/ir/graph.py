@@ -265,6 +265,11 @@ class Region:
         return any(r.starts for r in self.walk())
 
     @property
+    def is_random(self) -> bool:
+        """Whether this region, or one below it, draws or scores an emission."""
+        return any(r.draws or any(e.distribution is not None for e in r.emissions) for r in self.walk())
+
+    @property
     def has_map_rules(self) -> bool:
         """Whether an inverse or a log-det is given by hand; a backward pass is what the author wants, right or not."""
         return any(name in self.rules for name in ("inverse", "log_det"))

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "planar_map": "test_067", "radial_map": "test_067", "hamiltonian_step": "test_067", "langevin_step": "test_067",
     "planar_vae": "test_067", "cnf": "tests of continuous flows", "factor_out": "tests of multi-scale flows",
     "learned_factor_out": "tests of multi-scale flows", "uniform_dequantise": "tests of dequantisation",
-    "variational_dequantise": "tests of dequantisation",
+    "variational_dequantise": "tests of dequantisation", "cif_step": "tests of bounds",
     "tail_lu": "test_028", "tail_permutation": "test_028", "light_tails": "test_028", "mtaf_steps": "test_028",
     "jet_affine": "test_009", "jet_tokens": "test_009", "jet_spatial_coupling": "test_009",
     "jet_channel_coupling": "test_009", "jet_coupling": "test_009", "jet_patches": "test_009", "jet_steps": "test_009",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ class Flow(Face):
 
     check_inverse: bool = False
 
+    exactness: str = "exact"  # of the log-density: exact, unbiased (an estimate), lower bound, ratio (up to a constant)
     data_shape: tuple[int, ...] = ()
     base_shape: tuple[int, ...] = ()
     data_domain: tuple[str, float | None, float | None] = ("real", None, None)  # kind and ends of the values
@@ -66,9 +68,28 @@ class Flow(Face):
         return self._distance(back, x, len(self.data_shape), "Torus" in self.types.get("data", ""))
 
     def log_prob(self, x: Tensor, /, **given: Tensor) -> Tensor:
-        """log p(x | given), for each sample, in nats."""
+        """log p(x | given), for each sample, in nats, as exact as `exactness` says.
+
+        Of a flow that draws on its way it is a lower bound: one draw of log w with E[w] = p(x), so E[log w] <= log p(x).
+        """
         (x,), context = self._fit([("data", x, self.data_shape)], given)
         return self._log_prob(x, *context)
+
+    def log_prob_bound(self, x: Tensor, /, samples: int = 1, **given: Tensor) -> Tensor:
+        """log of the mean weight of `samples` draws, for each sample: a lower bound of log p(x | given) in the mean.
+
+        It rises with their number, to log p itself (Burda et al. 2015). One draw is `log_prob`, and so is any
+        number of them where the log-density is exact.
+        """
+        if self.exactness not in ("exact", "lower bound"):
+            raise bad_input(
+                f"the log-density of this flow is no bound ({self.exactness})", "use `log_prob`, and average an estimate"
+            )
+        if self.exactness == "exact" or samples == 1:
+            return self.log_prob(x, **given)
+        (x,), context = self._fit([("data", x, self.data_shape)], given)
+        values = [v.expand(samples, *v.shape) for v in (x, *context)]
+        return self._log_prob(*values).logsumexp(0) - math.log(samples)
 
     @torch.no_grad()
     def log_prob_mean(self, x: Tensor, /, draws: int = 16, **given: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +135,10 @@ class Flow(Face):
     def sample_and_log_prob(
         self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Samples through which gradients flow, with their log-density, in one pass."""
+        """Samples through which gradients flow, with their log-density, in one pass.
+
+        Where `log_prob` is a lower bound this is an upper one in the mean: its draws are those that made the sample.
+        """
         batch, context = self._fit_sample(shape, given)
         return self._sample_and_log_prob(batch, *context, generator=generator)
 
@@ -134,7 +158,8 @@ class Flow(Face):
     def extra_repr(self) -> str:
         given = ", ".join(f"{k}: {self.types.get(k, v)}" for k, v in self.given_shapes.items())
         maps = f"{self.types.get('data', self.data_shape)} -> {self.types.get('base', self.base_shape)}"
-        return f"{maps} given {given}" if given else maps
+        bound = "" if self.exactness == "exact" else f"; log_prob: {self.exactness}"
+        return f"{maps} given {given}{bound}" if given else maps + bound
 
     # ---- whether an inverse can be trusted ----------------------------------------------------------
 
