@@ -533,10 +533,10 @@ class ClassScope:
                 return f"{self.use('Rotation')}({shape!r}{reflections(domain)})"
             case "stiefel":
                 return f"{self.use('Rotation')}({shape!r}, columns={shape[-1]}{reflections(domain)})"
-            case "lower":
-                return f"{self.use('LowerMatrix')}({shape!r})"
-            case "unit_lower":
-                return f"{self.use('LowerMatrix')}({shape!r}, unit=True)"
+            case "lower" | "unit_lower":
+                unit = ", unit=True" if domain.structure == "unit_lower" else ""
+                below = f", below={value}" if isinstance(init, tuple) and init[0] in ("normal", "uniform") else ""
+                return f"{self.use('LowerMatrix')}({shape!r}{unit}{below})"
             case "spd":
                 return f"{self.use('SpdMatrix')}({shape!r})"
             case "simplex":

@@ -207,6 +207,8 @@ class Taps:
             return b.const(bool(value) if node.tensor.kind == "bool" else value)
         if node.op in ("order", "expand"):
             return self.at(node.inputs[0], where)
+        if node.op in ("split", "join", "stack") and (found := self.part_at(node, dict(where))) is not None:
+            return self.at(*found)
         if OPS[node.op].elementwise:
             parts = [self.at(i, where) for i in node.inputs]
             if node.op == "where" and parts[0] is not None and (chosen := b.const_value(parts[0])) is not None:
@@ -220,3 +222,25 @@ class Taps:
         for axis, index in where:
             value = b.op("pick", value, axis=axis, index=index)
         return value
+
+    def part_at(self, node: Node, where: dict[str, int]) -> tuple[int, tuple[tuple[str, int], ...]] | None:
+        """Where the entries at these indices come from: a kernel may be put together of its taps."""
+        axis = node.attrs["axis"]
+        if node.op == "split":
+            index = 0
+            for name, size in node.attrs["into"]:
+                if name not in where:
+                    return None
+                index = index * size + where.pop(name)
+            return node.inputs[0], tuple(sorted({**where, axis: index}.items()))
+        if axis not in where:
+            return None
+        index = where.pop(axis)
+        if node.op == "stack":
+            return node.inputs[index], tuple(sorted(where.items()))
+        for part in node.inputs:
+            size = self.graph[part].tensor.size(axis)
+            if index < size:
+                return part, tuple(sorted({**where, axis: index}.items()))
+            index -= size
+        return None

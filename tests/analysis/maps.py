@@ -217,6 +217,7 @@ BIJECTIVE: tuple[Map, ...] = (
     Map("causal attention of what came before", "A5", "h = shift[T](x, 1)\ns = sum[D](h * h[T -> S])\na: R[T, S] = softmax[S](s, causal = \"T\")\nx + sum[S](a * h[T -> S])", "scan", "R[T, D]", "R[T = 3, D = 2]"),
     Map("every other entry", "A5", "h = shift[D](x, 2)\nx * exp(tanh(h)) + h", "scan"),
     Map("corner convolution", "A5", KERNEL + CORNER + 'conv(x, weight = where(corner, L, K), causal = "H W")', *IMAGE),
+    Map("corner convolution put together of its taps", "A5", "param L: UnitLowerTriangular[C', C]\nparam K: R[t = 8, C', C] ~ normal(0, 0.2)\nconv(x, weight = join[t](K, stack[t](L))[t -> (i = 3, j = 3)], causal = \"H W\")", *IMAGE),
     Map("corner convolution backwards", "A5", KERNEL + CORNER + 'reverse[H](conv(reverse[H](x), weight = where(corner, L, K), causal = "H W"))', *IMAGE),
     Map("corner convolution by a mask of a wide kernel", "A5", "param L: Invertible[C', C]\nparam K: R[C', C, i = 5, j = 5] ~ normal(0, 0.2)\n" + CORNER + "seen = index[i](K) <= 2 and index[j](K) <= 2\nconv(x, weight = where(corner, L, where(seen, K, 0)))", *IMAGE),
     Map("causal convolution in time", "A5", "param L: LowerTriangular[C', C]\nparam K: R[C', C, k = 3] ~ normal(0, 0.2)\nconv[C, T](x, weight = where(index[k](K) == 2, L, K), causal = \"T\", dilation = 2)", "scan", "R[C, T]", "R[C = 2, T = 6]"),

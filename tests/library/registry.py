@@ -32,6 +32,8 @@ ELSEWHERE = {
     "jet_affine": "test_009", "jet_tokens": "test_009", "jet_spatial_coupling": "test_009",
     "jet_channel_coupling": "test_009", "jet_coupling": "test_009", "jet_patches": "test_009", "jet_steps": "test_009",
     "tarflow_block": "test_003", "tarflow_guided_block": "test_003", "tarflow_patches": "test_003",
+    "corner_conv": "test_034", "finc_conv": "test_034", "finc_unit": "test_034", "interleaved_coupling": "test_034",
+    "coupled_factor_out": "test_034", "finc_step": "test_034", "finc_steps": "test_034",
     "modified_rq_spline": "test_039", "modified_rq_spline_coupling": "test_039",
     "modified_rq_spline_injector": "test_039", "cond_affine_coupling": "test_039",
     "mixlogistic_cdf": "test_089", "mixlogistic_attn_coupling": "test_089", "pointwise": "test_089",

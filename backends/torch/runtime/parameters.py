@@ -277,12 +277,15 @@ class SkewExponential(nn.Module):
 
 
 class LowerMatrix(nn.Module):
-    """A lower-triangular matrix with a positive diagonal (or a diagonal of ones)."""
+    """A lower-triangular matrix with a positive diagonal (or a diagonal of ones).
 
-    def __init__(self, shape: Sequence[int], unit: bool = False):
+    It starts as the identity, with the entries of `below` under the diagonal where they are given.
+    """
+
+    def __init__(self, shape: Sequence[int], unit: bool = False, below: Tensor | None = None):
         super().__init__()
         self.unit = unit
-        self.lower = nn.Parameter(torch.zeros(tuple(shape)))
+        self.lower = nn.Parameter(torch.zeros(tuple(shape)) if below is None else below)
         if not unit:
             self.log_diagonal = nn.Parameter(torch.zeros(*shape[:-2], shape[-1]))
 

@@ -46,6 +46,11 @@ CASES |= {
     "tarflow_guided_block": (
         "data x: R[T = 3, D = 4]\ngiven guidance: R, y: Int(-1..2)\n", "tarflow_guided_block(tarflow_net(16, 2, 8, 2), classes = 2)", "normal",
     ),
+    "finc_unit": ("data x: R[C = 4, H = 3, W = 2]\n", "finc_unit", "normal"),
+    "interleaved_coupling": ("data x: R[C = 4, H = 2, W = 2]\n", "interleaved_coupling(zero_conv_net(8))", "normal"),
+    "coupled_factor_out": ("data x: R[C = 4, H = 2, W = 2]\n", "coupled_factor_out(normal, zero_conv_net(8))", "normal"),
+    "finc_step": ("data x: R[C = 4, H = 2, W = 3]\n", "finc_step(3, 8)", "normal"),
+    "finc_steps": ("data x: R[C = 1, H = 4, W = 4]\n", "finc_steps(2, 1, 2, 8)", "normal"),
     "modified_rq_spline": (
         "given w: R[D = 4], h: R[D = 4], d: R[D = 4], shift: R[D = 4]\n", "modified_rq_spline", "normal",
     ),
