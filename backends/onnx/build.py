@@ -287,9 +287,12 @@ class Model:
             "flowlang_version": __version__, "flow": self.region.name, "program": self.name, "opset": str(o.opset),
             "dtype": self.g.dtype, "axes": json.dumps(axes, ensure_ascii=False), **o.metadata,
         }  # fmt: skip
-        if self.name in ("log_prob", "sample_and_log_prob"):
-            method = "score" if self.name == "log_prob" else "generate"
-            found["exactness"] = seen_from(method, self.analyses.exactness(self.region))
+        own = self.region.programs.get(self.name)
+        exactness = self.analyses.exactness(own or self.region)
+        if own is None and self.name == "sample_and_log_prob":
+            exactness = seen_from("generate", exactness)
+        if "log_prob" in self.name or (own is not None and exactness != "exact"):
+            found["exactness"] = exactness
         if free:
             found["free_axes"] = json.dumps(free, ensure_ascii=False)
         if o.seed is not None:
