@@ -706,6 +706,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     entry["inverse"] = way
     entry["exactness"] = comp.analyses.exactness(region)
     entry["random"] = is_random(region)
+    entry["rounds"] = {method: comp.analyses.rounds(region, method) for method in ("forward", "inverse")}
     if region.steps:
         entry["steps"] = step_count(region)
         entry["chain"] = list(chain_rows(comp, region, data))

@@ -452,6 +452,28 @@ class Analyses:
                 return self.region_class(self.view(region).graph[n].attrs["region"])
         return "0"
 
+    def rounds(self, region: Region, method: str = "inverse") -> int:
+        """How many slices, or sets of independent ones, scans go through one after the other when the map is run."""
+        graph = self.view(region).graph
+        if method == "forward":
+            turned = [n for n in graph if n.op in ("call", "repeat") and n.attrs.get("method") == "inverse"]
+            straight = [n for n in graph if n.op in ("call", "repeat") and n.attrs.get("method", "forward") == "forward"]
+            return sum(self.called_rounds(n, "inverse") for n in turned) + sum(self.called_rounds(n, "forward") for n in straight)
+        total = 0
+        for step in self.steps_of(region):
+            if isinstance(step, Scan):
+                total += max(step.levels, default=-1) + 1
+            elif isinstance(step, CallInverse):
+                node = graph[step.node]
+                total += self.called_rounds(node, "forward" if node.attrs.get("method") == "inverse" else "inverse")
+        return total
+
+    def called_rounds(self, node: Node, method: str) -> int:
+        region: Region = node.attrs["region"]
+        if region.kind not in ("bijector", "chain", "flow"):
+            return 0
+        return int(node.attrs.get("count", 1)) * self.rounds(region, method)
+
     def exactness(self, region: Region) -> str:
         """What the log-density is, as the worst of the parts (EXACTNESS).
 
