@@ -524,7 +524,7 @@ def weighed_maps(program: Region) -> Iterator[tuple[Region, str]]:
     for n in graph.reachable(list(program.outputs)):
         call = graph[graph[n].inputs[0]] if graph[n].op == "get" else None
         if call is not None and call.attrs.get("log_det") and graph[n].attrs["index"] == len(result_types(call.type)) - 1:
-            yield call.attrs["region"], call.attrs["method"]
+            yield call.attrs["region"], plain_method(call.attrs)
 
 
 def equal_forms(region: Region) -> Iterator[Region]:
