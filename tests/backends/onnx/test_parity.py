@@ -46,6 +46,8 @@ CASES |= {
     "tarflow_guided_block": (
         "data x: R[T = 3, D = 4]\ngiven guidance: R, y: Int(-1..2)\n", "tarflow_guided_block(tarflow_net(16, 2, 8, 2), classes = 2)", "normal",
     ),
+    "quad_coupling": ("data x: R[C = 4, H = 2, W = 2]\n", "quad_coupling(zero_conv_net(8), zero_conv_net(8), zero_conv_net(8))", "normal"),
+    "cinc_step": ("data x: R[C = 4, H = 2, W = 3]\n", "cinc_step(2, 8)", "normal"),
     "inverse_flow_step": ("data x: R[C = 4, H = 2, W = 3]\n", "inverse_flow_step(3, 8)", "normal"),
     "inverse_flow_steps": ("data x: R[C = 1, H = 4, W = 4]\n", "inverse_flow_steps(2, 1, 2, 8)", "normal"),
     "finc_unit": ("data x: R[C = 4, H = 3, W = 2]\n", "finc_unit", "normal"),
