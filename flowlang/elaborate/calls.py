@@ -959,20 +959,15 @@ def emit_call(
         body.region.broken = True
         return POISON
     name = inst.target.name
-    if inst.inverted and region.emissions:
+    if inst.inverted and region.is_random and body.region.kind != "program":
         raise body.fail(
-            "FL0902", f"`inverse({name})` has no meaning yet: parts leave `{name}` on the way", span,
-            suggestion="keep the parts as results of a net, or sample the flow that they leave",
+            "FL0902", f"`inverse({name})` has no meaning yet: `{name}` draws, or parts leave it on the way", span,
+            suggestion="write the opposite step by itself; in a program of a model `inverse` of it is a sample",
         )  # fmt: skip
     if inst.inverted and [t.axes for t in region.output_types()] != [t.axes for t in type_of(inputs, region)]:
         raise body.fail(
             "FL0902", f"`inverse({name})` has no meaning yet: what `{name}` was made of cannot be told from the shape it gives",
             span, suggestion="use it forward first, or write the opposite step by itself, as `unsqueeze` for `squeeze`",
-        )  # fmt: skip
-    if inst.inverted and region.is_random and body.region.kind != "program":
-        raise body.fail(
-            "FL0902", f"`inverse({inst.target.name})` has no meaning yet: `{inst.target.name}` draws or emits", span,
-            suggestion="write the opposite step by itself; in a program of a model `inverse` of it is a sample",
         )  # fmt: skip
     child = body.adopt(inst, region, span)
     front = tuple(lifted.items())
