@@ -176,7 +176,7 @@ class Flow(Face):
     def _doubt(self, values: list[Tensor], context: list[Tensor], x: Tensor) -> Tensor:
         """An estimate of how far x may be off, for each sample, from what was inverted alone.
 
-        The larger of two signs: the forward map of x misses the values; a change of them by a few units in the last
+        The larger of two signs: the forward map of x misses the values; a change of them by several units in the last
         place, which rounding in the forward map makes, moves x far.
         """
         event = len(self.data_shape)
@@ -189,7 +189,7 @@ class Flow(Face):
             unknown = unknown | torch.isnan(flat).any(-1)
             doubt = torch.maximum(doubt, self._distance(again, v, rest))
             signs = torch.arange(flat.shape[-1], device=v.device) % 2 * 2 - 1
-            step = 4 * torch.finfo(v.dtype).eps * flat.abs().amax(-1, keepdim=True)
+            step = 8 * torch.finfo(v.dtype).eps * flat.abs().amax(-1, keepdim=True)
             moved.append((flat + signs * step).reshape(v.shape))
         again = self._inverse(*moved, *context)[0]
         # Values at the end of a bounded support may have left it by the step: nothing is learnt from those.
