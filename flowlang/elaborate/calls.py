@@ -617,7 +617,7 @@ def call_instance(
                         raise body.fail("FL0309", f"`{target.name}` needs `{p.name}`, which is absent here", where, suggestion="give it, or guard the call with `if present(..)`")
                 else:
                     continue
-            values[p.name] = body.tensor(real_number(p.type, value), where)
+            values[p.name] = real_value(body, p.type, body.tensor(real_number(p.type, value), where))
         elif not is_optional(p.type):
             if p.default is not None:
                 values[p.name] = body.tensor(body.ev(p.default), span)
@@ -648,13 +648,25 @@ def call_instance(
     return finish_call(body, inst, formals, bindings, axes, span)
 
 
-def real_number(type: tree.Expr | None, value: Any) -> Any:
-    """A whole number given for a real parameter is a real number."""
+def is_whole(type: tree.Expr | None) -> bool:
+    """Whether a parameter's type is one of whole numbers or truth values."""
     inner = type.type if isinstance(type, tree.Optional) else type
     head = inner.value if isinstance(inner, tree.Brackets) else inner
     head = head.fn if isinstance(head, tree.Call) else head
-    whole = isinstance(head, tree.Name) and head.id in ("Int", "Bool")
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) and not whole else value
+    return isinstance(head, tree.Name) and head.id in ("Int", "Bool")
+
+
+def real_number(type: tree.Expr | None, value: Any) -> Any:
+    """A whole number given for a real parameter is a real number."""
+    plain = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if plain and not is_whole(type) else value
+
+
+def real_value(body: Body, type: tree.Expr | None, id: int) -> int:
+    """The same for a tensor: one network takes tokens that are data and tokens that were drawn."""
+    if is_whole(type) or body.b.type(id).kind != "int":
+        return id
+    return body.b.op("mul", id, body.b.const(1.0))
 
 
 def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span: Span) -> Any:
