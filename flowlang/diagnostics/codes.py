@@ -64,6 +64,7 @@ CODES: dict[str, str] = {
     "FL0604": "path-not-smooth",
     "FL0605": "may-escape",
     "FL0606": "no-derivative",
+    "FL0607": "prediction-slip",
     # 07 backends and run time
     "FL0701": "cannot-lower",
     "FL0702": "bad-input",

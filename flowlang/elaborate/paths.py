@@ -73,7 +73,8 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     body.b.span = args.span
     # The formula is shown to be smooth for 0 < t < 1 where the path is declared; here t is shown to lie there.
     env["t"] = body.b.op("within", env["t"], lo=0.0, hi=1.0)
-    return body.wrap(emit_formula(body, sp.simplify(expression), env))
+    made = emit_formula(body, sp.simplify(expression), env)
+    return body.wrap(body.graph.annotate(made, path=fn.name) if fn.name in ("at", "velocity") else made)
 
 
 def formula_of(body: Body, fn: PathFunction, args: Arguments) -> Any:
