@@ -16,6 +16,7 @@ from flowlang.derive.analyse import Analyses
 from flowlang.diagnostics import Diagnostic
 from flowlang.ir.graph import Region, Rule
 from flowlang.ir.interval import Interval
+from flowlang.ir.manifolds import on_sphere
 
 POINTS = 16
 TOLERANCE = 1e-7  # relative to 1 + |x| and the condition number
@@ -84,6 +85,9 @@ class Probe:
             return 0.3 * torch.randn(*shape, dtype=torch.float64, generator=self.random)
         z = 1.5 * torch.randn(POINTS, *shape, dtype=torch.float64, generator=self.random)
         z[0] = 0.0
+        if on_sphere(self.region.graph, node):
+            z[0, ..., 0] = 1.0
+            return torch.nn.functional.normalize(z, dim=-1)
         return into(self.analyses.ranges(self.region).interval(node), z)
 
     def run(self) -> None:
@@ -112,9 +116,21 @@ class Probe:
                 parts = [p.reshape(1, *v.shape[1:]) for p, v in zip(flat.split(sizes), x, strict=True)]
                 return torch.cat([o.reshape(-1) for o in self.module(*parts, *own)[:-1]])
 
-            j = torch.autograd.functional.jacobian(f, torch.cat([v[k].reshape(-1) for v in x]))
+            flat = torch.cat([v[k].reshape(-1) for v in x])
+            j = torch.autograd.functional.jacobian(f, flat)
             assert isinstance(j, Tensor)
-            yield j
+            yield self.tangential(j, [v[k] for v in x], f(flat))
+
+    def tangential(self, j: Tensor, x: list[Tensor], y: Tensor) -> Tensor:
+        """The Jacobian between tangent spaces, where the region maps points of spheres."""
+        graph, region = self.region.graph, self.region
+        into_, out = [on_sphere(graph, i) for i in region.inputs], [on_sphere(graph, o) for o in region.outputs]
+        if not any((*into_, *out)):
+            return j
+        shapes = [graph[o].tensor.shape for o in region.outputs]
+        parts = [p.reshape(s) for p, s in zip(y.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+        rows = torch.block_diag(*(tangent_basis(p, s) for p, s in zip(parts, out, strict=True)))
+        return rows.mT @ j @ torch.block_diag(*(tangent_basis(p, s) for p, s in zip(x, into_, strict=True)))
 
     def check_inverse(self, x: list[Tensor], y: list[Tensor], context: list[Tensor], condition: Tensor) -> None:
         with torch.no_grad():
@@ -176,6 +192,14 @@ class Probe:
                 f"at x = {shown(x, k)} it gives {float(found[k]):.6g}, and log|det J| is{is_at_most} {float(dense[k]):.6g}",
                 "correct it, or delete it and let the compiler derive the log-det",
             )  # fmt: skip
+
+
+def tangent_basis(p: Tensor, sphere: bool = True) -> Tensor:
+    """Orthonormal columns that span the tangent space at p: of the sphere of its last axis, or of all of space."""
+    if not sphere:
+        return torch.eye(p.numel(), dtype=p.dtype)
+    each = [torch.linalg.svd(v.unsqueeze(0))[2][1:].mT for v in p.reshape(-1, p.shape[-1])]
+    return torch.block_diag(*each)
 
 
 def into(iv: Interval, z: Tensor) -> Tensor:

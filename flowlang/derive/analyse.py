@@ -35,6 +35,7 @@ from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update, result_types
 from flowlang.ir.interval import POSITIVE, REAL, Interval
 from flowlang.ir.lipschitz import constant
+from flowlang.ir.manifolds import on_sphere, takes_sphere
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.tangents import FROZEN, Tangents, plain_method
@@ -190,6 +191,12 @@ class Analyses:
                 operands = [domain.interval if j == k else o for j, o in enumerate(operands)]
         if how is not None:
             return tuple(REAL for _ in result_types(node.type))
+        for k in range(len(region.inputs)):
+            taken, held = takes_sphere(region, k), on_sphere(graph, node.inputs[k])
+            if taken and not on_sphere(graph, node.inputs[k], assumed=True):
+                sink.append(Violation(node, Need(k, REAL, words="points of a `Sphere`"), operands[k], graph))
+            elif held and not taken and is_map(region):
+                sink.append(Violation(node, Need(k, REAL, words="values of an open set, and no points of a sphere"), operands[k], graph))
         if node.op == "scan":
             return self.scan_bounds(graph, node, operands, sink)
         if node.op == "repeat":
@@ -314,7 +321,7 @@ class Analyses:
 
     def plan(self, region: Region) -> Plan | Failure:
         if self.key(region) not in self._plans:
-            found = Plan(region) if len(region.rules) == 2 else self.search(region)
+            found = Plan(region) if len(region.rules) == 2 else explain.off_the_sphere(region) or self.search(region)
             if isinstance(found, Failure) and region.rules:
                 found = explain.one_rule_alone(region, found)
             self._plans[self.key(region)] = found

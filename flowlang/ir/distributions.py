@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, log, pi
+from math import inf, lgamma, log, pi
 from typing import TYPE_CHECKING
 
 from flowlang.ir.interval import POSITIVE, REAL, Interval, closed, opened
@@ -130,6 +130,19 @@ def _uniform(b: Builder, x: int, a: Arguments) -> int:
     lo, hi = a["lo"], a["hi"]
     inside = b.op("and", b.op("ge", x, lo), b.op("le", x, hi))
     return guarded(b, x, inside, b.neg(b.op("log", b.sub(hi, lo))))
+
+
+def _uniform_sphere(b: Builder, x: int, a: Arguments) -> int:
+    """With respect to the surface of the unit sphere of the last axis; nothing off it."""
+    axis = b.type(x).axes[-1]
+    area = log(2) + axis.size / 2 * log(pi) - lgamma(axis.size / 2)
+    size = b.op("sum", b.op("square", x), axes=(axis.name,))
+    near = b.op("lt", b.op("abs", b.sub(size, b.const(1.0))), b.const(1e-3))
+    return guarded(b, size, near, b.const(-area))
+
+
+def _uniform_sphere_sample(b: Builder, t: TensorType, a: Arguments) -> int:
+    return b.op("normalize", noise(b, "normal", t), axes=t.names[-1:])
 
 
 def _exponential(b: Builder, x: int, a: Arguments) -> int:
@@ -293,6 +306,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
             "uniform", {"lo": (0.0, REAL), "hi": (1.0, REAL)}, _between, _uniform,
             lambda b, t, a: b.add(a["lo"], b.mul(noise(b, "uniform", t), b.sub(a["hi"], a["lo"]))),
         ),
+        Distribution("uniform_sphere", {}, lambda a: closed(-1, 1), _uniform_sphere, _uniform_sphere_sample),
         Distribution(
             "exponential", {"rate": SCALE}, lambda a: POSITIVE, _exponential,
             lambda b, t, a: _exponential_sample(b, noise(b, "exponential", t), a),
