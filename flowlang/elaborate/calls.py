@@ -16,7 +16,6 @@ from flowlang.elaborate.values import (
     ABSENT,
     LATER,
     POISON,
-    WITNESS,
     Absent,
     AppliedBuiltin,
     Bracketed,
@@ -419,9 +418,6 @@ def place_argument(
         return
     if free_tensors and isinstance(value, int | float):
         tensors[free_tensors.pop(0).name] = (value, span)
-        return
-    if inst.target.name == WITNESS:  # whatever stands here takes numbers as values too
-        extras.append((body.tensor(value, span), span))
         return
     raise body.fail(
         "FL0202",

@@ -299,8 +299,13 @@ def test_it_stands_in_a_chain_too() -> None:
     assert torch.allclose(m.inverse(z)[0], x, atol=1e-12)
 
 
-def test_it_is_refused_where_parts_leave() -> None:
+def test_where_parts_leave_it_is_a_sample_in_a_program() -> None:
     text = SQUEEZED.format(
         step="factor_out[C](normal)", programs="def back(z: R[C = 2, H = 4, W = 4]) { x, l = inverse(s)(z);  x }"
     )
-    assert codes(text) == ["FL0902"]
+    m = made(text.replace("C = 1", "C = 4"))
+    z = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    a, b, c = (m.back(z, generator=torch.Generator().manual_seed(k)) for k in (0, 0, 1))
+    assert a.shape == (3, 4, 4, 4)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)

@@ -4,6 +4,7 @@ from flowlang.backends.torch.runtime.attention import Attention, attend, attend_
 from flowlang.backends.torch.runtime.errors import (
     bad_input,
     no_solution,
+    no_stages,
     too_many_steps,
 )
 from flowlang.backends.torch.runtime.face import (
@@ -249,7 +250,7 @@ __all__ = [
     "log_tanh_slope",
     "logit_mixture",
     "mean_square",
-    "no_solution",
+    "no_solution", "no_stages",
     "norm_bounded",
     "note_steps",
     "ode_adaptive",
@@ -271,7 +272,8 @@ __all__ = [
     "reached_parameters",
     "reversible_step",
     "rotate",
-    "roulette", "rows_or_zeros",
+    "roulette",
+    "rows_or_zeros",
     "rqs",
     "rqs_circular",
     "rqs_circular_inverse",

@@ -34,7 +34,9 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():
             given = ctx.saved_tensors
-            found = torch.autograd.grad(attend_plain(*given, *ctx.options), given, dy, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                attend_plain(*given, *ctx.options), given, dy, create_graph=True, allow_unused=True
+            )
         else:
             found = torch.autograd.grad(ctx.found, ctx.inner, dy, retain_graph=True)
         return *found, None, None

@@ -29,5 +29,6 @@ def too_many_steps(most: int, time: float) -> Exception:
 def no_stages(time: float) -> Exception:
     """What is raised where the equations of an implicit solver's step are not solved."""
     return bad_input(
-        f"the stages of the implicit step at t = {time:.4g} were not found", "more steps make its equations easier to solve"
+        f"the stages of the implicit step at t = {time:.4g} were not found",
+        "more steps make its equations easier to solve",
     )

@@ -70,7 +70,8 @@ class Flow(Face):
     def log_prob(self, x: Tensor, /, **given: Tensor) -> Tensor:
         """log p(x | given), for each sample, in nats, as exact as `exactness` says.
 
-        Of a flow that draws on its way it is a lower bound: one draw of log w with E[w] = p(x), so E[log w] <= log p(x).
+        Of a flow that draws on its way it is a lower bound: one draw of log w with E[w] = p(x), and so
+        E[log w] <= log p(x).
         """
         (x,), context = self._fit([("data", x, self.data_shape)], given)
         return self._log_prob(x, *context)
@@ -83,7 +84,8 @@ class Flow(Face):
         """
         if self.exactness not in ("exact", "lower bound"):
             raise bad_input(
-                f"the log-density of this flow is no bound ({self.exactness})", "use `log_prob`, and average an estimate"
+                f"the log-density of this flow is no bound ({self.exactness})",
+                "use `log_prob`, and average an estimate",
             )
         if self.exactness == "exact" or samples == 1:
             return self.log_prob(x, **given)

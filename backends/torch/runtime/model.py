@@ -50,7 +50,9 @@ class Model(Face):
     """
 
     programs: dict[str, dict[str, tuple[int, ...]]] = {}  # noqa: RUF012
-    exactness: ClassVar[dict[str, str]] = {}  # of programs whose log-densities are not exact: unbiased, lower bound, ratio
+    exactness: ClassVar[
+        dict[str, str]
+    ] = {}  # of programs whose log-densities are not exact: unbiased, lower bound, ratio
     data_name = ""  # the first entry of `data`: what is fitted; others, labels and targets too, are in `given_shapes`
     data_shape: tuple[int, ...] = ()
     given_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}

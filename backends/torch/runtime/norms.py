@@ -18,8 +18,15 @@ def grouped_norm(x: Tensor, rank: int, groups: int, gain: Tensor | None, offset:
 
 
 def batched_norm(
-    x: Tensor, rank: int, mean: Tensor, var: Tensor, gain: Tensor | None, offset: Tensor | None,
-    training: bool, momentum: float, eps: float,
+    x: Tensor,
+    rank: int,
+    mean: Tensor,
+    var: Tensor,
+    gain: Tensor | None,
+    offset: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
     """Batch normalisation by the first of the last `rank` dims; the running values are updated while training."""
     flat = x if x.dim() == rank + 1 else x.reshape(-1, *x.shape[x.dim() - rank :])
@@ -43,11 +50,19 @@ def gated_norm_plain(
 
 
 class GatedNorm(torch.autograd.Function):
-    """`gated_norm_plain` with its gradient in as few passes as eager torch allows: in place, sums as products of vectors."""
+    """`gated_norm_plain`, its gradient in as few passes as eager torch allows: in place, sums as products."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rank: int, groups: int, v: Tensor | None, gain: Tensor, offset: Tensor, centred: bool, eps: float
+        ctx: Any,
+        x: Tensor,
+        rank: int,
+        groups: int,
+        v: Tensor | None,
+        gain: Tensor,
+        offset: Tensor,
+        centred: bool,
+        eps: float,
     ) -> Tensor:
         flat = x.reshape(-1, gain.numel(), x.shape[x.dim() - rank + 1 :].numel())
         n, c, m = flat.shape

@@ -72,7 +72,8 @@ class OdeProblem:
         return state, held, (rest.pop(0) if self.timed else None), rest
 
     def solve(
-        self, rates: Any, state: tuple[Tensor, ...], start: Time, stop: Time, at: Tensor | None, taken: Any = None, share: float = 1.0
+        self, rates: Any, state: tuple[Tensor, ...], start: Time, stop: Time, at: Tensor | None, taken: Any = None,
+        share: float = 1.0,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """By the method and its steps or tolerances; `share` of the steps where it is for a part of the way."""
         if isinstance(self.how, dict):
@@ -195,7 +196,8 @@ def ode_adjoint(
     at = state[0].new_tensor(at) if isinstance(at, tuple) else at
     problem = OdeProblem(rates, batch, start, stop, how, method, (len(state), len(held)), at is not None)
     timed = () if at is None else (at,)
-    return AdjointSolve.apply(problem, *state, *held, *timed, *reached_parameters(field))  # type: ignore[no-any-return, no-untyped-call]
+    given = (*state, *held, *timed, *reached_parameters(field))
+    return AdjointSolve.apply(problem, *given)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # ---- reversible steps ---------------------------------------------------------------------------
@@ -286,4 +288,5 @@ def ode_reversible(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The state at `stop` by the method's reversible form, in equal steps or at given times."""
     problem = OdeProblem(rates, batch, start, stop, how, method, (len(state), len(held)), False)
-    return ReversibleSolve.apply(problem, *state, *held, *reached_parameters(field))  # type: ignore[no-any-return, no-untyped-call]
+    given = (*state, *held, *reached_parameters(field))
+    return ReversibleSolve.apply(problem, *given)  # type: ignore[no-any-return, no-untyped-call]

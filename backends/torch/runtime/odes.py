@@ -155,7 +155,10 @@ def implicit_stages(
             jacobians = [jacobian(lambda y: field(y, t), flat.detach())] * count
         else:
             points = flat.detach().unsqueeze(-2) + h * torch.einsum("ij,...jn->...in", a, k)
-            jacobians = [jacobian(lambda y, m=m: field(y, m), points[..., i, :]) for i, m in enumerate(moments)]  # type: ignore[misc]
+            jacobians = [
+                jacobian(lambda y, m=m: field(y, m), points[..., i, :])  # type: ignore[misc]
+                for i, m in enumerate(moments)
+            ]
         blocks = torch.einsum("ij,...inm->...injm", a, torch.stack(jacobians, -3))
         return eye - h * blocks.reshape((*size, count * n, count * n))
 
@@ -305,8 +308,8 @@ def ode_rule(
 
 
 def ode_implicit(
-    rates: Rates, plain: Rates, state: State, batch: Sequence[int], start: float, stop: float, steps: int | tuple[float, ...],
-    method: RungeKutta,
+    rates: Rates, plain: Rates, state: State, batch: Sequence[int], start: float, stop: float,
+    steps: int | tuple[float, ...], method: RungeKutta,
 ) -> State:  # fmt: skip
     """The state at `stop` by an implicit method; `plain` is the field of the first part alone."""
     size, first = tuple(batch), state[0]
@@ -332,7 +335,8 @@ class Dense:
         at = at if isinstance(at, Tensor) else state[0].new_tensor(at)
         self.at = at.expand((*batch, at.shape[-1])).to(state[0])
         self.values: State = tuple(
-            torch.full((*batch, at.shape[-1], *s.shape[self.rank :]), float("nan"), dtype=s.dtype, device=s.device) for s in state
+            torch.full((*batch, at.shape[-1], *s.shape[self.rank :]), float("nan"), dtype=s.dtype, device=s.device)
+            for s in state
         )  # fmt: skip
         self.open = torch.ones_like(self.at, dtype=torch.bool)
 

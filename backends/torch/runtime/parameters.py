@@ -327,9 +327,10 @@ class SpdMatrix(nn.Module):
 class BoundedWeight(nn.Module):
     """A weight scaled down where an estimate of its norm, by power iteration, exceeds `bound`.
 
-    The norm is that of the matrix [first axis, all others], or of a kernel [out, in, *window] as the convolution of a value
-    of the sizes `space` on a torus that holds it with zeros around: there the norm can be known exactly, and it bounds the
-    convolution's. Training improves the estimate (the buffer `u`); `settle` brings it to rest, `norm` is exact.
+    The norm is that of the matrix [first axis, all others], or of a kernel [out, in, *window] as the convolution of a
+    value of the sizes `space` on a torus that holds it with zeros around: there the norm can be known exactly, and it
+    bounds the convolution's. Training improves the estimate (the buffer `u`); `settle` brings it to rest,
+    `norm` is exact.
     """
 
     slack = 1.02  # the analysis reckons with a norm of bound·slack
@@ -339,7 +340,9 @@ class BoundedWeight(nn.Module):
         self.bound, self.space = bound, space
         self.raw = nn.Parameter(value)
         window = value.shape[2:]
-        self.torus = tuple(n + k - 1 for n, k in zip(space, window, strict=True)) if math.prod(window) > 1 and space else ()
+        self.torus = (
+            tuple(n + k - 1 for n, k in zip(space, window, strict=True)) if math.prod(window) > 1 and space else ()
+        )
         u = torch.randn(value.shape[0], *self.torus)
         self.register_buffer("u", u / u.norm().clamp_min(1e-12))
         self.settle()

@@ -233,7 +233,8 @@ def estimate_log_det(
 
     Chen et al. 2019 (Residual Flows), eq. 6: the first terms always, the rest with weights 1/P(N >= k). Its gradient is
     that of a Neumann series (eq. 8), unbiased too, for which one product with the Jacobian is differentiated, whatever
-    the number of terms; first derivatives only. `surrogate`: the value as well is what eq. 8 differentiates, which means nothing.
+    the number of terms; first derivatives only. `surrogate`: the value as well is what eq. 8 differentiates, which
+    means nothing.
     `torch.compile` runs it outside its graphs and refuses it under `fullgraph=True`, as `torch.export` does.
     """
     if torch.compiler.is_exporting():
