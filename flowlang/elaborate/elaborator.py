@@ -79,6 +79,8 @@ class Elaborator:
         self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context
         self.quiet_free = False
         self.parameter_limit = limits.PARAMETERS
+        self.beyond_limits = False  # whether the last trial met a limit
+        self.chain_forms: dict[object, int] = {}  # which of the forms of `chain_input` a chain takes
 
     # ---- modules and names ----------------------------------------------------------------------
 
@@ -517,6 +519,7 @@ class Elaborator:
         except (Fail, Poisoned):
             found = None
         finally:
+            self.beyond_limits = any(d.code == "FL0901" for d in self.report.errors)
             self.report = told
             for key in set(self.regions) - known:  # made again, and told of, where they are wanted
                 del self.regions[key]
@@ -908,9 +911,19 @@ class Elaborator:
 
     def chain_input(self, scope: Body, inst: Instance, size: int, span: Span) -> TensorType:
         """What a chain that nothing uses may map: a vector, an image or a sequence, whichever its steps take."""
-        vector = TensorType.of(("D", size))
-        tried = (vector, TensorType.of(("C", size), ("H", 4), ("W", 4)), TensorType.of(("T", 4), ("D", size)))
-        return next((t for t in tried if self.trial(scope, inst, {"x": t}, span) is not None), vector)
+        forms = (
+            TensorType.of(("D", size)), TensorType.of(("C", size), ("H", 4), ("W", 4)), TensorType.of(("T", 4), ("D", size)),
+        )  # fmt: skip
+        key = self.target_key(inst)
+        if key not in self.chain_forms:  # the form does not hang on the size
+            self.chain_forms[key] = 0
+            for k, form in enumerate(forms):
+                if self.trial(scope, inst, {"x": form}, span) is not None:
+                    self.chain_forms[key] = k
+                    break
+                if self.beyond_limits:  # no form helps
+                    break
+        return forms[self.chain_forms[key]]
 
     def witness_static(self, scope: Body, p: tree.Parameter, span: Span) -> Any:
         try:
