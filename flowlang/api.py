@@ -30,7 +30,7 @@ def source_of(spec: str | Path) -> tuple[Source, Path | None]:
     text = str(spec)
     if not isinstance(spec, Path) and ("\n" in text or "{" in text or declares(text)):
         return Source.of("<text>", text), None
-    if not isinstance(spec, Path) and text.isidentifier() and not Path(text).exists():
+    if not isinstance(spec, Path) and text.isidentifier() and not is_there(text):
         found = library_flow(text)
         if found is not None:
             return found, None
@@ -39,6 +39,13 @@ def source_of(spec: str | Path) -> tuple[Source, Path | None]:
                        suggestion=did_you_mean(text, standard_library().names()) or "a spec is a path, its text, or a name that `flowlang std` lists")
         )  # fmt: skip
     return Source.of(text, read_text(text)), Path(text).resolve().parent
+
+
+def is_there(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # no file can have such a name
+        return False
 
 
 def declares(text: str) -> bool:
@@ -297,6 +304,12 @@ def fresh(text: str, cls: str, seed: int | None, dtype: Any) -> Any:
 
     from flowlang.backends.torch.load import instantiate
 
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise FlowError(Diagnostic("FL0804", f"`seed` is a whole number, and this is {seed!r}", suggestion="as in `seed=0`"))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise FlowError(
+            Diagnostic("FL0804", f"`dtype` is a floating type of torch, and this is {dtype!r}", suggestion="as in `dtype=torch.float64`")
+        )
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -410,6 +423,8 @@ def load(path: str | Path, spec: str | Path | None = None, *, dtype: Any = None,
     from flowlang.backends.torch.standard import Standardised, StandardisedModel
     from flowlang.backends.torch.store import load_state, read_tensors
 
+    if not isinstance(path, str | Path):
+        raise FlowError(Diagnostic("FL0801", f"weights are read from a path, and this is {path!r}", suggestion='as in `fl.load("run")`'))
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     tensors, meta = read_tensors(file)
     comp = recompile(file, meta, spec, sets)

@@ -82,6 +82,8 @@ def check_weights(module: Any) -> None:
 
 def file_of(path: Path, program: str, several: bool) -> Path:
     """FILE.onnx for one program; FILE.PROGRAM.onnx for each of several."""
+    if not path.name:
+        raise FlowError(Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name"))
     stem = path.with_suffix("") if path.suffix == ".onnx" else path
     return stem.with_name(f"{stem.name}.{program}.onnx") if several else stem.with_name(f"{stem.name}.onnx")
 

@@ -18,6 +18,8 @@ SHOWN = 5  # names listed in one message
 
 def replace_file(path: Path, blob: bytes) -> None:
     """Writes whole or not at all: a reader, or a crash, never meets half a file."""
+    if not path.name or path.is_dir():
+        raise FlowError(Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

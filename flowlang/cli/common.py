@@ -57,10 +57,25 @@ def read_source(spec: str) -> tuple[Source, Path | None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Whole or not at all: an interrupt or a full disk must not cost a spec. Pipes and devices are written as they are."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, "utf-8")
-    except (OSError, ValueError) as e:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            target.write_text(text, "utf-8")
+            return
+        target = target.resolve()  # a link stays a link
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text, "utf-8")
+            if target.exists():
+                if not os.access(target, os.W_OK):
+                    raise PermissionError(13, "Permission denied")
+                temporary.chmod(target.stat().st_mode)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError, RuntimeError) as e:
         raise cannot_write(path, e) from None
 
 

@@ -38,6 +38,8 @@ def rewrite(
         load_state(module, read_tensors(Path(weights))[0], weights)
     made = run(module, to, seed=seed)
     stem = Path(out or made.name)
+    if not stem.name:
+        stem = stem / made.name
     stem = stem.with_suffix("") if stem.suffix in (".flow", ".safetensors") else stem
     text, tensors = stem.with_name(f"{stem.name}.flow"), stem.with_name(f"{stem.name}.safetensors")
     write_text(text, made.text)

@@ -245,7 +245,10 @@ class Flow(Face):
 
     def _fit_sample(self, shape: Any, given: dict[str, Any]) -> tuple[tuple[int, ...], list[Tensor]]:
         """The batch shape of samples, and the context broadcast to it."""
-        batch = (shape,) if isinstance(shape, int | torch.SymInt) else tuple(shape)
+        sizes = (shape,) if isinstance(shape, int | torch.SymInt) or not hasattr(shape, "__iter__") else shape
+        if not torch.compiler.is_compiling() and not all(hasattr(n, "__index__") and n >= 0 for n in sizes):
+            raise bad_input(f"the shape of a sample is {shape!r}", "give a number from 0 on, or a tuple of them")
+        batch = tuple(sizes)
         context = self._context(given)
         batches = {name: tuple(c.shape[: c.dim() - len(s)]) for name, c, s in context}
         if not batch:
