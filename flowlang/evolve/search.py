@@ -105,6 +105,9 @@ class Search:
             self.generation()
         return s
 
+    def alive(self) -> set[str]:
+        return {text(m.genome, "layer") for m in self.state.members}
+
     def rng(self) -> random.Random:
         return random.Random(f"{self.state.plan.seed}:{self.state.trials}")
 
@@ -124,8 +127,13 @@ class Search:
 
     def start(self) -> None:
         """One more random layer that passes."""
+        alive = self.alive()
         for _ in range(ATTEMPTS):
-            if not self.tried(random_genome(self.rng(), self.state.plan.nodes)).rejected:
+            rng = self.rng()
+            genome = random_genome(rng, self.state.plan.nodes)
+            while text(genome, "layer") in alive:
+                genome = random_genome(rng, self.state.plan.nodes)
+            if not self.tried(genome).rejected:
                 self.save(self.state)
                 return
         raise RuntimeError(f"none of {ATTEMPTS} random layers passed: lower what is asked of them")
@@ -152,7 +160,7 @@ class Search:
     def other(self, rng: random.Random, genome: Genome) -> Genome:
         """A mutant that is another layer than all that live: one of a node that nothing reads is the layer it was, and such
         twins would soon fill a small population. A node more is mutated until it differs."""
-        alive = {text(m.genome, "layer") for m in self.state.members}
+        alive = self.alive()
         child = mutated(rng, genome)
         while text(child, "layer") in alive:
             child = mutated(rng, child)
