@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from flowlang.backends.onnx.dynamic import WAY_AROUND, General, points_of, small_points
+from flowlang.backends.onnx.dynamic import WAY_AROUND, General, OtherWeights, points_of, small_points
 from flowlang.backends.onnx.graph import INT, REAL, Builder, Shape, Value
 from flowlang.backends.onnx.lower import Lowering, Noise, Shared, Unlowered, Weights
 from flowlang.backends.onnx.model import DEFAULT_OPSET, HIGHEST_OPSET, LOWEST_OPSET, finish
@@ -375,14 +375,23 @@ def export_open(at: At, multiples: Mapping[str, int], program: str, options: Opt
     return _open(at, points, multiples, program, options)
 
 
+def allowed(at: At, point: Mapping[str, int]) -> Instance | None:
+    try:
+        return at(point)
+    except OtherWeights:
+        return None
+
+
 def _open(
     at: At, points: Sequence[Mapping[str, int]], multiples: Mapping[str, int], program: str, options: Options
 ) -> onnx.ModelProto:
-    flows = [at(p) for p in points]
-    models = [model_of(*f, program, options) for f in flows if f is not None]
+    models = [model_of(*f, program, options) for p in points if (f := allowed(at, p)) is not None]
+    if len(models) < len(points):
+        given = allowed(at, {})
+        assert given is not None
+        base = model_of(*given, program, options)
+        raise Unlowered(base.place, "not all sizes are allowed, or some have other weights", WAY_AROUND)
     base = models[0]
-    if len(models) < len(flows):
-        raise Unlowered(base.place, "sizes of its axes depend on one another", WAY_AROUND)
     outputs = [m.lowered() for m in models]
     general = General(points, [m.g for m in models], base.place)
     general.compare(outputs)

@@ -22,7 +22,9 @@ from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Dim, No
 from flowlang.backends.onnx.lower import Unlowered
 
 Point = Mapping[str, int]  # an axis's size
-PRIMES = ((5, 7, 11), (13, 11, 17), (19, 29, 23), (31, 37, 41))
+# Of each axis, at the points: of different remainders by small numbers, so that no rule by parity looks like a constant,
+# and no powers of two, whose quotients are written as products.
+SIZES = ((5, 6, 13), (11, 7, 18), (19, 30, 23), (34, 37, 27))
 MULTIPLES = (1, 2, 4, 8, 16, 32, 3)  # that a map may ask of a size (blocks, scales)
 MOST_NUMBERS = 16  # that differ in one constant
 WAY_AROUND = "export with fixed sizes: `--dynamic none`, or `dynamic=()` from Python"
@@ -65,28 +67,34 @@ def fit_size(values: Sequence[int], points: Sequence[Point]) -> Size | None:
     return None
 
 
+# How a number may depend on a product of axes: by a power, by its logarithm, or by both (the log-det of a scale 1/sqrt(T)).
+GROWTH: dict[str, Callable[[float], float]] = {
+    "m": lambda m: m, "1/m": lambda m: 1 / m, "1/sqrt(m)": lambda m: m**-0.5, "sqrt(m)": lambda m: m**0.5,
+    "log(m)": math.log, "m*log(m)": lambda m: m * math.log(m), "m*m": lambda m: m * m, "1/(m*m)": lambda m: m**-2,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Amount:
-    """factor · (product of axes)^power + offset, arrays of real numbers."""
+    """factor · growth(product of axes) + offset, arrays of real numbers."""
 
     axes: tuple[str, ...]
-    power: float
+    growth: str
     factor: Any
     offset: Any
 
 
 def fit_amount(arrays: Sequence[Any], points: Sequence[Point]) -> Amount | None:
-    for axes, power in itertools.product(products(list(points[0])), (1.0, -1.0, -0.5, 0.5)):
-        m = [float(math.prod(p[a] for a in axes)) ** power for p in points]
+    for axes, growth in itertools.product(products(list(points[0])), GROWTH):
+        m = [GROWTH[growth](float(math.prod(p[a] for a in axes))) for p in points]
         if m[0] == m[1]:
             continue
         with np.errstate(invalid="ignore"):
             factor = (arrays[1] - arrays[0]) / (m[1] - m[0])
             offset = arrays[0] - factor * m[0]
-            if power < 0 or np.all(np.abs(offset) <= 1e-9 * np.abs(factor)):
-                offset = np.where(np.abs(offset) <= 1e-9 * np.abs(factor), 0.0, offset)
+            offset = np.where(np.abs(offset) <= 1e-9 * np.abs(factor), 0.0, offset)
             if all(np.allclose(factor * k + offset, a, rtol=1e-9, atol=1e-12) for k, a in zip(m, arrays, strict=True)):
-                return Amount(axes, power, factor, offset)
+                return Amount(axes, growth, factor, offset)
     return None
 
 
@@ -107,7 +115,7 @@ class General:
 
     def refuse(self, reason: str, node: Node | None = None) -> Unlowered:
         at = node or self.last
-        if at is not None and at.origin is not None:
+        if at is not None and at.origin is not None and at.origin.span is not None:
             self.origin = at.origin
         named = ", ".join(f"`{a}`" for a in self.axes)
         return Unlowered(self.origin, f"with {named} of any size, {reason}", WAY_AROUND)
@@ -284,10 +292,7 @@ class General:
             found = fit_amount(arrays, self.points)
             if found is None:
                 raise self.refuse("a number in the map is no simple expression of it")
-            m = g.cast(self.product(found.axes), REAL)
-            if found.power != 1:
-                m = g.unary("Sqrt", m) if abs(found.power) == 0.5 else m
-                m = g.unary("Reciprocal", m) if found.power < 0 else m
+            m = self.grown(g.cast(self.product(found.axes), REAL), found.growth)
             m = m if arrays[0].ndim else g.squeeze(m, [-1])
             return g.add(g.mul(m, g.const(found.factor)), g.const(found.offset))
         if kind == BOOL or arrays[0].size > MOST_NUMBERS:
@@ -303,6 +308,16 @@ class General:
             parts.append(self.size(size))
         flat = parts[0] if len(parts) == 1 else g.op("Concat", *parts, shape=(len(parts),), kind=INT, axis=0)
         return flat if arrays[0].ndim == 1 else g.reshape(flat, arrays[0].shape)
+
+    def grown(self, m: Value, growth: str) -> Value:
+        g = self.g
+        if "sqrt" in growth:
+            m = g.unary("Sqrt", m)
+        if growth.endswith("log(m)"):
+            return g.mul(m, g.unary("Log", m)) if growth.startswith("m") else g.unary("Log", m)
+        if "m*m" in growth:
+            m = g.mul(m, m)
+        return g.unary("Reciprocal", m) if growth.startswith("1/") else m
 
     def extended(self, arrays: Sequence[Any], kind: str) -> Value:
         """A constant whose extent differs: the same, affine, or a step, along the axes where it does."""
@@ -349,6 +364,8 @@ class General:
             raise self.refuse("a table of the map depends on it")
         firsts, steps = [], []
         for a in arrays:
+            if a.shape[axis] < 2:  # a single place tells no step: a larger point does
+                raise self.refuse("a table of the map depends on it")
             first = a.take([0], axis)
             step = a.take([1], axis) - first
             index = np.arange(a.shape[axis]).reshape([-1 if k == axis else 1 for k in range(rank)])
@@ -421,7 +438,7 @@ def _told(p: Point) -> str:
 
 def points_of(multiples: Mapping[str, int]) -> list[dict[str, int]]:
     """Sizes at which a program is lowered."""
-    return [{a: PRIMES[k][j] * m for k, (a, m) in enumerate(multiples.items())} for j in range(3)]
+    return [{a: SIZES[k][j] * m for k, (a, m) in enumerate(multiples.items())} for j in range(3)]
 
 
 def small_points(multiples: Mapping[str, int]) -> list[dict[str, int]]:
@@ -437,7 +454,8 @@ def multiple_of(at: Callable[[Point], object | None], axis: str) -> int | None:
     """The number of which sizes of an axis must be multiples; None where weights depend on it, or nothing else fits."""
     for m in MULTIPLES:
         try:
-            if at({axis: PRIMES[0][0] * m}) is not None:
+            # Two sizes, as one of them may be that of the weights.
+            if all(at({axis: n * m}) is not None for n in SIZES[0][:2]):
                 return m
         except OtherWeights:
             return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from flowlang.backends.onnx.graph import INT, Shape, Value
+from flowlang.backends.onnx.graph import BOOL, INT, Shape, Value
 from flowlang.backends.onnx.lower import Lowering, Result, needed
 
 from flowlang.derive.programs import Program
@@ -136,7 +136,7 @@ class Incremental:
         if i not in self.plan.rows:
             return self.independent(node, slot)
         read = self.plan.reads[(node.id, slot)]
-        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known:
+        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known and read.shift is None:
             return self.nodes[i]
         t, axis = self.source[i].tensor, self.plan.rows[i].axis
         stored = self.buffers[i]
@@ -151,7 +151,9 @@ class Incremental:
         if own.rows != self.places[node.id].rows:
             raise NotStatic
         place = self.places[i].place_of()
-        table = np.vectorize(lambda index: place.get(int(index), 0))(own.index)
+        wanted = own.index - (read.shift or 0)
+        # Beyond the ends a shift reads zeros; there the table holds negative numbers.
+        table = np.vectorize(lambda index: place.get(int(index), 0) if 0 <= index < t.size(axis) else -abs(index))(wanted)
         picked = self.at_stage(stored, table, t.position(axis) - t.rank)
         return self.leaf(picked, t.resized(axis, own.rows))
 
@@ -169,9 +171,15 @@ class Incremental:
             stacked = np.stack([np.take(v.array, row, axis) for row in table])
             return g.op("Gather", g.const(stacked), self.stage, shape=stacked.shape[1:], kind=v.kind, axis=0)
         index = g.op("Gather", g.const(table, INT), self.stage, shape=(rows,), kind=INT, axis=0)
+        some = bool((table < 0).any())
         shape = list(v.shape)
         shape[axis] = rows
-        return g.op("Gather", v, index, shape=tuple(shape), kind=v.kind, axis=axis % v.rank)
+        known = g.binary("Max", index, g.const(0, INT), INT) if some else index
+        picked = g.op("Gather", v, known, shape=tuple(shape), kind=v.kind, axis=axis % v.rank)
+        if not some:
+            return picked
+        there = g.binary("GreaterOrEqual", index, g.const(0, INT), BOOL)
+        return g.where(g.unsqueeze(there, list(range(axis + 1, 0))), picked, 0.0)
 
     def independent(self, node: Node, slot: int) -> int:
         """A value from outside the loop: the stage's rows of it, and columns in the order of stored places."""

@@ -39,27 +39,40 @@ CASES = {  # text, compiled sizes, other sizes
     "coupling along D": (
         "flow f { data x: R[T, D = 4]\n repeat 2 { affine_coupling[D](net = mlp[D](16))\n reverse[D] }\n"
         " reverse[T]\n rqs_coupling[D](bins = 4, net = mlp[D](16))\n base normal }",
-        {"T": 6}, [{"T": 2}, {"T": 8}, {"T": 12}],
+        {"T": 7}, [{"T": 2}, {"T": 10}, {"T": 12}],
     ),
     "scan over T": (
         "flow f { data x: R[T, D = 3]\n lag\n base normal }\n"
         "bijector lag (x: R[T, D]) { w: R[T, D] = mlp[D](shift[T](x, 2))\n x * exp(tanh(w)) + shift[T](x, 1) }",
-        {"T": 6}, [{"T": 3}, {"T": 8}, {"T": 14}],
+        {"T": 7}, [{"T": 3}, {"T": 10}, {"T": 14}],
     ),
     "causal attention": (
         "flow f { data x: R[T, D = 4]\n attend\n reverse[T]\n attend\n base normal }\n"
         "bijector attend (x: R[T, D]) { h = attention[T](shift[T](x, 1), 2, causal = true)\n"
         " m: R[T, D], s: R[T, D] = mlp[D](h)\n (x - m) * exp(-tanh(s)) }",
-        {"T": 6}, [{"T": 3}, {"T": 8}, {"T": 14}],
+        {"T": 7}, [{"T": 3}, {"T": 10}, {"T": 14}],
     ),
     "cumulative sum": (
         "flow f { data x: R[T]\n b\n base normal }\nbijector b (x: R[T]) { x + tanh(cumsum[T](x)) }",
-        {"T": 6}, [{"T": 2}, {"T": 8}, {"T": 14}],
+        {"T": 7}, [{"T": 2}, {"T": 10}, {"T": 14}],
     ),
     "moments along T": (
         "flow f { data x: R[T, D = 4]\n b\n base normal }\nbijector b (x: R[T, D]) { p, q = halves[D](x)\n"
         " m = mean[T](p)\n s = std[T](p)\n join[D](p, q * exp(tanh(m)) + s + index[T](q) / 10) }",
-        {"T": 6}, [{"T": 3}, {"T": 8}, {"T": 14}],
+        {"T": 7}, [{"T": 3}, {"T": 10}, {"T": 14}],
+    ),
+    "scale by the root of a size": (
+        "flow f { data x: R[T]\n b\n base normal }\nbijector b (x: R[T]) { x / sqrt(T) }",
+        {"T": 7}, [{"T": 2}, {"T": 9}, {"T": 100}],
+    ),
+    "two axes, scales of both": (
+        "flow f { data x: R[S, T, D = 4]\n affine_coupling[D](net = mlp[D](8))\n reverse[S]\n b\n base normal }\n"
+        "bijector b (x: R[S, T, D]) { p, q = halves[D](x)\n m = mean[S, T](p) / sqrt(T)\n join[D](p, q * exp(tanh(m / S))) }",
+        {"S": 5, "T": 7}, [{"S": 8, "T": 16}, {"S": 7, "T": 9}, {"S": 10, "T": 10}],
+    ),
+    "a mean of earlier rows": (
+        "flow f { data x: R[S, T]\n b\n base normal }\nbijector b (x: R[S, T]) { x + mean[S](shift[T](x, 1)) }",
+        {"S": 4, "T": 5}, [{"S": 5, "T": 4}, {"S": 2, "T": 12}],
     ),
 }  # fmt: skip
 
@@ -132,6 +145,15 @@ def test_axes_that_weights_depend_on_are_fixed_and_said_when_asked_for(tmp_path:
         assert not (tmp_path / "g.onnx").exists()
 
 
+def test_weights_of_the_size_of_a_point_fix_their_axis(tmp_path: Path) -> None:
+    """5 and 6 are sizes at which programs are lowered."""
+    for size in (5, 6):
+        flow = fl.compile("flow f { data x: R[T, D]\n affine_coupling[D](net = mlp[D](8))\n base normal }", seed=0, T=3, D=size)
+        (file,) = fl.export_onnx(flow, tmp_path / "f.onnx", ["log_prob"]).values()
+        (x,) = onnx.load(file).graph.input
+        assert [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] == ["batch", "T", size]
+
+
 def test_an_axis_with_a_default_may_be_asked_for(tmp_path: Path) -> None:
     flow = fl.compile("flow f { data x: R[C = 2, H = 4, W = 4]\n glow_step(4)\n base normal }", seed=0)
     (file,) = fl.export_onnx(flow, tmp_path / "f.onnx", ["log_prob"], dynamic=["H"]).values()
@@ -142,6 +164,7 @@ def test_an_axis_with_a_default_may_be_asked_for(tmp_path: Path) -> None:
 REFUSED = {
     "halves along the axis": "b (x: R[T]) { p, q = halves[T](x)\n join[T](p, q + sum[T](p)) }",
     "a permutation": "b (x: R[T]) { permute[T](x) }",
+    "a remainder": "b (x: R[T]) { x * (2 + mod(T, 2)) }",
     "checkers": "b (x: R[T]) { x * exp(checker[T](x)) }",
 }
 
