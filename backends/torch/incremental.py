@@ -163,8 +163,12 @@ class _Loop:
         while index and index[-1] == ":":
             index.pop()
         sizes = tuple(Axis(a, source.tensor.size(a)) for a in names)
-        type_ = TensorType((*sizes, Axis(BATCH, 1)) if source.batched else sizes, source.tensor.kind)
-        return self.leaf(type_, f"{name}[{', '.join(index)}]" if index else name)
+        text = f"{name}[{', '.join(index)}]" if index else name
+        beside = node.op in ("join", "stack") and not source.batched  # parts stand beside each other: all have a batch
+        if beside:
+            text = f"{text}[..., None].expand({'-1, ' * len(names)}count)"
+        type_ = TensorType((*sizes, Axis(BATCH, 1)) if source.batched or beside else sizes, source.tensor.kind)
+        return self.leaf(type_, text)
 
     def lay_out(self, i: int, names: Sequence[str], cut: dict[str, Rows]) -> str:
         """A variable before the loop that holds a value in the loop's layout."""
