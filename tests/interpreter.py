@@ -196,7 +196,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             flat = x[0].permute([dim(n) for n in (*front, *a["axes"])]).flatten(len(front))
             return getattr(torch, node.op)(flat, -1)
         case "length":
-            return x[0].square().sum([dim(n) for n in a["axes"]]).sqrt()
+            squares = x[0].square().sum([dim(n) for n in a["axes"]])
+            some = squares > 0  # at 0 the slope of the square root is no number, and that of what it is multiplied with is
+            return torch.where(some, torch.where(some, squares, 1).sqrt(), 0)
         case "normalize":
             return x[0] / x[0].square().sum([dim(n) for n in a["axes"]], keepdim=True).sqrt()
         case "var":
@@ -460,27 +462,51 @@ def called(node: Node, x: list[Tensor], copies: list[Parameters]) -> Tensor:
 
 
 def newton(f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-    """x with f(x) = y by damped Newton steps; the last one carries the gradient."""
-    goal, n = y.detach(), y.numel()
+    """x with f(x) = y, by `follow`; a last Newton step carries the gradient."""
+    x = follow(f, y.detach(), y.detach())
+    end = slope(f, x)
+    if not end.isfinite().all():
+        return torch.full_like(y, math.nan)  # saturated
+    return x - (torch.linalg.pinv(end) @ (f(x) - y).reshape(-1, 1)).reshape(x.shape)
 
-    def slope(x: Tensor) -> Tensor:
-        found = torch.autograd.functional.jacobian(f, x)
-        assert isinstance(found, Tensor)
-        return found.reshape(n, n)
 
-    x = goal.clone()
+def follow(f: Callable[[Tensor], Tensor], x: Tensor, goal: Tensor) -> Tensor:
+    """The solution of f(x) = goal on the way over the line from f(x) to the goal.
+
+    Not-a-number where that way is not followed to its end in float64.
+    """
+    start, at, stride = f(x).detach(), 0.0, 1.0
+    for _ in range(40):
+        new = near(f, x, torch.lerp(start, goal, min(at + stride, 1.0)))
+        if new is None:
+            stride /= 4
+            continue
+        x, at, stride = new, min(at + stride, 1.0), 2 * stride
+        if at == 1.0:
+            return x
+    return torch.full_like(x, math.nan)
+
+
+def slope(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    found = torch.autograd.functional.jacobian(f, x)
+    assert isinstance(found, Tensor)
+    return found.reshape(x.numel(), x.numel())
+
+
+def near(f: Callable[[Tensor], Tensor], x: Tensor, goal: Tensor) -> Tensor | None:
+    """The solution by damped Newton steps from x; None where they do not come to rest."""
     error = (f(x) - goal).detach()
-    for _ in range(200):
-        if not float(error.abs().max()) > 1e-13 * (1 + float(goal.abs().max())) or not slope(x).isfinite().all():
+    for _ in range(30):
+        small = float(error.abs().max()) <= 1e-13 * (1 + float(goal.abs().max()))
+        if small or not (steep := slope(f, x)).isfinite().all():
             break
-        step = torch.linalg.lstsq(slope(x), error.reshape(n, 1)).solution.reshape(x.shape)
+        step = torch.linalg.lstsq(steep, error.reshape(-1, 1)).solution.reshape(x.shape)
         for damping in (1.0, 0.5, 0.25, 0.1, 0.02):
             new = x - damping * step
             left = (f(new) - goal).detach()
             if float(left.norm()) < float(error.norm()):
                 break
+        else:
+            break  # at rest, or stuck
         x, error = new, left
-    end = slope(x)
-    if not end.isfinite().all():
-        return torch.full_like(y, math.nan)  # saturated
-    return x - (torch.linalg.pinv(end) @ (f(x) - y).reshape(n, 1)).reshape(x.shape)
+    return x if float(error.abs().max()) <= 1e-9 * (1 + float(goal.abs().max())) else None
