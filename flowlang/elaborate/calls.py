@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.later import ARGUMENTS
 from flowlang.elaborate.paths import call_path
+from flowlang.elaborate.results import cut, pieces_of
 from flowlang.elaborate.scope import close_names, did_you_mean, item_name, name_help
 from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words, static_size
 from flowlang.elaborate.values import (
@@ -894,22 +895,7 @@ def sized(
     open_name = results.open_axes[0]
     fixed = [(back.get(n, n), s) for n, s in results.fixed]
     keep = set(lifted) | {n for n, _ in fixed}
-    pieces: list[tuple[list[tuple[str, int]], list[str]]] = []
-    total = 0
-    for w in wanted:
-        axes = wanted_axes(body, w)
-        part: list[tuple[str, int]] = []
-        for n, s in axes:
-            if n in keep:
-                continue
-            if s is None:
-                raise body.fail("FL0310", f"the size of axis `{n}` is open", span, suggestion=f"write `{n} = ...`")
-            part.append((n, s))
-        count = 1
-        for _, s in part:
-            count *= s
-        pieces.append((part, [n for n, _ in axes]))
-        total += count
+    pieces, total = pieces_of(body, wanted, keep, span)
     region = body.elab.instantiate(
         body, inst, {n: t for n, (_, t) in inputs.items()}, {open_name: total}, span, of_weights(body, inst, inputs)
     )
@@ -918,39 +904,7 @@ def sized(
     value = emit_call(body, inst, region, inputs, lifted, back, span)
     if isinstance(value, Poison):
         return [POISON] * len(wanted)
-    out: list[Any] = []
-    start = 0
-    for (part, order), w in zip(pieces, wanted, strict=True):
-        count = 1
-        for _, s in part:
-            count *= s
-        id = body.tensor(value, span)
-        if len(pieces) > 1:
-            id = body.b.op("slice", id, axis=open_name, start=start, stop=start + count, span=span)
-        start += count
-        if not part:
-            id = body.b.op("pick", id, axis=open_name, index=0, span=span)
-        elif len(part) == 1:
-            if part[0][0] != open_name:
-                id = body.b.op("rename", id, pairs=((open_name, part[0][0]),), span=span)
-        else:
-            id = body.b.op("split", id, axis=open_name, into=tuple(part), span=span)
-        have = body.b.type(id).names
-        names = tuple(n for n in order if n in have) + tuple(n for n in have if n not in order)
-        if names != have:
-            id = body.b.op("order", id, names=names, span=span)
-        out.append(axis_rules.conform(body, Tensor(id, body), w, span) if isinstance(w, TypeSpec) else Tensor(id, body))
-    return out
-
-
-def wanted_axes(body: Body, w: Any) -> list[tuple[str, int | None]]:
-    if isinstance(w, TensorType):
-        return [(a.name, a.size) for a in w.axes]
-    assert isinstance(w, TypeSpec)
-    axes = list(w.axes)
-    if w.rest:
-        axes[w.rest_at : w.rest_at] = [(a.name, a.size) for a in body.rest]
-    return axes
+    return cut(body, body.tensor(value, span), open_name, pieces, wanted, span)
 
 
 def emit_call(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments
-from flowlang.elaborate.networks import cut, flag, free_name, keywords, pieces_of, split_arguments
+from flowlang.elaborate.networks import flag, free_name, keywords, split_arguments
+from flowlang.elaborate.results import cut, pieces_of
 from flowlang.elaborate.values import AppliedBuiltin, Builtin, BuiltinNet, Instance, Pending, Tensor
 from flowlang.elaborate.weights import Fans, Holder, net_bias, net_weight
 from flowlang.ir.types import TensorType
