@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flowlang import limits
@@ -174,8 +174,18 @@ def at_fitting_size(comp: Compilation, target: Declared, check: Callable[[Compil
         assert unfit is not None
         found = unfit
     elab.witness = WITNESS_SIZES[0]
-    main.extend(found)
+    main.extend(at_home(found, target))
     main.told |= found.told
+
+
+def at_home(found: Iterable[Diagnostic], target: Declared) -> Iterator[Diagnostic]:
+    """Diagnostics of a declaration; what points into the library's text, and nowhere in the user's, points at its name."""
+    home = target.declaration.name_span or target.declaration.span
+    for d in found:
+        if d.span is None or not d.span.source.library or home.source.library:
+            yield d
+        else:
+            yield replace(d, span=home, labels=(), notes=(*d.notes, f"this arose inside `{d.span.source.name}` of the library"))
 
 
 def check_flow(comp: Compilation, target: Declared) -> None:
@@ -248,13 +258,13 @@ def check_unused(comp: Compilation, target: Declared) -> None:
         if any(d.code in UNFIT for d in found.errors) and not sized_by_itself(target):
             unfit = unfit or found  # an axis of this size does not divide as wanted: others may
             continue
-        main.extend(found)
+        main.extend(at_home(found, target))
         main.told |= found.told
         fitting += 1
         if not found.ok:
             break
     if not fitting and unfit is not None:
-        main.extend(unfit)
+        main.extend(at_home(unfit, target))
         main.told |= unfit.told
     comp.elab.witness = WITNESS_SIZES[0]
 

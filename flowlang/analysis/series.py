@@ -200,6 +200,8 @@ def generic_field(seed: int) -> Callable[[Any, Any], Vector]:
     coefficients = [[draw() for _ in powers] for _ in range(DIM)]
 
     def field(x: Any, t: Any) -> Vector:
+        if not isinstance(x, Vector):
+            raise TypeError("a field takes a vector")
         xs = [_powers(x.items[d]) for d in range(DIM)]
         ts = _powers(_series(t))
         terms = [xs[0][i] * xs[1][j] * ts[k] for i, j, k in powers]

@@ -43,6 +43,7 @@ from flowlang.elaborate.values import (
 from flowlang.elaborate.weights import Need
 from flowlang.ir.check import after
 from flowlang.ir.graph import Graph, Region
+from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Loader, Source, Span
 from flowlang.syntax import tree
@@ -747,6 +748,8 @@ class Elaborator:
                 )
         except Fail as e:
             body.report(e.diagnostic)
+        except OpProblem as e:
+            body.report(body.diagnostic(e.code, e.message, where, suggestion=e.suggestion, notes=e.notes))
         except Poisoned:
             body.region.broken = True
 

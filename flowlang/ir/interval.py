@@ -171,8 +171,8 @@ def mul(a: Interval, b: Interval) -> Interval:
 
 
 def reciprocal(a: Interval) -> Interval | None:
-    """1/a; None if 0 may be attained."""
-    if not a.nonzero:
+    """1/a; None if 0 may be attained, or nothing but 0 is near."""
+    if not a.nonzero or a.lo == a.hi == 0:
         return None
     if a.positive:
         hi, hi_open = (inf, True) if a.lo == 0 else (1 / a.lo, a.lo_open)

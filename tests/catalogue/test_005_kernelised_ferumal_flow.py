@@ -157,7 +157,11 @@ def moons(n: int, seed: int) -> Tensor:
 
 @pytest.mark.slow
 def test_item_7_few_data() -> None:
-    """100 points of two moons: better than an affine coupling flow of five times the parameters, as many steps."""
+    """100 points of two moons: better than an affine coupling flow of five times the parameters, as many steps.
+
+    Each at the step that 100 other points choose: without that both learn their 100 points by heart, and the mean over
+    the held-out ones is that of a few outliers. Nine seeds (the card asks for three).
+    """
     mlp = """flow f {
       data x: R[D = 2]
       repeat 4 {
@@ -172,17 +176,22 @@ def test_item_7_few_data() -> None:
     assert size["mlp"] >= 5 * size["kernels"]
     fresh = moons(4000, 99)
     found = dict.fromkeys(specs, 0.0)
-    for seed in range(3):
-        data = moons(100, seed)
+    for seed in range(9):
+        data, choosing = moons(100, seed), moons(100, 1000 + seed)
         for name, spec in specs.items():
             model = fl.compile(spec, seed=seed)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-            for _ in range(500):
+            best, held_out = float("inf"), 0.0
+            for k in range(500):
                 optimizer.zero_grad()
                 (-model.log_prob(data).mean()).backward()
                 optimizer.step()
-            with torch.no_grad():
-                found[name] += float(-model.log_prob(fresh).mean()) / 3
+                if k % 10 == 9:
+                    with torch.no_grad():
+                        chosen = float(-model.log_prob(choosing).mean())
+                        if chosen < best:
+                            best, held_out = chosen, float(-model.log_prob(fresh).mean())
+            found[name] += held_out / 9
     assert found["kernels"] <= found["mlp"] - 0.05
 
 

@@ -73,7 +73,10 @@ CASES |= {
     ),
 }  # fmt: skip
 # Maps that others are made of: their parameters are values of the flow, and the entries that use them are tested.
-PARTS = {"planar_map", "radial_map", "mixlogistic_cdf", "flowpp_noise"}
+# (those of spheres and circles, whose points are drawn otherwise, in test_001).
+PARTS = {
+    "planar_map", "radial_map", "mixlogistic_cdf", "flowpp_noise", "moebius_sphere", "symmetrized_moebius", "torus_moebius",
+}  # fmt: skip
 BIJECTORS = [e["name"] for e in entries() if e["kind"] == "bijector" and e["name"] not in PARTS]
 
 
