@@ -190,7 +190,7 @@ def test_build_writes_a_file_and_verify_prints_each_check(run: Run, small: Path,
     assert "from flowlang" not in (tmp_path / "made/small.py").read_text()
     code, out, _ = run("verify", small)
     assert code == 0
-    assert out.count("  ok ") == 5
+    assert out.count("  ok ") == 6
 
 
 # ---- what may be wrong ----------------------------------------------------------------------------
