@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.body import Body
 from flowlang.elaborate.calls import Arguments, parameters_of
-from flowlang.elaborate.values import POISON, Builtin, Instance, Poison, Poisoned, Tensor, Tuple, describe
+from flowlang.elaborate.values import POISON, Builtin, Declared, Instance, Poison, Poisoned, Tensor, Tuple, describe
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.types import SCALAR, TensorType
 from flowlang.source import Span
@@ -42,7 +42,8 @@ class RuleBody(Body):
     """One step. `index` is the step's number where it has a region of its own."""
 
     def __init__(self, elab: Elaborator, region: Region, outer: Body, solver: Instance, index: int | None, beyond: int):
-        module = solver.target.module  # type: ignore[union-attr]
+        assert isinstance(solver.target, Declared)  # checked where it is named
+        module = solver.target.module
         anchor = (outer.anchor if outer.module.source.library else solver.span) if module.source.library else None
         super().__init__(elab, region, module, anchor=anchor)
         self.index, self.beyond = index, beyond
@@ -104,7 +105,8 @@ class RuleBody(Body):
 
 def step_rule(body: Body, solver: Instance, state: TensorType) -> Rule | None:
     """The rule of a solver for a state of that type; None after a reported error."""
-    declaration = solver.target.declaration  # type: ignore[union-attr]
+    assert isinstance(solver.target, Declared)
+    declaration = solver.target.declaration
     statements = tuple(s for s in declaration.body or () if not isinstance(s, tree.Require))
     has_state = any(isinstance(s, tree.Declare) and s.word == "state" for s in parts(statements))
     has_param = any(isinstance(s, tree.Declare) and s.word == "param" for s in parts(statements))
@@ -139,9 +141,10 @@ def step_rule(body: Body, solver: Instance, state: TensorType) -> Rule | None:
 def one_step(
     body: Body, solver: Instance, statements: tuple[tree.Statement, ...], state: TensorType, index: int | None, beyond: int
 ) -> Region | None:  # fmt: skip
-    declaration = solver.target.declaration  # type: ignore[union-attr]
+    assert isinstance(solver.target, Declared)
+    declaration = solver.target.declaration
     name = declaration.name if index is None else f"{declaration.name}_{index}"
-    library = solver.target.module.source.library  # type: ignore[union-attr]
+    library = solver.target.module.source.library
     region = Region(name, "net", Graph(), span=declaration.span, doc=declaration.doc, library=library)
     which = "a step" if index is None else f"step {index}"
     region.signature = f"{which} of {body.elab.signature(solver)}"

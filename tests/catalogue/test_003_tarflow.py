@@ -261,7 +261,8 @@ def test_bits_and_labels_train() -> None:
 
 
 def test_onnx_of_density_and_sampling(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     model = fl.compile("tarflow_tiny", seed=0).eval()
     perturb(model, generator(15), 0.3)
     paths = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse"])

@@ -227,7 +227,8 @@ def test_parameters_of_the_presets(preset: str, sizes: tuple[int, int, int, int]
 
 
 def test_onnx(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     flow = step_flow().float().eval()
     x = images(3, 1, 4, 4, dtype=torch.float32)
     z, left, _ = (t.detach() for t in flow(x))

@@ -243,7 +243,8 @@ def test_parameters_of_the_presets(preset: str, sizes: tuple[int, int, int, int,
 
 
 def test_onnx(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     flow = step("inverse_flow_steps(2, 1, 3, 8)", 3, 4, 4, size=0.2, dtype=torch.float32).eval()
     x = images(5, 3, 4, 4, dtype=torch.float32)
     z, left, _ = (t.detach() for t in flow(x))

@@ -279,7 +279,8 @@ def test_it_says_that_it_is_a_bound() -> None:
 
 
 def test_onnx_of_encoder_sampler_and_update(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     m: Any = fl.compile("model m = flowchain_tiny\n", seed=0)
     m.load_state_dict(model().state_dict())
     m.float().eval()

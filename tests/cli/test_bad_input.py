@@ -54,7 +54,6 @@ def test_a_long_name_is_checked_too() -> None:
 
 
 def test_exporting_to_no_name_is_refused(flow: Any) -> None:
-    pytest.importorskip("onnx")
     with pytest.raises(FlowError) as e:
         fl.export_onnx(flow, "")
     assert e.value.diagnostics[0].code == "FL0801"

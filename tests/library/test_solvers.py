@@ -148,7 +148,8 @@ def test_rules_that_cannot_carry_a_log_det_are_refused_in_flows(solver: str, wor
     "solver", ["ab3(steps = 7)", "reused_midpoint(times = [0, 0.1, 0.4, 1])", "scaled", "ab2(steps = 1)"]
 )
 def test_onnx_takes_the_same_steps(solver: str, tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     module = made(solver, "m", LEARNED, torch.float32) if solver == "scaled" else made(solver, "m", dtype=torch.float32)
     fl.export_onnx(module, tmp_path / "m.onnx", programs=["forward"])
     session = ort.InferenceSession(str(tmp_path / "m.onnx"))
@@ -157,7 +158,8 @@ def test_onnx_takes_the_same_steps(solver: str, tmp_path: Path) -> None:
 
 
 def test_the_density_of_a_multistep_flow_exports(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     flow = made("ab4(steps = 8)", dtype=torch.float32)
     fl.export_onnx(flow, tmp_path / "f.onnx", programs=["log_prob"])
     session = ort.InferenceSession(str(tmp_path / "f.onnx"))

@@ -337,7 +337,8 @@ def test_the_likelihood_of_a_flow_has_the_same_gradient(gradient: str) -> None:
     ],
 )  # fmt: skip
 def test_onnx_takes_the_same_steps(how: str, tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     text = f"net m(v: net = mlp(8, act = tanh)) (x: R[D = 2]) {{ integrate(v, x, t = 0 -> 2, {how}) }}"
     module = fl.compile(text, flow="m", seed=0)
     fl.export_onnx(module, tmp_path / "m.onnx", programs=["forward"])
