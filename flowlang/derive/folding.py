@@ -268,7 +268,7 @@ def why_not(region: Region) -> str | None:
     if affine_form(region) is not None:
         return None
     for r, n in needed(region):
-        if n.op in ("var", "mean", "std", "length") and n.batched is not None and r.graph[n.inputs[0]].batched:
+        if n.op in ("var", "mean", "std", "length") and r.graph[n.inputs[0]].batched:
             return "its statistics are those of each sample, at inference too"
     if any(n.op == "scan" for r in region.walk() for n in r.graph):
         return "it goes through its values one after the other"
