@@ -341,13 +341,7 @@ def export_onnx(
 
     whole = flow if isinstance(flow, Standardised | StandardisedModel) else None
     module = whole.flow if whole is not None else flow
-    if type(module) not in origins:
-        raise FlowError(
-            Diagnostic(
-                "FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec"
-            )
-        )
-    comp, name = origins[type(module)]
+    comp, name = origin_of(module)
     module.certify()
     folds = hasattr(module, "verdicts")
     if comp.regions[name].kind in ("net", "norm") and not folds:

@@ -18,7 +18,7 @@ from flowlang.derive.programs import is_map, is_random
 from flowlang.diagnostics import Diagnostic, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.elaborator import WITNESS_SIZES, Elaborator
-from flowlang.elaborate.scope import LATER_KINDS, ModuleScope
+from flowlang.elaborate.scope import LATER_ADVICE, LATER_KINDS, ModuleScope
 from flowlang.elaborate.types import is_tensor_type
 from flowlang.elaborate.values import Declared, Instance
 from flowlang.ir.domains import Domain
@@ -111,7 +111,7 @@ def compile_source(
             report.add(
                 Diagnostic(
                     "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
-                    target.declaration.name_span, severity="warning", suggestion="the text is kept and formatted; a later release compiles it"
+                    target.declaration.name_span, severity="warning", suggestion=LATER_ADVICE
                 )
             )  # fmt: skip
         elif target.kind not in ("flow", "model") and id(target.declaration) not in elab.instantiated:

@@ -14,7 +14,7 @@ from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, apply, make_call
 from flowlang.elaborate.later import introduced_axes, is_place, later_family
 from flowlang.elaborate.paths import FUNCTIONS
-from flowlang.elaborate.scope import ModuleScope, did_you_mean, name_help
+from flowlang.elaborate.scope import LATER_ADVICE, ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import (
     ABSENT,
@@ -152,7 +152,7 @@ class Body:
             return Later()
         self.elab.report.told.add(name)
         return self.fail(
-            "FL0902", message, span, suggestion="the text is kept and formatted; a later release compiles it"
+            "FL0902", message, span, suggestion=LATER_ADVICE
         )
 
     def lose(self, node: Any) -> None:

@@ -15,7 +15,7 @@ from flowlang.elaborate.calls import ResultShape, instance_of, parameters_of
 from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
-from flowlang.elaborate.scope import KINDS, LATER_KINDS, ModuleScope, did_you_mean, name_help
+from flowlang.elaborate.scope import KINDS, LATER_ADVICE, LATER_KINDS, ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
@@ -244,7 +244,7 @@ class Elaborator:
     def check_kind(self, body: Body, target: Declared, span: Span) -> None:
         if target.kind in LATER_KINDS:
             raise body.fail(
-                "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet", span, suggestion="the text is kept and formatted; a later release compiles it"
+                "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet", span, suggestion=LATER_ADVICE
             )
 
     # ---- limits ---------------------------------------------------------------------------------

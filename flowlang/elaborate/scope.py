@@ -17,6 +17,7 @@ LATER_KINDS = {
     "optimizer": "optimizers",
     "recipe": "recipes",
 }
+LATER_ADVICE = "the text is kept and formatted; a later release compiles it"
 
 
 @dataclass(eq=False)

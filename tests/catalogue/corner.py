@@ -1,11 +1,14 @@
-"""Corner convolutions for tests: by hand with torch, as a dense matrix, and how many rounds an inverse takes."""
+"""Flows of corner convolutions for tests: by hand with torch, as a dense matrix, rounds of an inverse, training, ONNX."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,3 +75,34 @@ def rounds(monkeypatch: pytest.MonkeyPatch, flow: Any, run: Callable[[], Any]) -
     run()
     monkeypatch.undo()
     return count[0]
+
+
+def learns_from_pixels(flow: Any, pixels: Tensor, steps: int) -> None:
+    """Steps of Adam after a first batch: finite gradients, a loss that falls, samples that are pixels."""
+    torch.manual_seed(0)
+    flow.initialise(pixels)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        loss = -flow.log_prob(pixels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in flow.parameters() if p.grad is not None)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    samples = flow.sample((2,), generator=generator(3))
+    assert samples.shape == (2, *pixels.shape[1:])
+    assert torch.equal(samples, samples.round())
+
+
+def same_in_onnx(flow: Any, x: Tensor, folder: Path, atol: float = 1e-5) -> None:
+    """log_prob, forward and inverse of a flow that factors out one part, in onnxruntime and in the module."""
+    z, left, _ = (t.detach() for t in flow(x))
+    paths = fl.export_onnx(flow, folder / "m.onnx", programs=["log_prob", "forward", "inverse", "sample"])
+    for program, given, expected in (
+        ("log_prob", (x,), flow.log_prob(x)), ("forward", (x,), z), ("inverse", (z, left), x),
+    ):  # fmt: skip
+        session = onnxruntime.InferenceSession(str(paths[program]))
+        feeds = {i.name: v.numpy() for i, v in zip(session.get_inputs(), given, strict=True)}
+        np.testing.assert_allclose(session.run(None, feeds)[0], expected.detach().numpy(), rtol=1e-5, atol=atol)

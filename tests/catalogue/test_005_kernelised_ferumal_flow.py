@@ -207,7 +207,8 @@ def test_gradients_are_finite_at_the_points(kernel: str) -> None:
 
 
 def test_onnx_of_all_programs(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     model = fl.compile("flow f = ff_glow(dims = 3, layers = 2, points = 9, kernel = matern32)\n", seed=0).eval()
     perturb(model, generator(15), 0.3)
     paths = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse", "sample"])

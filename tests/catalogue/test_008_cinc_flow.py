@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import flowlang as fl
-from tests.catalogue.corner import by_hand, generator, images, jacobian, kernel_of, rounds, step
+from tests.catalogue.corner import by_hand, generator, images, jacobian, kernel_of, rounds, same_in_onnx, step
 
 
 def raster(y: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -227,15 +226,7 @@ def test_parameters_of_the_presets(preset: str, sizes: tuple[int, int, int, int]
 
 
 def test_onnx(tmp_path: Path) -> None:
-    import onnxruntime as ort
 
     flow = step_flow().float().eval()
     x = images(3, 1, 4, 4, dtype=torch.float32)
-    z, left, _ = (t.detach() for t in flow(x))
-    paths = fl.export_onnx(flow, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse", "sample"])
-    for program, given, expected in (
-        ("log_prob", (x,), flow.log_prob(x)), ("forward", (x,), z), ("inverse", (z, left), x),
-    ):  # fmt: skip
-        session = ort.InferenceSession(str(paths[program]))
-        feeds = {i.name: v.numpy() for i, v in zip(session.get_inputs(), given, strict=True)}
-        assert np.allclose(session.run(None, feeds)[0], expected.detach().numpy(), atol=2e-4)
+    same_in_onnx(flow, x, tmp_path)

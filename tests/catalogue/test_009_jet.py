@@ -166,7 +166,8 @@ def test_bits_per_dimension_are_those_of_the_flow() -> None:
 
 
 def test_onnx_of_all_programs(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     model = fl.compile("jet_tiny", seed=0).eval()
     perturb(model, generator(10), 0.3)
     paths = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse", "sample"])

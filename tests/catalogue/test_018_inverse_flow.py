@@ -6,13 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import flowlang as fl
-from tests.catalogue.corner import by_hand, generator, images, jacobian, kernel_of, rounds, step
+from tests.catalogue.corner import (
+    by_hand,
+    generator,
+    images,
+    jacobian,
+    kernel_of,
+    learns_from_pixels,
+    rounds,
+    same_in_onnx,
+    step,
+)
 
 
 def words(k: int = 3, right: bool = False, bottom: bool = False) -> str:
@@ -194,19 +203,7 @@ def test_trains() -> None:
     flow: Any = fl.compile("flow f = inverse_flow_tiny\n", seed=0)
     assert flow.exactness == "lower bound"
     x = torch.randint(0, 256, (8, 3, 8, 8), generator=generator(2)).float()
-    torch.manual_seed(0)
-    flow.initialise(x)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(5):
-        loss = -flow.log_prob(x).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() for p in flow.parameters() if p.grad is not None)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert flow.sample((2,), generator=generator(3)).shape == (2, 3, 8, 8)
+    learns_from_pixels(flow, x, 5)
 
 
 def test_the_small_flow_round_trips() -> None:
@@ -243,15 +240,7 @@ def test_parameters_of_the_presets(preset: str, sizes: tuple[int, int, int, int,
 
 
 def test_onnx(tmp_path: Path) -> None:
-    import onnxruntime as ort
 
     flow = step("inverse_flow_steps(2, 1, 3, 8)", 3, 4, 4, size=0.2, dtype=torch.float32).eval()
     x = images(5, 3, 4, 4, dtype=torch.float32)
-    z, left, _ = (t.detach() for t in flow(x))
-    paths = fl.export_onnx(flow, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse", "sample"])
-    for program, given, expected in (
-        ("log_prob", (x,), flow.log_prob(x)), ("forward", (x,), z), ("inverse", (z, left), x),
-    ):  # fmt: skip
-        session = ort.InferenceSession(str(paths[program]))
-        feeds = {i.name: v.numpy() for i, v in zip(session.get_inputs(), given, strict=True)}
-        assert np.allclose(session.run(None, feeds)[0], expected.detach().numpy(), atol=2e-4)
+    same_in_onnx(flow, x, tmp_path)

@@ -220,7 +220,8 @@ def test_onnx_with_frozen_degrees_of_freedom(tmp_path: object) -> None:
     """The card: lgamma is no op of ONNX, and of a stored ν it is a constant."""
     from pathlib import Path
 
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     model = fl.compile("mtaf_tiny", seed=0).eval()
     paths = fl.export_onnx(model, Path(str(tmp_path)) / "m.onnx", programs=["log_prob", "sample"])
     x = 2 * torch.randn(16, DIMS, generator=generator(14))

@@ -12,7 +12,17 @@ import torch
 
 import flowlang as fl
 from flowlang.verify import perturb
-from tests.catalogue.corner import by_hand, generator, images, jacobian, kernel_of, rounds, step
+from tests.catalogue.corner import (
+    by_hand,
+    generator,
+    images,
+    jacobian,
+    kernel_of,
+    learns_from_pixels,
+    rounds,
+    same_in_onnx,
+    step,
+)
 
 CORNERS = [(False, False), (True, False), (False, True), (True, True)]
 WORDS = {c: f"finc_conv(3, {str(c[0]).lower()}, {str(c[1]).lower()})" for c in CORNERS}
@@ -138,20 +148,7 @@ def test_trains_from_its_first_batch_and_says_that_pixels_have_a_bound() -> None
     flow = fl.compile("flow f = finc_tiny\n", seed=0)
     assert flow.exactness == "lower bound"  # dequantisation
     x = torch.randint(0, 256, (16, 3, 8, 8), generator=generator(2)).float()
-    torch.manual_seed(0)
-    flow.initialise(x)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(12):
-        loss = -flow.log_prob(x).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() for p in flow.parameters() if p.grad is not None)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    samples = flow.sample((2,), generator=generator(3))
-    assert torch.equal(samples, samples.round())
+    learns_from_pixels(flow, x, 12)
 
 
 def count(levels: int, depth: int, channels: int, k: int, width: int) -> int:
@@ -181,17 +178,11 @@ def test_parameters_of_the_presets(preset: str, sizes: tuple[int, int, int, int,
 
 
 def test_onnx(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     flow = tiny(torch.float32).eval()
     x = images(5, 3, 4, 4, dtype=torch.float32)
-    z, left, _ = (t.detach() for t in flow(x))
-    paths = fl.export_onnx(flow, tmp_path / "m.onnx", programs=["log_prob", "forward", "inverse", "sample"])
-    for program, given, expected in (
-        ("log_prob", (x,), flow.log_prob(x)), ("forward", (x,), z), ("inverse", (z, left), x),
-    ):  # fmt: skip
-        session = ort.InferenceSession(str(paths[program]))
-        feeds = {i.name: v.numpy() for i, v in zip(session.get_inputs(), given, strict=True)}
-        assert np.allclose(session.run(None, feeds)[0], expected.detach().numpy(), atol=2e-4)
+    same_in_onnx(flow, x, tmp_path)
     single = step("finc_unit", 4, 4, 4, dtype=torch.float32).eval()
     (path,) = fl.export_onnx(single, tmp_path / "u.onnx", programs=["inverse"]).values()
     session = ort.InferenceSession(str(path))

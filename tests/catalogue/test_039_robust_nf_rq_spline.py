@@ -224,7 +224,8 @@ def test_trains_a_step_and_counts_its_parameters() -> None:
 
 
 def test_onnx_of_density_and_inverse(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     model = fl.compile("robust_nf_toy", seed=0).eval()
     perturb(model, generator(12), 0.3)
     paths = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob", "inverse"])

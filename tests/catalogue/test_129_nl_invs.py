@@ -180,7 +180,8 @@ def test_nearest_neighbours() -> None:
 
 
 def test_onnx(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     model = fl.compile(f"flow f {{\n data x: R[D = {D}]\n vp_net(2)\n base normal\n}}\n", seed=0).eval()
     paths = fl.export_onnx(model, tmp_path / "m.onnx", programs=["forward", "inverse", "log_prob"])
     x = torch.randn(8, D, generator=generator(11))

@@ -210,8 +210,8 @@ def test_bn_inception_s_places_and_training() -> None:
     assert losses[-1] < losses[0]
     assert [s[0] for s in shapes[:10]] == [256, 320, 576, 576, 576, 608, 608, 1056, 1024, 1024]
     assert shapes[9] == (1024, 2, 2)
-    module.eval()
+    module.double().eval()
     folded = fl.folded(module)
     assert all(v.folds for v in folded.verdicts)
     assert [n for n, _ in folded.named_buffers()] == ["like"]
-    torch.testing.assert_close(folded(x), module(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(folded(x.double()), module(x.double()), rtol=1e-9, atol=1e-9)

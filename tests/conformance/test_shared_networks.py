@@ -171,7 +171,8 @@ def test_a_shared_network_is_exported(name: str, tmp_path: Path) -> None:
 
 
 def test_a_shared_network_stands_once_in_the_exported_file(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
+    import onnx
+
     m = fl.compile(FLOWS["linear"].replace(";  reverse", ""), seed=0).eval()  # which is folded into weights
     exported(m, torch.randn(6, 4), tmp_path / "m.onnx")
     held = [i for i in onnx.load(tmp_path / "m.onnx").graph.initializer if sorted(i.dims) == [2, 4]]
@@ -179,7 +180,8 @@ def test_a_shared_network_stands_once_in_the_exported_file(tmp_path: Path) -> No
 
 
 def exported(m: Any, x: torch.Tensor, path: Path) -> np.ndarray:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     fl.export_onnx(m, path, programs=["log_prob"])
     session = ort.InferenceSession(path)
     return np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])

@@ -65,8 +65,9 @@ def test_a_recipe_reads_other_files_the_same_way(tmp_path: Path) -> None:
 
 
 def test_parquet_npz_and_npy_hold_the_same(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     x, g = np.arange(6.0).reshape(3, 2), np.array([[1.0], [0.0], [2.0]])
     np.save(tmp_path / "d.npy", x)
     np.savez(tmp_path / "d.npz", x=x, g=g)
