@@ -17,6 +17,7 @@ from flowlang.elaborate.values import (
     ABSENT,
     LATER,
     POISON,
+    WITNESS,
     Absent,
     AppliedBuiltin,
     Bracketed,
@@ -31,6 +32,7 @@ from flowlang.elaborate.values import (
     PathFunction,
     Pending,
     Poison,
+    Poisoned,
     Tensor,
     Transition,
     Tuple,
@@ -39,6 +41,7 @@ from flowlang.elaborate.values import (
 )
 from flowlang.elaborate.weights import lend
 from flowlang.ir.graph import Emission, Region
+from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.tangents import FROZEN
 from flowlang.ir.types import TensorType, TupleType
 from flowlang.source import Span
@@ -206,6 +209,8 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
         case BuiltinNet():
             return call_target(body, Instance(fn, {}, args.span), args)
         case Instance():
+            if fn.target.name == WITNESS:
+                return call_witness(body, fn, args)
             return call_target(body, fn, args)
         case PathFunction():
             return call_path(body, fn, args)
@@ -224,6 +229,17 @@ def dispatch(body: Body, fn: Any, args: Arguments) -> Any:
                 args.span,
                 suggestion="only functions, networks and bijectors are called",
             )
+
+
+def call_witness(body: Body, fn: Instance, args: Arguments) -> Any:
+    """A call of what only stands for a network: arguments that do not fit it may fit another."""
+    from flowlang.elaborate.body import Fail
+
+    try:
+        return call_target(body, fn, args)
+    except (Fail, OpProblem):
+        body.region.broken = True
+        raise Poisoned from None
 
 
 def log_density(body: Body, fn: LogProb, args: Arguments) -> Tensor:
