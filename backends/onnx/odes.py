@@ -14,6 +14,8 @@ import numpy as np
 from flowlang.backends.onnx.graph import BOOL, INT, Builder, Dim, Value
 from flowlang.backends.onnx.lower import Lowering, Result, Unlowered, emitter
 from flowlang.backends.onnx.solvers import any_of, finite
+from flowlang.backends.torch.runtime.ode_gradients import COUPLING
+from flowlang.backends.torch.runtime.odes import GROW, MOST_STEPS, SAFETY, SHRINK
 
 from flowlang.analysis.solvers import interpolant, order
 from flowlang.derive.programs import Program
@@ -24,7 +26,6 @@ from flowlang.ir.types import Axis, TensorType
 
 State = list[Value]
 Rates = Callable[[State, Value], State]
-SAFETY, SHRINK, GROW, MOST_STEPS = 0.9, 0.2, 10.0, 100_000
 
 
 @dataclass(frozen=True)
@@ -274,9 +275,6 @@ def flattened(program: Program, state: TensorType, width: int) -> Program:
 def _evaluate(w: Lowering, n: Node) -> Value:
     assert w.field is not None
     return w.field(w.value(n.inputs[1]), w.value(n.inputs[2]))
-
-
-COUPLING = 0.99  # λ of McCallum & Foster
 
 
 def reversible_steps(
