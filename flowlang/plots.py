@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from flowlang.backends.torch.store import replace_file
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.files import replace_file
 
 DATA, SAMPLES = "#33659b", "#c2513c"
 POINTS = 2000  # in one scatter

@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.files import replace_file
 
 if TYPE_CHECKING:
     import torch
 
 SHOWN = 5  # names listed in one message
-
-
-def replace_file(path: Path, blob: bytes) -> None:
-    """Writes whole or not at all: a reader, or a crash, never meets half a file."""
-    if not path.name or path.is_dir():
-        raise FlowError(Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name"))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as f:
-            f.write(blob)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        raise FlowError(
-            Diagnostic("FL0801", f"`{path}` cannot be written: {e.strerror or e}", suggestion="check the folder and the space left on its disk")
-        ) from None  # fmt: skip
-    finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:

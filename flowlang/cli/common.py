@@ -14,6 +14,7 @@ from flowlang import limits
 from flowlang.api import source_of
 from flowlang.compiler import Compilation, compile_source
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.files import cannot_write, replace_file
 from flowlang.library import Folders
 from flowlang.source import Source
 
@@ -57,26 +58,8 @@ def read_source(spec: str) -> tuple[Source, Path | None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Whole or not at all: an interrupt or a full disk must not cost a spec. Pipes and devices are written as they are."""
-    try:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file():
-            target.write_text(text, "utf-8")
-            return
-        target = target.resolve()  # a link stays a link
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_text(text, "utf-8")
-            if target.exists():
-                if not os.access(target, os.W_OK):
-                    raise PermissionError(13, "Permission denied")
-                temporary.chmod(target.stat().st_mode)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise cannot_write(path, e) from None
+    """Whole or not at all: an interrupt or a full disk must not cost a spec."""
+    replace_file(Path(path), text.encode())
 
 
 def make_folder(path: Path) -> None:
@@ -86,13 +69,6 @@ def make_folder(path: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except (OSError, ValueError) as e:
         raise cannot_write(path, e) from None
-
-
-def cannot_write(path: str | Path, e: Exception) -> FlowError:
-    reason = getattr(e, "strerror", None) or e
-    return FlowError(
-        Diagnostic("FL0801", f"`{path}` cannot be written: {reason}", suggestion="choose another place for the output")
-    )
 
 
 def load(

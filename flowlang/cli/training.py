@@ -376,7 +376,7 @@ def write_samples(path: Path, drawn: Any, recipe: Recipe, raw: bool) -> None:
     import csv
     import io
 
-    from flowlang.backends.torch.store import replace_file
+    from flowlang.files import replace_file
 
     if path.suffix == ".png":
         from flowlang.plots import samples_plot

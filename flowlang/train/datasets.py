@@ -184,7 +184,7 @@ def write(dataset: Dataset, path: str | Path) -> None:
     """As .csv with a header, or .npy for arrays."""
     import io
 
-    from flowlang.backends.torch.store import replace_file
+    from flowlang.files import replace_file
 
     path = Path(path)
     only = next(iter(dataset.columns.values()))

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flowlang.backends.torch.store import load_state, read_tensors, replace_file, write_tensors
+from flowlang.backends.torch.store import load_state, read_tensors, write_tensors
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.files import replace_file
 from flowlang.train.problem import Likelihood, Problem, Variational, seed_of
 
 if TYPE_CHECKING:

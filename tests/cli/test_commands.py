@@ -243,16 +243,16 @@ def test_a_full_disk(run: Run, small: Path) -> None:
 
 
 def test_a_checkpoint_on_a_full_disk_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flowlang.backends.torch import store
+    from flowlang import files
 
-    store.replace_file(tmp_path / "f", b"old")
+    files.replace_file(tmp_path / "f", b"old")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(fl.FlowError, match="No space left"):
-        store.replace_file(tmp_path / "f", b"new")
+        files.replace_file(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
