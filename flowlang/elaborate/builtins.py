@@ -256,7 +256,7 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
         if item.left.id == "B" and name in ("mean", "var", "std"):
             continue
         if item.left.id == "B":
-            raise body.fail("FL0902", f"`{name}` over the batch has no meaning yet", item.span, suggestion="reduce with `mean`, `sum` or `var`")
+            raise body.fail("FL0902", f"`{name}` over the batch has no meaning yet", item.span, suggestion="reduce with `mean` or `var`")
         names.append(item.left.id)
     for n in names:
         axis_rules.need_axis(body, t, n, span(args))

@@ -56,7 +56,7 @@ def read_tableau(declaration: tree.Declaration, given: Mapping[str, Any] | None 
     a = []
     for r in stages:
         if len(r.cells) > n:
-            raise problem("FL0602", f"this row has {len(r.cells)} entries, and the method {n} stages", r.span, suggestion="give at most one entry for each stage before it")
+            raise problem("FL0602", f"this row has {len(r.cells)} entries, and the method {n} stages", r.span, suggestion="give at most one entry for each stage")
         row = [reader.cell(x) for x in r.cells]
         a.append((*row, *(Fraction(0),) * (n - len(row))))
     rows = []
@@ -92,5 +92,5 @@ class _Reader:
                 "write numbers, ratios and static parameters, as in `1/2`",
             ) from None  # fmt: skip
         if not isinstance(value, Fraction | int):
-            raise problem("FL0602", "an entry of a tableau is an exact ratio", e.span, suggestion="as in `1/2` or `0.5`")
+            raise problem("FL0602", "an entry of a tableau is an exact ratio", e.span, suggestion="as in `1/2`")
         return Fraction(value)

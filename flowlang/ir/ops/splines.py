@@ -91,7 +91,7 @@ def _infer(kind: str) -> object:
             if axis.size != wanted:
                 raise OpProblem(
                     "FL0301",
-                    f"`{kind}` with {bins} bins needs {wanted} {name} along `{axis.name}`, and gets {axis.size}", suggestion="K bins have K widths, K heights and K - 1 inner slopes"
+                    f"`{kind}` with {bins} bins needs {wanted} {name} along `{axis.name}`, and gets {axis.size}", suggestion="give that many along the axis of bins"
                 )
             for a in p.axes:
                 if a is axis:
