@@ -3,7 +3,7 @@
 Each clause is one small function of the compiler; a switch replaces it, in tests only. `witness` is a map, or
 the seed of a random graph, that the compiler then judges wrongly.
 
-Three have no switch, since here others imply them. A5.3's bar on gathering and un-joining along a scanned axis:
+Three have no switch, since here others imply them; the congruence of A10 has none, as there are no symmetric matrices yet. A5.3's bar on gathering and un-joining along a scanned axis:
 the parts are shorter than the axis, so that no slice is known of them. A5.4 (inner fallbacks read nothing across slices): a
 round of a scan evaluates whole values at the current estimate, so what A5.1 lets pass is right. A12 (a draw is
 balanced): the accounting of A3 counts draws and emissions.
@@ -143,6 +143,16 @@ def weigh_all(plan: Any) -> Any:
     return (n.id for n in plan.region.graph if n.op in ("call", "repeat"))
 
 
+def one_axis(matrix: Any) -> Any:
+    """A matrix rule whose log-det stands for all other axes too."""
+
+    def rule(b: Builder, node: Node, slot: int, args: Sequence[int], out: int) -> Any:
+        found = matrix(b, node, slot, args, out)
+        return replace(found, consumed=node.tensor.names + found.consumed)
+
+    return rule
+
+
 def constant_of(value: float) -> Callable[..., float]:
     return lambda *_: value
 
@@ -189,6 +199,8 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A9c", "the image of a scalar map", 301, ((scalar.Proof, "image", image_of_all),)),
     Switch("A9d", "a weighted sum lies in the hull", "mixture of tanh", ((ranges, "hull_operand", nothing),)),
     Switch("A10", "a local log-det is expanded to all axes", "scale of one axis", ((Builder, "total", unexpanded),)),
+    Switch("A10", "a matrix rule counts for each index of the other axes", "matrix over one axis", (), (("contract", "log_det", one_axis(OPS["contract"].log_det)),)),
+    Switch("A11", "a constant mask splits the index set", "printed RealNVP", ((analyse, "split_by_mask", nothing),)),
     # Each of the two keeps out what the other lets in: dividing by a determinant that may be 0 is not total.
     Switch("A11", "the determinant of a block excludes 0", "mixing that may be singular", ((blocks, "regular", yes), (analyse.Analyses, "program_bounds", bounds_alone))),
     Switch("A11", "parts of a block have the same axes", "one part broadcast", ((blocks, "alike", yes),)),
