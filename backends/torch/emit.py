@@ -261,11 +261,6 @@ class Writer:
         found = sorted(self.dim(n, a) for a in axes)
         return str(found[0]) if len(found) == 1 else str(tuple(found))
 
-    def trailing(self, n: int, axes: Sequence[str]) -> int:
-        """How many axes these are where they are the last ones of a value; else 0."""
-        found = sorted(self.dim(n, a) for a in axes)
-        return len(found) if found == list(range(-len(found), 0)) else 0
-
     def at(self, n: int, axis: str, index: str) -> str:
         """`x[..., index, :, :]` with the index on an axis."""
         after = -self.dim(n, axis) - 1
@@ -652,11 +647,9 @@ def _logit_mixture(w: Writer, n: Node) -> Expr:
 @emitter("var")
 def _var(w: Writer, n: Node) -> Expr:
     i, ddof = n.inputs[0], n.attrs.get("ddof", 0)
-    last = w.trailing(i, n.attrs["axes"])
-    if last:
-        more = f", {ddof}" if ddof else ""
-        return Expr(f"{w.scope.use('variance')}({argument(w, i)}, {last}{more})")
-    return Expr(f"{w.tensor(i)}.var({w.dims(i, n.attrs['axes'])}, correction={ddof})")
+    dims = tuple(w.dim(i, a) for a in n.attrs["axes"])
+    more = f", {ddof}" if ddof else ""
+    return Expr(f"{w.scope.use('variance')}({argument(w, i)}, {dims!r}{more})")
 
 
 @emitter("reduce_max", "reduce_min")

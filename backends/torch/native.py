@@ -2,9 +2,10 @@
 
 Recognised are (x - mean)/sqrt(var + eps) and x/sqrt(mean(x²) + eps), with or without gain and offset, over the last axes
 (`F.layer_norm`, `F.rms_norm`), within groups of channels and all of space, or of space alone (`F.group_norm`), and by
-running statistics of the batch (`F.batch_norm`). EvoNorm's sample norms, x · sigmoid(v · x) over the spread of a group, have
-no kernel in torch; they become a function of the runtime whose gradient is written by hand. Everything else is written
-out op by op.
+running statistics of the batch (`F.batch_norm`). Others become functions of the runtime whose gradients are written by hand:
+RMSNorm on processors, where torch's kernel is a chain of ops, and RMSNorm by a part of the features or with eps outside the
+root; EvoNorm's sample norms, x · sigmoid(v · x) over the spread of a group; and its batch norms, x over the larger of two
+spreads. Everything else is written out op by op.
 """
 
 from __future__ import annotations
@@ -292,6 +293,8 @@ def match(graph: Graph, n: int) -> Native | None:
     node = graph[n]
     if node.op in ("mean", "batch_mean"):
         return mean_of_squares(graph, node)
+    if node.op == "batch_var":
+        return unbiased(graph, node)
     if node.op not in ("add", "mul", "div") or not node.batched:
         return None
     for axes in affine_axes(graph, node):
@@ -309,6 +312,15 @@ def mean_of_squares(graph: Graph, node: Node) -> Native | None:
     if square.op != "square" or sorted(names[len(names) - len(axes) :]) != axes or (not axes and node.op == "mean"):
         return None
     return Native(f"native_{node.op}_square", square.inputs, {"axes": node.attrs["axes"]}, frozenset({square.id}))
+
+
+def unbiased(graph: Graph, node: Node) -> Native | None:
+    """A variance that divides by n - 1, where that which divides by n is there too."""
+    for twin, _ in graph.users(node.inputs[0]):
+        same = twin.op == "batch_var" and twin.inputs == node.inputs and twin.attrs["axes"] == node.attrs["axes"]
+        if same and twin.id < node.id and node.attrs.get("ddof") == 1 and not twin.attrs.get("ddof"):
+            return Native("native_unbiased", (twin.id, node.inputs[0]), {}, frozenset())
+    return None
 
 
 def affine_axes(graph: Graph, node: Node) -> list[tuple[str, ...]]:
@@ -340,7 +352,7 @@ def read(graph: Graph, root: Node, axes: tuple[str, ...]) -> Native | None:
     if node.op != "div" or (offset is not None and gain is None):
         return None
     rule: Callable[[Reader, Node, tuple[str, ...], int | None, int | None], Native | None]
-    for rule in (centred, scaled, by_batch, gated):
+    for rule in (centred, scaled, by_batch, gated, over):
         mine = Reader(graph)
         mine.taken = set(r.taken)
         found = rule(mine, node, axes, gain, offset)
@@ -399,17 +411,80 @@ def centred(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, off
 
 
 def scaled(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
-    """x/sqrt(mean(x²) + eps): RMSNorm over the last axes."""
-    x, under = ratio.inputs[0], r.under_root(ratio.inputs[1])
-    mean = r.take(under[0], "mean") if under is not None else None
+    """x/(sqrt(mean(p²) + inside) + outside), either of them or none, p = x or a part of it: RMSNorm over the last axes."""
+    x, under, outside, inside = ratio.inputs[0], ratio.inputs[1], 0.0, 0.0
+    if r.graph[under].op == "add":
+        total = r.take(under, "add")
+        number = r.number(total.inputs[1]) if total is not None else None
+        if total is None or number is None:
+            return None
+        under, outside = total.inputs[0], number
+    root = r.take(under, "sqrt")
+    if root is None:
+        return None
+    square_mean = root.inputs[0]
+    if r.graph[square_mean].op == "add":
+        total = r.take(square_mean, "add")
+        number = r.number(total.inputs[1]) if total is not None else None
+        if total is None or number is None:
+            return None
+        square_mean, inside = total.inputs[0], number
+    mean = r.take(square_mean, "mean")
     square = r.take(mean.inputs[0], "square") if mean is not None else None
-    if under is None or mean is None or square is None or square.inputs != (x,) or offset is not None:
+    if mean is None or square is None or offset is not None or r.graph[x].tensor.kind != "real":
         return None
-    names = r.graph[x].tensor.names
+    names, part = r.graph[x].tensor.names, r.graph[square.inputs[0]]
     last = names[len(names) - len(mean.attrs["axes"]) :]
-    if sorted(last) != sorted(mean.attrs["axes"]) or axes not in ((), last):
+    if sorted(last) != sorted(mean.attrs["axes"]) or axes not in ((), last) or ratio.tensor.names != names:
         return None
-    return made(r, "native_rms_norm", x, gain, None, eps=under[1], dims=len(last))
+    span: dict[str, object] = {}
+    if part.id != x:
+        if part.op != "slice" or part.inputs != (x,) or last != (part.attrs["axis"],):
+            return None
+        r.taken.add(part.id)
+        span = {"start": part.attrs["start"], "stop": part.attrs["stop"]}
+    return made(r, "native_rms_norm", x, gain, None, inside=inside, outside=outside, dims=len(last), **span)
+
+
+def over(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
+    """x/max(floor, slope · x + spread), floor by channel, the others by sample and channel: EvoNorm's batch norms."""
+    x, larger = ratio.inputs[0], r.take(ratio.inputs[1], "max")
+    names = r.graph[x].tensor.names
+    if larger is None or gain is None or offset is None or len(names) < 2 or axes != names[:1] or ratio.tensor.names != names:
+        return None
+    floor, line = (r.graph[i] for i in larger.inputs)
+    if floor.tensor.names == names:
+        floor, line = line, floor
+    found = affine_in(r, line.id, x, names[:1])
+    if found is None or floor.tensor.names != names[:1] or floor.batched or r.graph[x].tensor.kind != "real":
+        return None
+    slope, number, spread = found
+    more = (floor.id, *(() if slope is None else (slope,)), spread)
+    return made(r, "native_over_larger", x, gain, offset, more, slope=number, rank=len(names))
+
+
+def affine_in(r: Reader, n: int, x: int, names: tuple[str, ...]) -> tuple[int | None, float, int] | None:
+    """(slope, number, spread) of slope · x + spread, where both are by `names`; the number stands for a slope that is none."""
+
+    def small(i: int) -> bool:
+        return r.graph[i].tensor.names == names
+
+    node = r.take(n, "add", "sub", "mul")
+    if node is None:
+        return None
+    a, b = node.inputs
+    if node.op == "sub":  # spread - x
+        return (None, -1.0, a) if b == x and small(a) else None
+    if node.op == "mul":  # (x + 1) · spread
+        a, b = (a, b) if small(b) else (b, a)
+        inner = r.take(a, "add") if small(b) else None
+        return (b, 0.0, b) if inner is not None and inner.inputs[0] == x and r.number(inner.inputs[1]) == 1 else None
+    a, b = (a, b) if small(b) else (b, a)
+    product = r.take(a, "mul") if small(b) else None
+    if product is None or x not in product.inputs:
+        return None
+    slope = product.inputs[0] if product.inputs[1] == x else product.inputs[1]
+    return (slope, 0.0, b) if small(slope) else None
 
 
 def gated(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset: int | None) -> Native | None:
@@ -487,7 +562,7 @@ def follows(r: Reader, node: Node, op: str, x: int, ddof: int) -> tuple[int, flo
 # ---- what is written ----------------------------------------------------------------------------
 
 
-TITLES = {"native_layer_norm": "layer norm", "native_rms_norm": "RMS norm", "native_group_norm": "group norm",
+TITLES = {"native_layer_norm": "layer norm", "native_group_norm": "group norm",
           "native_batch_norm": "batch norm", "native_gated_norm": "gated norm", "native_attention": "attention", "native_mean_square": "mean square",
           "native_batch_mean_square": "mean square over the batch"}  # fmt: skip
 
@@ -501,19 +576,43 @@ def operands(w: Writer, n: Node, count: int) -> tuple[list[str], str, str]:
     return values, gain, rest.pop(0) if n.attrs["offset"] else "None"
 
 
-@emitter("native_layer_norm", "native_rms_norm")
+@emitter("native_layer_norm")
 def _layer_norm(w: Writer, n: Node) -> Expr:
     (x,), gain, offset = operands(w, n, 1)
     shape = n.tensor.shape[n.tensor.rank - n.attrs["dims"] :]
-    if n.op == "native_rms_norm":
-        return Expr(f"F.rms_norm({x}, {shape!r}, {gain}, {n.attrs['eps']!r})")
     return Expr(f"F.layer_norm({x}, {shape!r}, {gain}, {offset}, {n.attrs['eps']!r})")
+
+
+@emitter("native_rms_norm")
+def _rms_norm(w: Writer, n: Node) -> Expr:
+    x, *rest = (argument(w, i) for i in n.inputs)
+    a = n.attrs
+    more = [repr(a["outside"])] if a["outside"] or "start" in a else []
+    if "start" in a:
+        more += [repr(a["start"]), repr(a["stop"])]
+    own = "torch's own RMS norm where it is one kernel, else " if not more else ""
+    w.lines.append(f"# {own}with a gradient written by hand in the runtime")
+    gain = rest[0] if rest else "None"
+    return Expr(f"{w.scope.use('rms_norm')}({', '.join([x, repr(a['dims']), gain, repr(a['inside']), *more])})")
+
+
+@emitter("native_over_larger")
+def _over_larger(w: Writer, n: Node) -> Expr:
+    w.lines.append("# the gradient of this norm is written by hand in the runtime")
+    x, floor, *rest = (argument(w, i) for i in n.inputs)
+    slope = rest.pop(0) if len(rest) == 4 else repr(n.attrs["slope"])
+    return Expr(f"{w.scope.use('over_larger')}({', '.join([x, repr(n.attrs['rank']), floor, slope, *rest])})")
 
 
 @emitter("native_group_norm")
 def _group_norm(w: Writer, n: Node) -> Expr:
     (x,), gain, offset = operands(w, n, 1)
     return Expr(f"{w.scope.use('grouped_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {gain}, {offset}, {n.attrs['eps']!r})")
+
+
+@emitter("native_unbiased")
+def _unbiased(w: Writer, n: Node) -> Expr:
+    return Expr(f"{w.scope.use('unbiased')}({', '.join(argument(w, i) for i in n.inputs)})")
 
 
 @emitter("native_mean_square")

@@ -41,6 +41,47 @@ class OwnGradient(torch.autograd.Function):
         return (None, None, None, *found, *(None,) * (ctx.count - len(found)))
 
 
+class ByHand(torch.autograd.Function):
+    """A value whose gradient is written by hand, in fewer passes over memory than those of its parts.
+
+    `plain` says what it is: gradients of gradients are left to it. `run` gives the value and what `back` reads beside
+    the inputs; `back` gives a gradient for each input, None for what has none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plain: Callable[..., Tensor], run: Callable[..., Any], back: Callable[..., Any], *inputs: Any
+    ) -> Tensor:
+        y, kept = run(*inputs)
+        ctx.plain, ctx.back = plain, back
+        ctx.options = [None if isinstance(i, Tensor) else i for i in inputs]
+        ctx.places = [k for k, i in enumerate(inputs) if isinstance(i, Tensor)]
+        ctx.save_for_backward(*(inputs[k] for k in ctx.places), *kept)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        inputs, saved = list(ctx.options), ctx.saved_tensors
+        for k, value in zip(ctx.places, saved, strict=False):
+            inputs[k] = value
+        if not torch.is_grad_enabled():
+            return (None, None, None, *ctx.back(dy, saved[len(ctx.places) :], *inputs))
+        given = [k for k in ctx.places if ctx.needs_input_grad[3 + k]]
+        found = torch.autograd.grad(
+            ctx.plain(*inputs), [inputs[k] for k in given], dy, create_graph=True, allow_unused=True
+        )
+        slopes = dict(zip(given, found, strict=True))
+        return (None, None, None, *(slopes.get(k) for k in range(len(inputs))))
+
+
+def by_hand(plain: Callable[..., Tensor], run: Callable[..., Any], back: Callable[..., Any], *inputs: Any) -> Tensor:
+    """`plain(*inputs)`, with a gradient of its own outside of transformations of programs."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return plain(*inputs)
+    found: Tensor = ByHand.apply(plain, run, back, *inputs)  # type: ignore[no-untyped-call]
+    return found
+
+
 # ---- elementwise --------------------------------------------------------------------------------
 
 
@@ -107,48 +148,68 @@ def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
 
 def batch_var(x: Tensor, rank: int, dims: tuple[int, ...], ddof: int = 0) -> Tensor:
     """The variance over all batch dimensions and over `dims`; of one value it is 0, and an error with `ddof`."""
-    every = (*range(x.dim() - rank), *dims)
+    every = (*range(-x.dim(), -rank), *dims)
     if not every:
         return torch.zeros_like(x)
-    total = batch_squares(x - x.mean(every, keepdim=True), rank, dims)
-    n = x.numel() // max(total.numel(), 1)
+    n = 1
+    for d in every:
+        n *= x.shape[d]
     if n <= ddof:
         raise bad_input(f"a batch gives {n} values for a variance", f"train on more than {ddof}")
-    return total / max(n - ddof, 1)
+    return variance(x, every, ddof)
 
 
-def batch_squares(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
-    """The sum of x² over all batch dimensions and over `dims`: products of vectors where these are the last."""
-    batch = tuple(range(x.dim() - rank))
-    if not dims or sorted(dims) != list(range(-len(dims), 0)):
-        return x.square().sum((*batch, *dims))
-    found = squares(x, len(dims))
-    return found.sum(batch) if batch else found
+def unbiased(var: Tensor, x: Tensor) -> Tensor:
+    """From the variance of x that divides by the number n of values, that which divides by n - 1."""
+    n = x.numel() // max(var.numel(), 1)
+    if n <= 1:
+        raise bad_input(f"a batch gives {n} values for a variance", "train on more than 1")
+    return var * (n / (n - 1))
 
 
-def squares(x: Tensor, count: int) -> Tensor:
-    """The sum of x² over the last `count` dims, without a square in memory."""
-    flat = x if count == 1 else x.flatten(-count)
-    return torch.linalg.vecdot(flat, flat)
+def squares(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum of x² over negative dims: over the last ones as products of vectors, without a square in memory."""
+    last = next(k for k in range(x.dim() + 1) if -1 - k not in dims)
+    if not last:
+        return x.square().sum(dims) if dims else x.square()
+    flat = x if last == 1 else x.flatten(-last)
+    found = torch.linalg.vecdot(flat, flat)
+    rest = tuple(d + last for d in dims if d < -last)
+    return found.sum(rest) if rest else found
 
 
-def variance(x: Tensor, count: int, ddof: int = 0) -> Tensor:
-    """The variance over the last `count` dims; `Tensor.var` takes many times as long."""
-    flat = x if count == 1 else x.flatten(-count)
-    d = flat - flat.mean(-1, keepdim=True)
-    return torch.linalg.vecdot(d, d) / (flat.shape[-1] - ddof)
+def variance_plain(x: Tensor, dims: tuple[int, ...], ddof: int) -> Tensor:
+    return x.var(dims, correction=ddof)
+
+
+def variance_run(x: Tensor, dims: tuple[int, ...], ddof: int) -> tuple[Tensor, tuple[Tensor]]:
+    mean = x.mean(dims, keepdim=True)
+    total = squares(x - mean, dims)
+    return total / (x.numel() // max(total.numel(), 1) - ddof), (mean,)
+
+
+def variance_back(dv: Tensor, kept: tuple[Tensor], x: Tensor, dims: tuple[int, ...], ddof: int) -> tuple[Any, ...]:
+    n = x.numel() // max(dv.numel(), 1)
+    return (x - kept[0]).mul_(dv.reshape(kept[0].shape) * (2 / (n - ddof))), None, None
+
+
+def variance(x: Tensor, dims: tuple[int, ...], ddof: int = 0) -> Tensor:
+    """The variance over negative dims; on processors `Tensor.var` takes many times as long."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return variance_plain(x, dims, ddof)
+    return by_hand(variance_plain, variance_run, variance_back, x, dims, ddof)
 
 
 def mean_square(x: Tensor, count: int) -> Tensor:
     """The mean of x² over the last `count` dims."""
-    return squares(x, count) / x.shape[x.dim() - count :].numel()
+    return squares(x, tuple(range(-count, 0))) / x.shape[x.dim() - count :].numel()
 
 
 def batch_mean_square(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
     """The mean of x² over all batch dimensions and over `dims`."""
     if x.dim() == rank and not dims:
         return x.square()
-    total = batch_squares(x, rank, dims)
+    total = squares(x, (*range(-x.dim(), -rank), *dims))
     return total / (x.numel() // max(total.numel(), 1))
 
 

@@ -10,7 +10,7 @@ from flowlang.api import generate
 
 NORMS = {
     "layer_norm[D](x)": ("T = 3, D = 8", "F.layer_norm("), "layer_norm_all(x)": ("T = 3, D = 8", "F.layer_norm("),
-    "rms_norm[D](x)": ("T = 3, D = 8", "F.rms_norm("), "group_norm[C](2)(x)": ("C = 4, H = 3, W = 5", "grouped_norm("),
+    "rms_norm[D](x)": ("T = 3, D = 8", "rms_norm(x, "), "group_norm[C](2)(x)": ("C = 4, H = 3, W = 5", "grouped_norm("),
     "instance_norm[C](x)": ("C = 4, H = 3, W = 5", "F.layer_norm("), "batch_norm[C](x)": ("C = 4, H = 3, W = 5", "batched_norm("),
     "batch_norm[D](x)": ("D = 4", "batched_norm("),
 }  # fmt: skip
@@ -103,3 +103,41 @@ def test_the_gated_norm_has_the_formula_s_gradients(call: str) -> None:
     torch.testing.assert_close(whole(x), mine(x))
     mapped = torch.vmap(mine)(x)
     torch.testing.assert_close(mapped, mine(x))
+
+
+BY_HAND = {
+    "rms_norm[D](x)": ("T = 2, D = 5", "rms_norm(x, 1, "), "rms_norm[D](outside = true)(x)": ("T = 2, D = 5", "rms_norm(x, 1, "),
+    "partial_rms_norm(0.5)[D](x)": ("T = 2, D = 5", "0, 2)"), "x / sqrt(mean[T, D](x ^ 2) + 0.1)": ("T = 2, D = 5", "rms_norm(x, 2, None"),
+    "p = x[D = 2..4]; x / sqrt(mean[D](p ^ 2) + 0.1)": ("T = 2, D = 5", "2, 4)"),
+    "evonorm_b0()(x)": ("C = 3, H = 2, W = 3", "over_larger("), "evonorm_b1()(x)": ("C = 3, H = 2, W = 3", "over_larger("),
+    "evonorm_b2()(x)": ("C = 3, H = 2, W = 3", "over_larger("), "x + var[T](x)": ("T = 4, D = 3", "variance("),
+    "x + var[T, D](x, ddof = 1)": ("T = 4, D = 3", "variance("), "x + running(var[B, T](x), 0.1)": ("T = 4, D = 3", "batch_var("),
+    "x + running(var[B](x, ddof = 1), 0.1)": ("D = 3", "batch_var("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BY_HAND)
+def test_gradients_by_hand_are_those_of_the_formula(body: str) -> None:
+    """In float64 by finite differences, of first and second order; beside the formula op by op, compiled and mapped."""
+    axes, call = BY_HAND[body]
+    spec = f"norm n(x: R[{axes}]) {{ {body} }}\n"
+    text, _ = generate(spec, flow="n", standalone=True)
+    assert call in " ".join(text.split()).replace("( ", "(").replace(", )", ")")
+    mine = fl.compile(spec, flow="n", dtype=torch.float64)
+    g = torch.Generator().manual_seed(1)
+    parameters = {n: (p + 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)).detach().requires_grad_() for n, p in mine.named_parameters()}
+    shape = [int(a.split("=")[1]) for a in axes.split(",")]
+    x = (2 * torch.randn(3, *shape, generator=g, dtype=torch.float64)).requires_grad_()
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(mine, dict(zip(parameters, values, strict=True)), (x,))  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+    assert torch.autograd.gradgradcheck(run, (x, *parameters.values()))
+    torch._dynamo.reset()
+    whole = torch.compile(mine, fullgraph=True, backend="eager")  # by the formula
+    torch.testing.assert_close(whole(x), mine(x), rtol=1e-12, atol=1e-12)
+    mine.eval()
+    assert torch.autograd.gradcheck(run, (x, *parameters.values()))
+    torch.testing.assert_close(torch.vmap(mine)(x), mine(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mine(x)[0], mine(x[0]), rtol=1e-12, atol=1e-12)
