@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flowlang.backends.onnx.graph import BOOL, INT, Builder, Dim, Value
+from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Dim, Value
 from flowlang.backends.onnx.lower import Lowering, Result, Unlowered, emitter
 from flowlang.backends.onnx.solvers import any_of, finite
 from flowlang.backends.torch.runtime.ode_gradients import COUPLING
@@ -244,7 +244,7 @@ def rule_steps(w: Lowering, n: Node, rates: Rates, state: State) -> State:
             program = flattened(program, region.graph[region.inputs[0]].tensor, sum(widths))
         with w.scope(n.attrs["rule"][k]):
             found = inner.program(
-                program, [*carried, entry(g, times, i), entry(g, sizes, i), i, g.const(np.array(0.0))]
+                program, [*carried, entry(g, times, i), entry(g, sizes, i), g.cast(i, REAL), g.const(np.array(0.0))]
             )
         return [g.expand(f, whole) for f in found]
 

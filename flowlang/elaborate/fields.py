@@ -89,7 +89,7 @@ def integrate(body: Body, args: Arguments) -> Any:
         "trace": trace.word if isinstance(trace, Option) else "exact", "gradient": gradient,
     }  # fmt: skip
     if rule is not None:
-        attrs |= add_rule(body, rule)
+        attrs |= add_rule(body, rule, span)
     inputs = (x.id, *inner.captures.keys())
     if weighed(body, args):
         if at is not None:
@@ -110,12 +110,12 @@ def integrate(body: Body, args: Arguments) -> Any:
     return Tensor(node.id, body)
 
 
-def add_rule(body: Body, rule: Rule) -> dict[str, Any]:
-    """The regions of a step rule as children."""
+def add_rule(body: Body, rule: Rule, span: Span) -> dict[str, Any]:
+    """The regions of a step rule as children; networks that were given to the solver are handed to them."""
     names = []
     for region in rule.regions:
         names.append(body.fresh_child_name(region.name))
-        body.region.children[names[-1]] = Child(names[-1], region)
+        body.region.children[names[-1]] = Child(names[-1], region, bindings=body.bind_shared(rule.solver, region, span))
     evaluations = sum(n.op == "evaluate" for n in rule.regions[-1].graph)
     return {
         "rule": tuple(names), "rule_regions": rule.regions, "linear": rule.linear, "indexed": rule.indexed, "evaluations": evaluations,

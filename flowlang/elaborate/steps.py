@@ -30,6 +30,7 @@ class Rule:
     """The regions of a rule, the last one for all steps that have none of their own."""
 
     regions: tuple[Region, ...]
+    solver: Instance
     linear: bool  # x and the states are combined with the field's values and each other alone, by numbers
     indexed: bool  # what a step does depends on its index
 
@@ -133,9 +134,16 @@ def step_rule(body: Body, solver: Instance, state: TensorType) -> Rule | None:
             body.region.broken = True
             return None
         regions.append(made)
+    if count and any(not c.shared for c in regions[-1].children.values()):
+        raise body.fail(
+            "FL0902",
+            f"`{declaration.name}` has a network of its own, and first steps that differ: that has no meaning yet",
+            solver.span,
+            suggestion="give it the network as an argument, bound to a name",
+        )
     last = regions[-1].graph
     indexed = any(n.op == "input" and n.attrs.get("role") == "index" and last.users(n.id) for n in last)
-    return Rule(tuple(regions), all(linear(r) for r in regions), indexed)
+    return Rule(tuple(regions), solver, all(linear(r) for r in regions), indexed)
 
 
 def one_step(
