@@ -87,7 +87,7 @@ def analyse(
 ) -> Compilation:  # fmt: skip
     """Everything that is known of a spec (see `flowlang.compiler`). Larger flows than `max_parameters` are refused."""
     source, folder = source_of(spec)
-    loader = Folders([folder] if folder else [])
+    loader = Folders(folder)
     limit = max_parameters or limits.PARAMETERS
     return compile_source(source, loader=loader, sets=sets, sized=sized, max_parameters=limit, build=build)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -64,11 +67,37 @@ def read_text(path: str | Path) -> str:
     raise FlowError(Diagnostic("FL0801", message, suggestion=advice))
 
 
+GIVEN: ContextVar[tuple[Path, ...]] = ContextVar("folders of imports", default=())
+
+
+def folders_given() -> tuple[Path, ...]:
+    """Folders in which imports are looked for after the spec's own: those of `library_folders`, then `FLOWLANG_PATH`."""
+    named = (Path(f) for f in os.environ.get("FLOWLANG_PATH", "").split(os.pathsep) if f)
+    return (*GIVEN.get(), *named)
+
+
+@contextmanager
+def library_folders(*folders: str | Path) -> Iterator[None]:
+    """Inside this block specs may import from these folders too, after their own: `with fl.library_folders("shared"): ..`.
+
+    The environment variable `FLOWLANG_PATH` names such folders for a whole session. A trained flow carries what it
+    imported, so that `load` needs none of them. Raises FlowError (FL0801) where there is no such folder.
+    """
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FlowError(Diagnostic("FL0801", f"`{folder}` is no folder", suggestion="name a folder that holds the `.flow` files to import"))
+    token = GIVEN.set((*GIVEN.get(), *(Path(f) for f in folders)))
+    try:
+        yield
+    finally:
+        GIVEN.reset(token)
+
+
 class Folders:
     """Imports resolve in the spec's folder, then the folders given, then the library; nowhere else."""
 
-    def __init__(self, folders: Iterable[Path] = ()):
-        self.folders = [Path(f).resolve() for f in folders]
+    def __init__(self, own: Path | None = None):
+        self.folders = [Path(f).resolve() for f in (*((own,) if own else ()), *folders_given())]
         self.loaded: dict[str, str] = {}  # what was imported: dotted path to text, so that weights can carry it
 
     def load(self, path: tuple[str, ...], importer: Source) -> Source | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,27 @@ from flowlang.api import source_of
 from flowlang.compiler import Compilation, compile_source
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import cannot_write, replace_file
-from flowlang.library import Folders
+from flowlang.library import Folders, library_folders
 from flowlang.source import Source
 
-set_option = click.option(
-    "--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow."
-)
+
+def give_folders(context: click.Context, _: click.Parameter, folders: tuple[str, ...]) -> None:
+    """Until the command ends, imports are looked for in these folders too."""
+    context.with_resource(library_folders(*folders))
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command that reads a spec takes."""
+    library = click.option(
+        "--library", multiple=True, metavar="FOLDER", expose_value=False, callback=give_folders,
+        help="Also import from this folder, after the spec's own; `FLOWLANG_PATH` may name such folders too.",
+    )  # fmt: skip
+    sets = click.option(
+        "--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a size or a static parameter of the flow."
+    )
+    return sets(library(command))
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 flow_option = click.option("--flow", metavar="NAME", help="Which flow of the spec; the first by default.")
@@ -76,7 +92,7 @@ def load(
 ) -> Compilation:
     source, folder = read_source(spec)
     return compile_source(
-        source, loader=Folders([folder] if folder else []), sets=parse_sets(sets), sized=sized, max_parameters=max_parameters
+        source, loader=Folders(folder), sets=parse_sets(sets), sized=sized, max_parameters=max_parameters
     )
 
 

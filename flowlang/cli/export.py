@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from flowlang.cli.common import flow_option, set_option
+from flowlang.cli.common import flow_option, spec_options
 
 
 @click.command()
 @click.argument("spec")
-@set_option
+@spec_options
 @flow_option
 @click.option(
     "-w", "--weights", type=click.Path(), help="A run's folder, or a safetensors file; fresh weights by default."

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from flowlang import limits
-from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, set_option, stop, write_text
+from flowlang.cli.common import flow_option, json_option, load, load_ok, read_source, spec_options, stop, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.version import __version__
@@ -64,7 +64,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("specs", nargs=-1, required=True)
-@set_option
+@spec_options
 @json_option
 def check(specs: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Check specs: shapes, domains, invertibility, cost."""
@@ -88,7 +88,7 @@ def check(specs: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command("info")
 @click.argument("spec")
-@set_option
+@spec_options
 @json_option
 @click.option("--graph", is_flag=True, help="Print the typed graph of each declaration instead.")
 @click.option("--formula", is_flag=True, help="Add parameter and FLOP counts as polynomials in the sizes of the data.")
@@ -158,7 +158,7 @@ def explain(code: str) -> None:
 
 @cli.command()
 @click.argument("spec")
-@set_option
+@spec_options
 @flow_option
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False), help=".svg or .mmd; Mermaid on standard output by default."

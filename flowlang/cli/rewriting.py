@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from flowlang.cli.common import flow_option, json_option, seed_option, set_option, write_text
+from flowlang.cli.common import flow_option, json_option, seed_option, spec_options, write_text
 from flowlang.rewrite import TARGETS
 
 
 @click.command()
 @click.argument("spec")
-@set_option
+@spec_options
 @flow_option
 @click.option("--to", "to", type=click.Choice(list(TARGETS)), required=True, help="; ".join(f"{k}: {v[1]}" for k, v in TARGETS.items()))
 @click.option("-w", "--weights", type=click.Path(), help="A safetensors file of the network; fresh weights by default.")

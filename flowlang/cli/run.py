@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from flowlang.api import folding, generate_from, pick_flow, verify_rules
-from flowlang.cli.common import flow_option, json_option, load_ok, seed_option, set_option, write_text
+from flowlang.cli.common import flow_option, json_option, load_ok, seed_option, spec_options, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
 
 
 @click.command()
 @click.argument("spec")
-@set_option
+@spec_options
 @flow_option
 @seed_option
 @json_option
@@ -53,7 +53,7 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
 
 @click.command()
 @click.argument("spec")
-@set_option
+@spec_options
 @flow_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="File to write; standard output by default.")
 @click.option("--fold", is_flag=True, help="For inference: norms by running statistics go into the linear maps beside them.")

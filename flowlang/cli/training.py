@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from flowlang.api import analyse, compile_from, compile_function, load, pick_flow, save
-from flowlang.cli.common import flow_option, json_option, load_ok, make_folder, parse_sets, seed_option, set_option
+from flowlang.cli.common import flow_option, json_option, load_ok, make_folder, parse_sets, seed_option, spec_options
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.train.data import Recipe, Table, read_table
 from flowlang.train.loop import FREE, Options, Result, begun_with
@@ -97,7 +97,7 @@ def say(text: str, *, err: bool = False) -> None:
 
 @click.command()
 @click.argument("spec")
-@set_option
+@spec_options
 @flow_option
 @click.option("--data", type=click.Path(), help=".npy, .npz, .csv or .parquet")
 @with_data
@@ -331,7 +331,7 @@ weights_option = click.option(
 
 @click.command()
 @spec_argument
-@set_option
+@spec_options
 @weights_option
 @click.option("-n", "--count", default=1000, show_default=True)
 @seed_option
@@ -416,7 +416,7 @@ def printed(x: Any, recipe: Recipe) -> list[list[Any]]:
 
 @click.command()
 @spec_argument
-@set_option
+@spec_options
 @weights_option
 @click.option("--data", required=True, type=click.Path(), help=".npy, .npz, .csv or .parquet")
 @with_data

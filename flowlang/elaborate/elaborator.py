@@ -150,7 +150,7 @@ class Elaborator:
             self.report.add(
                 Diagnostic(
                     "FL0207", f"nothing to import at `{path}`", item.span, suggestion=self.loader.advice(item.path, scope.source)
-                    or "paths resolve in the spec's folder, the folders given, then the library (`std. ..`)",
+                    or "paths resolve in the spec's folder, in folders given by `--library`, then in the library (`std. ..`)",
                 )
             )  # fmt: skip
             scope.broken |= {*item.names} or {item.path[-1]}
