@@ -1,9 +1,9 @@
 """Monotone splines as few nodes: one table for each spline, one gather at the bin, no branch.
 
 The maps are those of `ir.ops.splines`; the formulas are arranged for a short graph. Values are laid out
-`[*leads, M, K]`: x's axes as one, then bins. A table is `[*leads, rows, M, K + 1]`: knots of x and y, raw slopes.
-Raw parameters that are columns of one linear layer are put in the table's order, padding included, by
-reordering the layer's weights: softmax gives 0 at a logit of -1e30.
+`[*leads, M, K]`: x's axes as one, then bins. Raw parameters that are columns of one linear layer are put in the
+order in which the spline reads them, padding included, by reordering the layer's weights: softmax gives 0 at a
+logit of -1e30.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Shape, Value, broadcast
+from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Value, broadcast
 from flowlang.backends.onnx.lower import EMITTERS, Lowering
 
 from flowlang.ir.graph import Node
@@ -40,7 +40,7 @@ def size(v: Value, axis: int) -> int:
 
 
 def assemble(g: Builder, rows: Sequence[Row]) -> Value:
-    """The rows as one value `[*leads, rows, M, entries]`."""
+    """The rows as one value `[*leads, M, rows, entries]`."""
     fast = from_layer(g, rows)
     if fast is not None:
         return fast
@@ -61,25 +61,28 @@ def assemble(g: Builder, rows: Sequence[Row]) -> Value:
                     stop += 1
                 parts.append(g.add(g.slice(row.raw, -1, e, e + stop - k), row.shift))
             k = stop
-        made.append(g.unsqueeze(g.concat(parts, -1), [-3]))
-    return g.concat(made, -3)
+        made.append(g.unsqueeze(g.concat(parts, -1), [-2]))
+    return g.concat(made, -2)
 
 
 def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
     """The same when all parameters are columns of one linear layer: its weights are put in the table's order."""
     base: Value | None = None
-    columns: list[int] = []
-    constants: list[float] = []
+    starts: list[int] = []
     for row in rows:
         found = layer_columns(row.raw)
         if found is None or (base is not None and found[0] is not base):
             return None
         base, start = found
-        m = size(row.raw, -2)
-        columns += [-1 if isinstance(e, float) else start + e * m + j for j in range(m) for e in row.entries]
-        constants += [e if isinstance(e, float) else row.shift for e in row.entries] * m
+        starts.append(start)
     assert base is not None
-    assert base.node is not None
+    m, n = size(rows[0].raw, -2), len(rows[0].entries)
+    columns: list[int] = []
+    constants: list[float] = []
+    for j in range(m):
+        for row, start in zip(rows, starts, strict=True):
+            columns += [-1 if isinstance(e, float) else start + e * m + j for e in row.entries]
+            constants += [e if isinstance(e, float) else row.shift for e in row.entries]
     x, weight, bias = linear_parts(base)
     index = np.asarray(columns)
     known = index >= 0
@@ -88,7 +91,7 @@ def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
     group, g.group = g.group, None  # the layer is the network's, not the spline's
     made = g.add(g.matmul(x, g.const(matrix)), g.const(offset))
     g.group = group
-    return g.reshape(made, (*base.shape[:-1], len(rows), size(rows[0].raw, -2), len(rows[0].entries)))
+    return g.reshape(made, (*base.shape[:-1], m, len(rows), n))
 
 
 def layer_columns(v: Value) -> tuple[Value, int] | None:
@@ -172,11 +175,6 @@ def at(g: Builder, table: Value, k: Value, offsets: np.ndarray) -> Value:
     return g.gather_elements(table, index, -1)
 
 
-def rows_of(g: Builder, v: Value) -> list[Value]:
-    """The rows of `[.., rows, M, n]`, each `[.., 1, M, n]`."""
-    return g.split(v, v.rank - 3, [1] * size(v, -3))
-
-
 def total(g: Builder, v: Value) -> Value:
     """The sum along the axis of bins, which stays."""
     return g.reduce("ReduceSum", v, [-1], keep=True)
@@ -184,33 +182,23 @@ def total(g: Builder, v: Value) -> Value:
 
 @dataclass(frozen=True)
 class Box:
-    """x in the layout of tables, and its part in the box."""
+    """x as a column of the layout, and its part in the box."""
 
-    shape: Shape
     column: Value
     inside: Value
     bound: float
-    tails: bool
 
     @staticmethod
-    def of(g: Builder, x: Value, bound: float, row: bool = False, tails: bool = True) -> Box:
-        """x is `[.., M]`, and becomes `[.., (1,) M, 1]`."""
-        column = g.unsqueeze(x, [-1, -3] if row else [-1])
-        return Box(x.shape, column, g.clip(column, -bound, bound), bound, tails)
+    def of(g: Builder, x: Value, bound: float) -> Box:
+        """x is `[.., M]`, and becomes `[.., M, 1]`."""
+        column = g.unsqueeze(x, [-1])
+        return Box(column, g.clip(column, -bound, bound), bound)
 
     def result(self, g: Builder, value: Value, slope: Value) -> Pair:
-        """Beyond the box the clamped part moves along."""
-        if self.tails:
-            value = g.add(value, g.sub(self.column, self.inside))
-        axes = [-1, -3] if self.column.rank - len(self.shape) == 2 else [-1]
-        return g.squeeze(value, axes), g.squeeze(g.unary("Log", slope), axes)
-
-    def branched(self, g: Builder, value: Value, slope: Value) -> Pair:
         """Where the slope at the ends is not 1: the identity by a condition."""
         same = g.binary("Less", g.unary("Abs", self.column), self.bound, BOOL)
-        axes = [-1, -3] if self.column.rank - len(self.shape) == 2 else [-1]
         log_slope = g.where(same, g.unary("Log", slope), 0.0)
-        return g.squeeze(g.where(same, value, self.column), axes), g.squeeze(log_slope, axes)
+        return g.squeeze(g.where(same, value, self.column), [-1]), g.squeeze(log_slope, [-1])
 
 
 Pair = tuple[Value, Value]
@@ -220,72 +208,150 @@ Numbers = dict[str, float]
 # ---- rational-quadratic (Durkan et al. 2019, eq. 4-8; on a circle: Rezende et al. 2020) ---------------------
 
 
-def rqs_table(g: Builder, n: Numbers, widths: Value, heights: Value, slopes: Value, circular: bool) -> Value:
-    """Rows: knots of x, knots of y, raw slopes at the knots."""
-    k = size(widths, -1)
-    shift = math.log(math.expm1(1 - n["min_slope"]))
-    shares: tuple[Entry, ...] = (*range(k), HIDDEN)
-    knots: tuple[Entry, ...] = (*range(k), 0) if circular else (shift, *range(k - 1), shift)
-    raw = assemble(g, [Row(widths, shares), Row(heights, shares), Row(slopes, knots, shift)])
-    logits, raw_slopes = g.split(raw, raw.rank - 3, [2, 1])
-    x_knots, offset = knot_matrix(k, k + 1, n["bound"], n["min_width"])
-    if n["min_height"] == n["min_width"]:
-        product = g.matmul(g.softmax(logits, -1), g.const(x_knots))
-    else:
-        y_knots, y_offset = knot_matrix(k, k + 1, n["bound"], n["min_height"])
-        product = g.matmul(g.softmax(logits, -1), g.const(np.stack([x_knots, y_knots])))
-        offset = np.stack([offset, y_offset])[:, None]
-    return g.concat([g.add(product, g.const(offset)), raw_slopes], -3)
+@dataclass(frozen=True)
+class RqsTable:
+    """What a bin needs is linear in the shares and raw slopes, so that one product gives it for every bin.
+
+    The first number of the row of slopes is 1: products have an offset by it. Beyond the box on the line stands one
+    bin more at each side, of slope 1 and so long that every number is in it: the identity needs no branch.
+    """
+
+    bins: int
+    numbers: Numbers
+    circular: bool
+
+    @property
+    def width(self) -> int:
+        """Entries of each row: shares, and slopes with the number before them."""
+        return self.bins + 1 if self.circular else self.bins
+
+    @property
+    def shift(self) -> float:
+        return math.log(math.expm1(1 - self.numbers["min_slope"]))
+
+    def rows(self, widths: Value, heights: Value, slopes: Value) -> list[Row]:
+        shares: tuple[Entry, ...] = (*range(self.bins), *([HIDDEN] if self.circular else []))
+        inner = range(self.bins if self.circular else self.bins - 1)
+        return [Row(widths, shares), Row(heights, shares), Row(slopes, (1.0, *inner), self.shift)]
+
+    def number(self, value: float) -> np.ndarray:
+        """A constant: `[3 width]`, the factors of what the product sums."""
+        found = np.zeros(3 * self.width)
+        found[2 * self.width] = value
+        return found
+
+    def steps(self, row: int, least: float) -> np.ndarray:
+        """The bins' widths or heights, `[3 width, bins]`."""
+        bound, k = self.numbers["bound"], self.bins
+        found = np.repeat(self.number(2 * bound * least)[:, None], k, 1)
+        found[row * self.width : row * self.width + k] = 2 * bound * (1 - least * k) * np.eye(k)
+        return found
+
+    def knots(self, row: int, least: float) -> np.ndarray:
+        """The knots of x or y, `[3 width, bins + 1]`; the ends are exact."""
+        steps, bound = self.steps(row, least), self.numbers["bound"]
+        found = np.cumsum(np.concatenate([self.number(-bound)[:, None], steps], 1), 1)
+        found[:, -1] = self.number(bound)
+        return found
+
+    def raw_slopes(self) -> np.ndarray:
+        """At the knots, `[3 width, bins + 1]`."""
+        k, at = self.bins, 2 * self.width
+        found = np.zeros((3 * self.width, k + 1))
+        found[at + 1 : at + self.width, range(k)[0 if self.circular else 1 :]] = np.eye(self.width - 1)
+        if self.circular:
+            found[:, k] = found[:, 0]
+        else:
+            found[:, 0] = found[:, k] = self.number(self.shift)
+        return found
+
+    def parts(self, far: float) -> dict[str, np.ndarray]:
+        """What a bin may need, by names, each `[3 width, bins]`."""
+        x, y, d = self.knots(0, self.numbers["min_width"]), self.knots(1, self.numbers["min_height"]), self.raw_slopes()
+        found = {
+            "x0": x[:, :-1], "x1": x[:, 1:], "w": self.steps(0, self.numbers["min_width"]),
+            "y0": y[:, :-1], "y1": y[:, 1:], "h": self.steps(1, self.numbers["min_height"]),
+            "d0": d[:, :-1], "d1": d[:, 1:],
+        }  # fmt: skip
+        if not self.circular:
+            bound = self.numbers["bound"]
+            outer = {"x0": bound, "y0": bound, "w": far, "h": far, "x1": bound + far, "y1": bound + far}
+            for name, inside in found.items():
+                # The first is seen from the box: its width is negative.
+                value = self.shift if name in ("d0", "d1") else outer[name]
+                sign = 1.0 if name in ("d0", "d1") else -1.0
+                ends = [self.number(sign * value)[:, None], self.number(value)[:, None]]
+                found[name] = np.concatenate([ends[0], inside, ends[1]], 1)
+        found["least"] = np.repeat(self.number(self.numbers["min_slope"])[:, None], found["w"].shape[1], 1)
+        return found
+
+    def limits(self, row: int) -> np.ndarray:
+        """As many as x (or y) is not below, that is its bin."""
+        found = self.knots(row, self.numbers["min_height" if row else "min_width"])
+        return found[:, 1:-1] if self.circular else found
 
 
-def inner_knots(g: Builder, table: Value, row: int) -> Value:
-    """The inner knots of one row, `[.., 1, M, K - 1]`."""
-    entries = size(table, -1)
-    if table.array is not None:
-        return g.const(table.array[..., row : row + 1, :, 1 : entries - 1])
-    index = [g.ints([row, 1]), g.ints([row + 1, entries - 1]), g.ints([-3, -1])]
-    return g.op("Slice", table, *index, shape=(*table.shape[:-3], 1, table.shape[-2], entries - 2))
+def rqs_bin(
+    g: Builder, table: RqsTable, raw: Sequence[Value], x: Value, row: int, names: Sequence[str]
+) -> Value:
+    """The named parts of the bin of x (of y: row 1), `[.., M, names]`."""
+    whole = assemble(g, table.rows(*raw))
+    logits, rest = g.split(whole, whole.rank - 2, [2, 1])
+    entries = g.concat([g.softmax(logits, -1), rest], -2)
+    entries = g.reshape(entries, (*entries.shape[:-2], 3 * table.width))
+    limits = g.matmul(entries, g.const(table.limits(row)))
+    over = g.cast(g.binary("GreaterOrEqual", x, limits, BOOL), INT)
+    k = g.reduce("ReduceSum", over, [-1], keep=True)
+    parts = table.parts(2.0**512 if g.dtype == "float64" else 2.0**100)
+    bins = parts["w"].shape[1]
+    matrix = np.stack([parts[n] for n in names], -1).reshape(3 * table.width, bins * len(names))
+    found = g.matmul(entries, g.const(matrix))
+    return picked(g, g.reshape(found, (*found.shape[:-1], bins, len(names))), k)
 
 
-def slope_of(g: Builder, raw: Value, n: Numbers) -> Value:
-    return g.add(g.unary("Softplus", raw), n["min_slope"])
+def picked(g: Builder, table: Value, k: Value) -> Value:
+    """The rows `[.., M, n]` of a table `[.., M, bins, n]` at the bins `[.., M, 1]`."""
+    m, bins, n = (size(table, a) for a in (-3, -2, -1))
+    if table.rank == 3:  # the same for every sample
+        index = g.binary("Add", g.squeeze(k, [-1]), g.const(bins * np.arange(m), INT), INT)
+        return g.op("Gather", g.reshape(table, (m * bins, n)), index, shape=(*index.shape, n), axis=0)
+    lead = broadcast(table.shape[:-2], k.shape[:-1])
+    table, k = g.expand(table, (*lead, bins, n)), g.expand(k, (*lead, 1))
+    return g.op("GatherND", table, k, shape=(*lead, n), batch_dims=len(lead))
 
 
 def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
-    """With a, b the distances to the bin's ends, p = h·a + w·d0·b and q = h·b + w·d1·a, all at least 0:
-    y = (y1·a·p + y0·b·q) / (a·p + b·q), slope (h / (a·p + b·q))²·w·(a·q + b·p).
+    """With t the place in the bin, r = 1 - t, s = h / w, p = s·t + d0·r and q = s·r + d1·t, all at least 0:
+    y = (y1·t·p + y0·r·q) / (t·p + r·q), slope (s / (t·p + r·q))²·(t·q + r·p).
 
-    Pairs stand along the axis of bins. With signs as they fall: near (a, -b), far (-b, a), rise (p, -q)."""
-    box = Box.of(g, x, n["bound"], row=True, tails=not circular)
-    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular)
-    k = bin_of(g, box.inside, inner_knots(g, table, 0))
-    found = at(g, table, k, np.array([[[0, 1]], [[1, 0]], [[0, 1]]]))
-    x_ends, y_ends, d = rows_of(g, found)
-    near = g.sub(box.inside, x_ends)
-    far = g.add(near, g.matmul(x_ends, g.const([[1.0, -1.0], [-1.0, 1.0]])))
-    minus = g.const([[1.0], [-1.0]])
-    minus_w, h = g.matmul(x_ends, minus), g.matmul(y_ends, minus)
-    rise = g.add(g.mul(h, near), g.mul(g.mul(slope_of(g, d, n), minus_w), far))
-    parts = g.mul(near, rise)
+    The products stand along the axis of bins: (t, r, r, t, r, t) times (q, p, q, p, 0, 0)."""
+    column = g.unsqueeze(x, [-1])
+    names = ["x0", "x1", "w", "h", "y0", "y1", "d0", "d1", "least", "least"]
+    found = rqs_bin(g, RqsTable(size(raw[0], -1), n, circular), raw, column, 0, names)
+    x_ends, w, h, y_ends, d, least = g.split(found, found.rank - 1, [2, 1, 1, 2, 2, 2])
+    places = g.div(g.sub(column, x_ends), w)  # t, -r
+    six = g.matmul(places, g.const([[1, 0, 0, 1, 0, 1], [0, -1, -1, 0, -1, 0]]))
+    s = g.div(h, w)
+    factors = g.concat([s, s, g.unary("Softplus", d), least], -1)
+    # Of s·t, s·r, d0·r, d1·t, least·r, least·t.
+    q_p = np.array([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]])
+    rises = g.matmul(g.mul(six, factors), g.const(np.concatenate([q_p, q_p, np.zeros((6, 2))], 1)))
+    crossed, parts, _ = g.split(g.mul(six, rises), six.rank - 1, [2, 2, 2])
     whole = total(g, parts)
-    value = g.div(total(g, g.mul(y_ends, parts)), whole)
-    ratio = g.div(h, whole)
-    slope = g.mul(g.mul(g.mul(ratio, ratio), minus_w), total(g, g.mul(far, rise)))
-    return box.result(g, value, slope)
+    value = g.reduce("ReduceSum", g.mul(g.div(parts, whole), y_ends), [-1])
+    ratio = g.div(s, whole)
+    return value, g.reduce("ReduceLogSum", g.mul(g.mul(ratio, ratio), crossed), [-1])
 
 
 def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
     """The quadratic of eq. 6-8 in the form without cancellation, then the forward slope there."""
-    box = Box.of(g, y, n["bound"], row=True, tails=not circular)
-    table = rqs_table(g, n, raw[0], raw[1], raw[2], circular)
-    k = bin_of(g, box.inside, inner_knots(g, table, 1))
-    x_ends, y_ends, d = rows_of(g, at(g, table, k, np.array([[[0, 1]]] * 3)))
-    minus = g.const([[-1.0], [1.0]])
-    w, h = g.matmul(x_ends, minus), g.matmul(y_ends, minus)
-    first = [g.slice(v, -1, 0, 1) for v in (x_ends, y_ends)]
-    d0, d1 = g.split(slope_of(g, d, n), d.rank - 1, [1, 1])
+    column = g.unsqueeze(y, [-1])
+    names = ["x0", "w", "y0", "h", "d0", "d1"]
+    found = rqs_bin(g, RqsTable(size(raw[0], -1), n, circular), raw, column, 1, names)
+    x0, w, y0, h, d = g.split(found, found.rank - 1, [1, 1, 1, 1, 2])
+    d0, d1 = g.split(g.add(g.unary("Softplus", d), n["min_slope"]), d.rank - 1, [1, 1])
     s = g.div(h, w)
-    share = g.div(g.sub(box.inside, first[1]), h)
+    share = g.div(g.sub(column, y0), h)
     # b is half the paper's; of the two forms of the root the one whose terms have one sign.
     bend = g.mul(share, g.sub(g.mul(g.add(d0, d1), 0.5), s))
     b, c = g.sub(g.mul(d0, 0.5), bend), g.mul(s, share)
@@ -298,7 +364,7 @@ def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = 
     q = g.add(g.mul(s, rest), g.mul(d1, t))
     ratio = g.div(s, g.add(g.mul(t, p), g.mul(rest, q)))
     slope = g.mul(g.mul(ratio, ratio), g.add(g.mul(t, q), g.mul(rest, p)))
-    return box.result(g, g.add(first[0], g.mul(t, w)), slope)
+    return g.squeeze(g.add(x0, g.mul(t, w)), [-1]), g.squeeze(g.unary("Log", slope), [-1])
 
 
 def rqs_circular(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
@@ -339,7 +405,7 @@ def linear(g: Builder, x: Value, n: Numbers, heights: Value) -> Pair:
     y0, y1 = ends(g, knots(g, heights, bound, n["min_height"]), g.cast(k, INT))
     slope = g.mul(g.sub(y1, y0), 1 / width)
     start = g.sub(g.mul(k, width), bound)
-    return box.branched(g, g.add(y0, g.mul(slope, g.sub(box.inside, start))), slope)
+    return box.result(g, g.add(y0, g.mul(slope, g.sub(box.inside, start))), slope)
 
 
 def linear_inverse(g: Builder, y: Value, n: Numbers, heights: Value) -> Pair:
@@ -351,7 +417,7 @@ def linear_inverse(g: Builder, y: Value, n: Numbers, heights: Value) -> Pair:
     y0, y1 = ends(g, table, k)
     slope = g.mul(g.sub(y1, y0), 1 / width)
     start = g.sub(g.mul(g.cast(k, REAL), width), bound)
-    return box.branched(g, g.add(start, g.div(g.sub(box.inside, y0), slope)), slope)
+    return box.result(g, g.add(start, g.div(g.sub(box.inside, y0), slope)), slope)
 
 
 def quadratic_tables(g: Builder, n: Numbers, widths: Value, heights: Value) -> tuple[Value, Value, Value]:
@@ -378,7 +444,7 @@ def quadratic(g: Builder, x: Value, n: Numbers, widths: Value, heights: Value) -
     t = g.div(g.sub(box.inside, x0), w)
     tilt = g.mul(g.sub(v1, v0), t)
     value = g.add(y0, g.mul(g.mul(w, t), g.add(v0, g.mul(tilt, 0.5))))
-    return box.branched(g, value, g.add(v0, tilt))
+    return box.result(g, value, g.add(v0, tilt))
 
 
 def quadratic_inverse(g: Builder, y: Value, n: Numbers, widths: Value, heights: Value) -> Pair:
@@ -391,7 +457,7 @@ def quadratic_inverse(g: Builder, y: Value, n: Numbers, widths: Value, heights: 
     rise = g.div(g.sub(box.inside, y0), w)
     root = g.unary("Sqrt", g.clip(g.add(g.mul(v0, v0), g.mul(g.mul(dv, rise), 2.0)), g.tiny, None))
     t = g.div(g.mul(rise, 2.0), g.add(v0, root))
-    return box.branched(g, g.add(x0, g.mul(t, w)), g.add(v0, g.mul(dv, t)))
+    return box.result(g, g.add(x0, g.mul(t, w)), g.add(v0, g.mul(dv, t)))
 
 
 def cubic_tables(g: Builder, n: Numbers, widths: Value, heights: Value, raw_ends: Value) -> tuple[Value, Value, Value]:
@@ -438,7 +504,7 @@ def cubic(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
     box = Box.of(g, x, n["bound"])
     w, x0, h, y0, d0, d1 = cubic_terms(g, box.inside, n, raw, False)
     value, slope = cubic_unit(g, g.div(g.sub(box.inside, x0), w), d0, d1)
-    return box.branched(g, g.add(y0, g.mul(h, value)), g.mul(slope, g.div(h, w)))
+    return box.result(g, g.add(y0, g.mul(h, value)), g.mul(slope, g.div(h, w)))
 
 
 def cubic_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
@@ -463,7 +529,7 @@ def cubic_inverse(g: Builder, y: Value, n: Numbers, *raw: Value) -> Pair:
     value, slope = cubic_unit(g, t, d0, d1)
     t = g.sub(t, g.div(g.sub(value, goal), slope))
     slope = cubic_unit(g, t, d0, d1)[1]
-    return box.branched(g, g.add(x0, g.mul(t, w)), g.mul(slope, g.div(h, w)))
+    return box.result(g, g.add(x0, g.mul(t, w)), g.mul(slope, g.div(h, w)))
 
 
 SPLINES: dict[str, Callable[..., Pair]] = {
