@@ -39,6 +39,9 @@ class Claims:
             self.unknown(e)
             return
         have = self.facts[e.left.id]
+        if isinstance(have, str):
+            self.word(e, have)
+            return
         want = static_value(self.declaration, e.right)
         if want is None:
             self.unknown(e)
@@ -53,6 +56,19 @@ class Claims:
                     suggestion=f"correct the coefficients, or claim `{e.left.id} {e.op} {have:g}`",
                 )
             )
+
+    def word(self, e: tree.Binary, have: str) -> None:
+        """A fact that is a word: `sense == ito`."""
+        assert isinstance(e.left, tree.Name)
+        if e.op not in ("==", "!=") or not isinstance(e.right, tree.Name):
+            self.unknown(e)
+        elif (e.right.id == have) != (e.op == "=="):
+            self.report.add(
+                Diagnostic(
+                    self.code, f"{e.left.id} {e.op} {e.right.id} is required, and the {e.left.id} is {have}", e.span,
+                    suggestion=f"correct the rule, or claim `{e.left.id} == {have}`",
+                )
+            )  # fmt: skip
 
     def unknown(self, e: tree.Expr) -> None:
         known = ", ".join(f"`{k}`" for k in self.facts if not k.endswith("_fails"))

@@ -8,10 +8,12 @@ from typing import Any
 
 from flowlang.analysis.series import FUNCTIONS, STEPS, Series, StepRule, Vector, rule_order
 from flowlang.analysis.solvers import condition, order, row_sum_faults
+from flowlang.analysis.stochastic import stochastic_orders
 from flowlang.checks.claims import Claims
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
 from flowlang.elaborate.steps import asked_index
+from flowlang.elaborate.stochastic import is_stochastic
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
 from flowlang.syntax import tree
 
@@ -122,13 +124,51 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
                 suggestion=f"as in `solver {declaration.name} (v, x, t, h) {{ x + h * v(x, t) }}`, or give a `tableau`",
             )
         )
+    if is_stochastic(declaration):
+        return stochastic_facts(declaration, report)
     try:
         return {"order": rule_order(lambda: step_rule(declaration), steps=max(STEPS, asked_index(declaration.body or ()) + 3))}
     except NotPlain as stop:
+        return not_shown(declaration, stop, report)
+
+
+def not_shown(declaration: tree.Declaration, stop: NotPlain, report: Report) -> dict[str, Any]:
+    report.add(
+        Diagnostic(
+            "FL0902", f"the order of `{declaration.name}` is not shown: {stop.what} is outside the arithmetic that is followed",
+            stop.span, severity="note", suggestion="write the step with v, x, t, h and arithmetic alone"
+        )
+    )  # fmt: skip
+    return {}
+
+
+# ---- rules with noise ---------------------------------------------------------------------------
+
+
+def stochastic_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    """Weak and strong orders, and the sense in which the rule converges."""
+
+    def rule(v: Any, g: Any, slope: Any, x: Any, t: Any, h: Any, dw: Any) -> Any:
+        def jvp(f: Any, value: Any, along: Any, time: Any) -> Any:
+            if f is not g:
+                raise TypeError
+            return slope(value, along, time)
+
+        algebra = Algebra(SERIES.number, {"jvp": jvp, "abs": lambda value: value if value is h else abs(value)})
+        names = static_names(algebra, declaration, {})
+        return Evaluator(algebra, {**names, "v": v, "g": g, "x": x, "t": t, "h": h, "dw": dw}).run(declaration.body or ())
+
+    try:
+        found = stochastic_orders(rule)
+    except NotPlain as stop:
+        return not_shown(declaration, stop, report)
+    except TypeError:
+        return not_shown(declaration, NotPlain(declaration.span, "its result"), report)
+    if found["weak"] == 0:
         report.add(
             Diagnostic(
-                "FL0902", f"the order of `{declaration.name}` is not shown: {stop.what} is outside the arithmetic that is followed",
-                stop.span, severity="note", suggestion="write the step with v, x, t, h and arithmetic alone"
+                "FL0602", f"`{declaration.name}` does not converge, in Ito's sense or Stratonovich's: the mean or the variance of a step is not that of the equation",
+                declaration.name_span or declaration.span, suggestion="a step is `x + h * v(x, t) + g(x, t, dw)` to begin with",
             )
         )  # fmt: skip
-        return {}
+    return {k: float(f) if isinstance(f, Fraction) else f for k, f in found.items()}

@@ -65,6 +65,7 @@ CODES: dict[str, str] = {
     "FL0605": "may-escape",
     "FL0606": "no-derivative",
     "FL0607": "prediction-slip",
+    "FL0608": "noise-unfit",
     # 07 backends and run time
     "FL0701": "cannot-lower",
     "FL0702": "bad-input",

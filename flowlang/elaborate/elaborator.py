@@ -17,6 +17,7 @@ from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
 from flowlang.elaborate.scope import KINDS, LATER_ADVICE, LATER_KINDS, ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.statements import NOTHING, run_statements
+from flowlang.elaborate.stochastic import NoiseUse
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
     ABSENT,
@@ -76,6 +77,7 @@ class Elaborator:
         self._items = 0
         self._exhausted = False
         self._depths: dict[Region, int] = {}
+        self.noises: list[NoiseUse] = []  # stochastic solvers and the noises they met
         self.closures: dict[Region, Body] = {}  # regions that were given local functions, as they were made
         self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context
         self.quiet_free = False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.diagnostics import FlowError
 from flowlang.elaborate.calls import Arguments, apply
 from flowlang.elaborate.steps import Rule, step_rule
+from flowlang.elaborate.stochastic import SENSES, is_stochastic, stochastic
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
 from flowlang.elaborate.values import (
     POISON,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
 
 GRADIENTS = ("through", "adjoint", "reversible")
-INTEGRATE_OPTIONS = (("trace", ("exact", "hutchinson")), ("gradient", GRADIENTS))
+INTEGRATE_OPTIONS = (("trace", ("exact", "hutchinson")), ("gradient", GRADIENTS), ("sense", SENSES))
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -44,7 +45,7 @@ def integrate(body: Body, args: Arguments) -> Any:
     """
     span = args.span
     assert span is not None
-    known = ("t", "solver", "trace", "log_det", "at", "gradient")
+    known = ("t", "solver", "trace", "log_det", "at", "gradient", "noise", "sense", "increments")
     for name in args.keywords:
         if name not in known:
             raise body.fail(
@@ -57,6 +58,9 @@ def integrate(body: Body, args: Arguments) -> Any:
     start, stop = times(body, args, span)
     solver = args.keywords.get("solver", args.positional[2] if len(args.positional) == 3 else None)
     x = state_of(body, args.positional[1], args.spans[1])
+    solver = solver_instance(body, solver, span)
+    if noisy(body, args, solver):
+        return stochastic(body, args, solver, x, (start, stop), step_times(body, solver, (start, stop)))
     method = solver_attributes(body, solver, span, (start, stop), x.type)
     at = observed(body, args, (min(start, stop), max(start, stop)), span)
     gradient = args.keywords.get("gradient")
@@ -187,8 +191,8 @@ def times(body: Body, args: Arguments, span: Span) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def solver_attributes(body: Body, solver: Any, span: Span, ends: tuple[float, float], state: TensorType) -> dict[str, Any]:
-    """The tableau, with steps, times or tolerances."""
+def solver_instance(body: Body, solver: Any, span: Span) -> Instance:
+    """The solver that `integrate` was given, behind its aliases."""
     if isinstance(solver, Declared):
         solver = Instance(solver, {}, span)
     if (
@@ -202,6 +206,40 @@ def solver_attributes(body: Body, solver: Any, span: Span, ends: tuple[float, fl
             "FL0211", f"`integrate` needs a solver, and this is {describe(solver)}" if solver is not None
             else "`integrate` needs a solver", span, suggestion="as in `rk4(steps = 20)` or `dopri5(rtol = 1e-5, atol = 1e-5)`",
         )  # fmt: skip
+    return solver
+
+
+def noisy(body: Body, args: Arguments, solver: Instance) -> bool:
+    """Whether the equation has noise; the solver has to be for the one or the other."""
+    assert isinstance(solver.target, Declared)
+    name, made = solver.target.name, is_stochastic(solver.target.declaration)
+    if "noise" in args.keywords and not made:
+        raise body.fail("FL0211", f"`{name}` solves equations without noise", solver.span, suggestion="use `euler_maruyama`, `stochastic_heun` or `milstein`")
+    if made and "noise" not in args.keywords:
+        raise body.fail("FL0203", f"`{name}` solves equations with noise, and there is none", solver.span, suggestion="give it, as in `noise = 0.5`, or use `rk4`")
+    for word in ("sense", "increments"):
+        if word in args.keywords and not made:
+            raise body.fail("FL0202", f"`{word}` is for equations with noise", args.keyword_spans[word], suggestion=f"leave `{word}` out, or give `noise`")
+    return made
+
+
+def step_times(body: Body, solver: Instance, ends: tuple[float, float]) -> tuple[float, ...]:
+    """The times between which a solver of given steps steps, in the direction of travel."""
+    assert isinstance(solver.target, Declared)
+    own = next((p.default for ps in solver.target.declaration.parameters for p in ps if p.name == "steps"), None)
+    found = step_options(body, solver, ends) or ({"steps": int(own.value)} if isinstance(own, tree.Number) else {})
+    if "steps" not in found:
+        raise body.fail("FL0203", f"`{solver.target.name}` needs a number of steps", solver.span, suggestion=f"as in `{solver.target.name}(steps = 100)`")
+    start, stop = ends
+    if "times" in found:
+        return tuple(sorted(found["times"], reverse=stop < start))
+    n = found["steps"]
+    return (*(start + k * (stop - start) / n for k in range(n)), stop)
+
+
+def solver_attributes(body: Body, solver: Instance, span: Span, ends: tuple[float, float], state: TensorType) -> dict[str, Any]:
+    """The tableau, with steps, times or tolerances."""
+    assert isinstance(solver.target, Declared)
     declaration = solver.target.declaration
     name = declaration.name
     rule: Rule | None = None
@@ -218,21 +256,9 @@ def solver_attributes(body: Body, solver: Any, span: Span, ends: tuple[float, fl
             raise poisoned() from None
     how: dict[str, Any] = {"solver": name, "tableau": tableau} if rule is None else {"solver": name, "rule": rule}
     options = solver.arguments
-    given = [n for n in ("steps", "times", "rtol") if n in options or (n == "rtol" and "atol" in options)]
-    if len(given) > 1:
-        words = {"steps": "a number of steps", "times": "times", "rtol": "tolerances"}
-        raise body.fail("FL0202", f"`{name}` takes {words[given[0]]} or {words[given[1]]}, not both", solver.span,
-                        suggestion=f"leave out `{given[1]}`")
-    if "steps" in options:
-        return {**how, "steps": options["steps"]}
-    if "times" in options:
-        found = sorted({float(v) for v in options["times"]})
-        if (found[0], found[-1]) != (min(ends), max(ends)):
-            raise body.fail(
-                "FL0305", f"the times of `{name}` go from {found[0]:g} to {found[-1]:g}, and `integrate` from {ends[0]:g} to {ends[1]:g}",
-                solver.span, suggestion="the first and last of the times are those of `integrate`",
-            )  # fmt: skip
-        return {**how, "steps": len(found) - 1, "times": tuple(found)}
+    found = step_options(body, solver, ends)
+    if found:
+        return {**how, **found}
     own = next((p.default for ps in declaration.parameters for p in ps if p.name == "steps"), None)
     if rule is not None and isinstance(own, tree.Number):
         return {**how, "steps": int(own.value)}
@@ -245,16 +271,39 @@ def solver_attributes(body: Body, solver: Any, span: Span, ends: tuple[float, fl
     return {**how, **{k: float(options.get(k, v)) for k, v in TOLERANCES.items()}, **most}
 
 
+def step_options(body: Body, solver: Instance, ends: tuple[float, float]) -> dict[str, Any]:
+    """The steps or times that a solver was given; nothing where it has neither."""
+    options, name = solver.arguments, solver.target.name
+    given = [n for n in ("steps", "times", "rtol") if n in options or (n == "rtol" and "atol" in options)]
+    if len(given) > 1:
+        words = {"steps": "a number of steps", "times": "times", "rtol": "tolerances"}
+        raise body.fail("FL0202", f"`{name}` takes {words[given[0]]} or {words[given[1]]}, not both", solver.span,
+                        suggestion=f"leave out `{given[1]}`")
+    if "steps" in options:
+        return {"steps": options["steps"]}
+    if "times" in options:
+        found = sorted({float(v) for v in options["times"]})
+        if (found[0], found[-1]) != (min(ends), max(ends)):
+            raise body.fail(
+                "FL0305", f"the times of `{name}` go from {found[0]:g} to {found[-1]:g}, and `integrate` from {ends[0]:g} to {ends[1]:g}",
+                solver.span, suggestion="the first and last of the times are those of `integrate`",
+            )  # fmt: skip
+        return {"steps": len(found) - 1, "times": tuple(found)}
+    return {}
+
+
 def poisoned() -> Exception:
     from flowlang.elaborate.body import Poisoned
 
     return Poisoned()
 
 
-def field_body(body: Body, fn: Any, state: TensorType, times: tuple[float, float], span: Span) -> Body | None:
+def field_body(
+    body: Body, fn: Any, state: TensorType, times: tuple[float, float], span: Span, *, free: bool = False
+) -> Body | None:
     """The field v(x, t) for t between two times, as a region: x and t in, x's derivative out.
 
-    None after a reported error.
+    `free`: what comes out may have another type. None after a reported error.
     """
     from flowlang.elaborate.body import Body as MakeBody
 
@@ -275,7 +324,8 @@ def field_body(body: Body, fn: Any, state: TensorType, times: tuple[float, float
     domain = spec_of(real)
     if isinstance(value, Pending):
         (value,) = value.resolve([domain])
-    (value,) = inner.fit(value, [domain], span)
+    if not free:
+        (value,) = inner.fit(value, [domain], span)
     if isinstance(value, Poison):
         body.region.broken = True
         return None
