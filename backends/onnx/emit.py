@@ -25,8 +25,12 @@ def _const(w: Lowering, n: Node) -> Value:
 
 @emitter("param", "state", "running", "start")
 def _param(w: Lowering, n: Node) -> Value:
-    name = "/".join([*w.g.scopes, str(n.attrs["name"])])
-    array = np.broadcast_to(np.asarray(w.weights.value(n.attrs["name"]), dtype=np.float64), n.tensor.shape)
+    path, weights = n.attrs.get("path", ()), w.weights
+    for child, copy in path:
+        weights = weights.child(child) if copy is None else weights.copies(child)[copy]
+    scopes = [child if copy is None else f"{child}.{copy}" for child, copy in path]
+    name = "/".join([*w.g.scopes, *scopes, str(n.attrs["name"])])
+    array = np.broadcast_to(np.asarray(weights.value(n.attrs["name"]), dtype=np.float64), n.tensor.shape)
     return w.g.const(array, name=name)
 
 

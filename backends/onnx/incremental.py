@@ -14,9 +14,9 @@ import numpy as np
 from flowlang.backends.onnx.graph import BOOL, INT, Shape, Value
 from flowlang.backends.onnx.lower import Lowering, Result, needed
 
-from flowlang.derive.programs import Program
-from flowlang.derive.schedule import Read, Rows, Schedule
+from flowlang.derive.schedule import Columns, Read, Rows, Schedule
 from flowlang.ir.graph import Node
+from flowlang.ir.relation import compare
 from flowlang.ir.types import TensorType
 
 
@@ -47,10 +47,10 @@ class Places:
 class Incremental:
     """Writes the loop for one `scan_solve`."""
 
-    def __init__(self, w: Lowering, body: Program, plan: Schedule, captured: Mapping[int, Result]):
-        self.w, self.g, self.plan, self.source = w, w.g, plan, body.graph
+    def __init__(self, w: Lowering, plan: Schedule, captured: Mapping[int, Result]):
+        self.w, self.g, self.plan, self.source = w, w.g, plan, plan.body.graph
         self.outside = Lowering(w.g, w.shared, w.weights, w.leads)
-        self.outside.graph, self.outside.env = body.graph, dict(captured)
+        self.outside.graph, self.outside.env = self.source, dict(captured)
         self.inside = Lowering(w.g, w.shared, w.weights, w.leads)
         self.nodes: dict[int, int] = {}
         self.places = {n: Places(r) for n, r in plan.rows.items()}
@@ -96,8 +96,12 @@ class Incremental:
         return t.position(self.plan.rows[n].axis) - t.rank
 
     def type(self, n: int) -> TensorType:
-        """A stage's rows of a value."""
-        return self.source[n].tensor.resized(self.plan.rows[n].axis, self.places[n].rows)
+        """A stage's rows of a value; all places of its columns."""
+        t, column = self.source[n].tensor, self.plan.columns.get(n)
+        if column is not None:
+            p = Places(column.rows)
+            t = t.resized(column.axis, p.stages * p.rows)
+        return t.resized(self.plan.rows[n].axis, self.places[n].rows)
 
     def shape(self, n: int) -> Shape:
         """The stored value: all stages' rows where the row axis is."""
@@ -125,24 +129,62 @@ class Incremental:
         inputs = tuple(self.operand(node, slot) for slot in range(len(node.inputs)))
         if node.attrs.get("axis") == axis and node.op in ("reverse", "permute", "slice", "shift"):
             return inputs[0]  # the rows were read in the order of the result
+        attrs = dict(node.attrs)
+        if node.op == "conv" and axis in attrs["space"]:
+            at = attrs["space"].index(axis)
+            attrs["padding"] = tuple((0, 0) if k == at else p for k, p in enumerate(attrs["padding"]))
+        column = self.plan.columns.get(node.id)
+        if node.op == "softmax" and column is not None and column.axis == attrs["axis"]:
+            del attrs["causal"]
+            inputs = (self.hidden(node, inputs[0], column),)
         made = self.inside.graph.add(
-            node.op, inputs, self.type(node.id), node.attrs, span=node.span, label=node.label, batched=True
+            node.op, inputs, self.type(node.id), attrs, span=node.span, label=node.label, batched=True
         )
         self.inside.env[made.id] = self.inside.emit(made)
         return made.id
+
+    def hidden(self, node: Node, value: int, column: Columns) -> int:
+        """Scores with those keys hidden that a query does not see, and all places that hold none yet."""
+        t, axis = self.type(node.id), self.plan.rows[node.id].axis
+        queries, keys = self.places[node.id], Places(column.rows)
+        seen = compare(self.source[node.id].tensor.size(axis), ">=")
+        assert seen is not None
+        table = np.array([[[seen.has(int(i), int(j)) for j in keys.index.flat] for i in row] for row in queries.index])
+        table &= keys.real.reshape(-1)
+        table[..., 0] |= ~table.any(-1)  # a row that pads its stage sees something, so that it stays a number
+        shape = [t.size(a) if a in (axis, column.axis) else 1 for a in t.names]
+        masks = table if t.position(axis) < t.position(column.axis) else np.swapaxes(table, 1, 2)
+        added = np.where(masks, 0.0, -np.inf).reshape(len(table), *shape)
+        stage = self.stage
+        assert stage is not None
+        mask = self.g.op("Gather", self.g.const(added), stage, shape=tuple(shape), axis=0)
+        return self.leaf(self.g.add(self.inside.value(value), mask), t)
 
     def operand(self, node: Node, slot: int) -> int:
         i = node.inputs[slot]
         if i not in self.plan.rows:
             return self.independent(node, slot)
         read = self.plan.reads[(node.id, slot)]
-        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known and read.shift is None:
+        moved = read.known or read.shift is not None or read.window != (0, 0)
+        if i != self.plan.entry and read.rows is self.plan.rows[i] and not moved:
             return self.nodes[i]
         t, axis = self.source[i].tensor, self.plan.rows[i].axis
         stored = self.buffers[i]
         if read.known:
             return self.leaf(stored, t.resized(axis, self.places[i].stages * self.places[i].rows))
+        if read.window != (0, 0):
+            return self.window_read(node, i, read, stored)
         return self.rows_read(node, i, read, stored)
+
+    def window_read(self, node: Node, i: int, read: Read, stored: Value) -> int:
+        """The rows of a stored value from so many before a stage's first to so many after its last, with zeros outside."""
+        t, axis = self.source[i].tensor, self.plan.rows[i].axis
+        own, (before, after) = self.places[node.id], read.window
+        place, size = self.places[i].place_of(), t.size(axis)
+        first = own.index[:, :1] - before
+        wanted = first + np.arange(before + own.rows + after)
+        table = np.vectorize(lambda index: place.get(int(index), -1) if 0 <= index < size else -1)(wanted)
+        return self.leaf(self.at_stage(stored, table, t.position(axis) - t.rank), t.resized(axis, table.shape[1]))
 
     def rows_read(self, node: Node, i: int, read: Read, stored: Value) -> int:
         """The rows of a stored value that the reader's new rows read."""
@@ -185,9 +227,16 @@ class Incremental:
         """A value from outside the loop: the stage's rows of it, and columns in the order of stored places."""
         i = node.inputs[slot]
         t = self.source[i].tensor
-        if self.source[i].op == "const" and not t.axes:
+        if (self.source[i].op == "const" and not t.axes) or node.op == "conv":  # a kernel's axes are its own
             return self.leaf(self.value(i), t)
         v = self.value(i)
+        for j in (node.id, *node.inputs):
+            column = self.plan.columns.get(j)
+            if column is not None and t.has(column.axis) and t.size(column.axis) == len(column.rows.order):
+                p = Places(column.rows)
+                v = self.g.take(v, t.position(column.axis) - t.rank, [int(x) for x in p.index.flat])
+                t = t.resized(column.axis, p.stages * p.rows)
+                break
         for other, j in enumerate(node.inputs):
             read = self.plan.reads.get((node.id, other))
             if read is None or not read.known or j == i or not t.has(read.rows.axis):

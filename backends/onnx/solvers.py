@@ -43,10 +43,10 @@ def _scan(w: Lowering, n: Node) -> Value:
     hint = f"scan_{n.attrs['axis']}"
     plan = schedule(body, n.attrs["axis"], bool(n.attrs["reverse"]))
     if plan is not None:
-        captured = {i: w.env[o] for i, o in zip(body.inputs[1:], outer, strict=True)}
+        captured = {i: w.env[o] for i, o in zip(plan.body.inputs[1:], outer, strict=True)}
         mark = g.mark()
         try:
-            return Incremental(w, body, plan, captured).run(hint)
+            return Incremental(w, plan, captured).run(hint)
         except NotStatic:
             g.undo(mark)
     step = body_of(w, n, outer)

@@ -59,6 +59,7 @@ class Generator:
         self.reserved = runtime_names() | set(self.classes.values())
         self._programs: dict[tuple[int, str, bool], Program] = {}
         self._noisy: dict[tuple[int, str, bool], bool] = {}
+        self._scopes: dict[int, ClassScope] = {}
 
     def generate(self) -> Generated:
         asked = self.asked()
@@ -167,6 +168,12 @@ class Generator:
             lines.append("")
             lines += [f"    {x}".rstrip() for x in body]
         return "\n".join(lines)
+
+    def names_of(self, region: Region) -> ClassScope:
+        """The attributes of a region's class, for what reaches into its instances."""
+        if id(region) not in self._scopes:
+            self._scopes[id(region)] = ClassScope(self, region)
+        return self._scopes[id(region)]
 
     def docstring(self, region: Region) -> list[str]:
         graph = region.graph
@@ -557,13 +564,17 @@ class ClassScope:
         return None
 
     def parameter(self, node: Node) -> str:
-        """The value of a parameter in a method."""
-        name = self.attributes[node.attrs["name"]]
+        """The value of a parameter in a method: of the class's own, or of a child's down a path."""
+        scope, owner = self, "self"
+        for child, copy in node.attrs.get("path", ()):
+            owner += f".{scope.children[child]}" + (f"[{copy}]" if copy is not None else "")
+            scope = self.generator.names_of(scope.region.children[child].region)
+        name = scope.attributes[node.attrs["name"]]
         domain: Domain = node.attrs["domain"]
         constrained = node.op == "param" and (
             domain.structure is not None or domain.name in ("Positive", "Unit", "Interval")
         )
-        return f"self.{name}()" if constrained else f"self.{name}"
+        return f"{owner}.{name}()" if constrained else f"{owner}.{name}"
 
     def weight(self) -> str:
         """A tensor with the module's dtype and device."""

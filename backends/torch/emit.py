@@ -991,7 +991,7 @@ def _conv(w: Writer, n: Node) -> Expr:
     a = n.attrs
     bias = argument(w, n.inputs[2]) if len(n.inputs) > 2 else "None"
     numbers = [repr(a[k]) for k in ("stride", "padding", "dilation")] + ([str(a["groups"])] if a["groups"] > 1 else [])
-    call = "convolve" if n.op == "conv" else "convolve_transposed"
+    call = ("convolve_rows" if a.get("rows") else "convolve") if n.op == "conv" else "convolve_transposed"
     return moving(w, n, call, [a["channel"], *a["space"]], [argument(w, n.inputs[1]), bias, *numbers])
 
 
@@ -1409,11 +1409,11 @@ def _scan(w: Writer, n: Node) -> Expr:
         )
     from flowlang.backends.torch.incremental import write_loop
 
-    outside = Writer(w.scope, body.graph, w.names)
+    outside = Writer(w.scope, plan.body.graph, w.names)
     outside.lines = w.lines
-    for i, o in zip(body.inputs[1:], captured, strict=True):
+    for i, o in zip(plan.body.inputs[1:], captured, strict=True):
         outside.env[i] = w.env[o]
-    solved = write_loop(w, outside, body, plan, w.variable(target))
+    solved = write_loop(w, outside, plan, w.variable(target))
     return Expr(f"{w.scope.use('implicit_scan')}({f}, {solved}, {plan.stages})")
 
 

@@ -6,34 +6,34 @@ rows known so far, are contiguous. See `flowlang.derive.schedule` for what is co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from flowlang.backends.torch.emit import Expr, Writer, integers, moved
 
-from flowlang.derive.schedule import Read, Rows, Schedule, stages
+from flowlang.derive.schedule import Columns, Read, Rows, Schedule, stages
 from flowlang.ir.graph import Graph, Node
+from flowlang.ir.relation import compare
 from flowlang.ir.types import Axis, TensorType
-
-if TYPE_CHECKING:
-    from flowlang.derive.programs import Program
 
 BATCH = "batch^"
 
 
-def write_loop(w: Writer, outside: Writer, body: Program, plan: Schedule, target: str) -> str:
+def write_loop(w: Writer, outside: Writer, plan: Schedule, target: str) -> str:
     """Writes the loop into `w`; returns the name of the solved value.
 
     `outside` writes the values of the body that do not depend on the scanned one. `target` is a
     tensor of the solved value's shape.
     """
-    return _Loop(w, outside, body, plan, target).write()
+    return _Loop(w, outside, plan, target).write()
 
 
 class _Loop:
-    def __init__(self, w: Writer, outside: Writer, body: Program, plan: Schedule, target: str):
+    def __init__(self, w: Writer, outside: Writer, plan: Schedule, target: str):
         self.w, self.outside, self.plan, self.target = w, outside, plan, target
-        self.source = body.graph
+        self.source = plan.body.graph
+        # A window may take rows that are not there yet, against weights that are 0.
+        self.windowed = {self.source[n].inputs[slot] for (n, slot), read in plan.reads.items() if read.window != (0, 0)}
         self.inner = Writer(w.scope, Graph(), w.names)
         self.before: list[str] = []  # statements before the loop
         self.nodes: dict[int, int] = {}  # value -> node in the loop's graph, new rows only
@@ -98,14 +98,59 @@ class _Loop:
         attrs = dict(node.attrs)
         if node.op == "order":
             attrs["names"] = type_.names
+        if node.op == "conv" and axis in attrs["space"]:
+            at = attrs["space"].index(axis)
+            attrs |= {"padding": tuple((0, 0) if k == at else p for k, p in enumerate(attrs["padding"])), "rows": True}
+        if node.op == "var":
+            return self.variance(node, inputs[0])
+        column = self.plan.columns.get(node.id)
+        if node.op == "softmax" and column is not None and column.axis == attrs["axis"]:
+            del attrs["causal"]
+            inputs = (self.hidden(node, inputs[0], column),)
         return self.inner.graph.add(node.op, inputs, type_, attrs, span=node.span, label=node.label, batched=False).id
+
+    def hidden(self, node: Node, value: int, column: Columns) -> int:
+        """Scores with those keys hidden that a query does not see; nothing to do where all that are known are seen."""
+        rows, keys = self.plan.rows[node.id], column.rows
+        seen = compare(len(rows.order), ">=")
+        assert seen is not None
+        stage = stages(rows)
+        if all(seen.has(i, j) for i, s in stage.items() for j in keys.order[: keys.ends[s + 1]]):
+            return value
+        size = len(rows.order)
+        text = f"torch.ones({size}, {size}, dtype=torch.bool).tril()"
+        if not rows.sorted:
+            text += f"[{integers(rows.order)}]"
+        if not keys.sorted:
+            text += f"[:, {integers(keys.order)}]"
+        (first, last), end = self.bound(rows), self.bound(keys)[1]
+        name = self.w.scope.buffer("seen", text)
+        graph = self.inner.graph
+        mask = self.leaf(TensorType((Axis(rows.axis, size), Axis(column.axis, size)), "bool"), f"{name}[{first}:{last}, :{end}]")
+        least = graph.add("const", (), TensorType(()), {"value": -math.inf}, batched=False).id
+        return graph.add("where", (mask, value, least), self.type(node.id), {}, batched=False).id
+
+    def variance(self, node: Node, x: int) -> int:
+        """The mean square of what is centred: `var` warns where a stage has no rows."""
+        graph, axes, type_ = self.inner.graph, tuple(node.attrs["axes"]), self.type(node.id)
+        whole = graph[x].tensor
+        mean = graph.add("mean", (x,), type_, {"axes": axes}, batched=False).id
+        centred = graph.add("sub", (x, mean), whole, {}, batched=False).id
+        square = graph.add("square", (centred,), whole, {}, batched=False).id
+        count, ddof = math.prod(whole.size(a) for a in axes), node.attrs.get("ddof", 0)
+        out = graph.add("mean", (square,), type_, {"axes": axes}, batched=False, span=node.span, label=node.label).id
+        if not ddof:
+            return out
+        factor = graph.add("const", (), TensorType(()), {"value": count / (count - ddof)}, batched=False).id
+        return graph.add("mul", (out, factor), type_, {}, batched=False).id
 
     def operand(self, node: Node, slot: int) -> int:
         i = node.inputs[slot]
         if i not in self.plan.rows:
             return self.independent(node, slot)
         read = self.plan.reads[(node.id, slot)]
-        if i != self.plan.entry and read.rows is self.plan.rows[i] and not read.known and read.shift is None:
+        moved_ = read.known or read.shift is not None or read.window != (0, 0)
+        if i != self.plan.entry and read.rows is self.plan.rows[i] and not moved_:
             return self.nodes[i]
         return self.leaf(self.type(i), self.slice_of(i, node, read))
 
@@ -117,14 +162,24 @@ class _Loop:
     def slice_of(self, i: int, node: Node, read: Read) -> str:
         """Rows of a stored value: all that are known, or those that the reader's new rows read."""
         if i not in self.buffers:
-            self.buffers[i] = self.buffer(i, self.source[i].label or "hidden")
+            self.buffers[i] = self.buffer(i, self.known_as(i) or "hidden")
         first, last = self.bound(read.rows)
         if read.shift is not None:
             by = f"{-read.shift:+d}".replace("+", "+ ").replace("-", "- ")
             return f"{self.w.scope.use('rows_or_zeros')}({self.buffers[i]}, {first} {by}, {last} {by})"
+        if read.window != (0, 0):
+            before, after = (f" {sign} {by}" if by else "" for sign, by in zip("-+", read.window, strict=True))
+            return f"{self.w.scope.use('rows_or_zeros')}({self.buffers[i]}, {first}{before}, {last}{after})"
         if not read.known:
             return f"{self.buffers[i]}[{first}:{last}]"
         return f"{self.buffers[i]}[:{first if i == self.plan.entry else last}]"
+
+    def known_as(self, i: int) -> str | None:
+        """The name of a value, or of the one whose axes it renames."""
+        node = self.source[i]
+        while node.label is None and node.op in ("rename", "order"):
+            node = self.source[node.inputs[0]]
+        return None if node.label is None else f"{node.label}_known"
 
     def independent(self, node: Node, slot: int) -> int:
         """A value from outside the loop: its rows where it has the reader's axis, and its known columns."""
@@ -133,9 +188,17 @@ class _Loop:
         if source.op == "const" and not source.tensor.axes:
             made = self.inner.graph.add("const", (), source.type, source.attrs, batched=False)
             return made.id
+        if node.op == "conv":  # a kernel or a bias, whose axes are its own
+            self.emit_outside(i)
+            return self.leaf(source.tensor, self.outside.variable(i))
         rows = self.plan.rows[node.id]
         cut: dict[str, Rows] = {}
         known: set[str] = set()
+        for j in (node.id, *node.inputs):
+            column = self.plan.columns.get(j)
+            if column is not None and source.tensor.has(column.axis):
+                cut[column.axis] = column.rows
+                known.add(column.axis)
         if source.tensor.has(rows.axis):
             cut[rows.axis] = rows
         for other, j in enumerate(node.inputs):
@@ -213,7 +276,8 @@ class _Loop:
         if not self.before:
             self.before.append(f"count = {size}")
         names = ", ".join(a.name for a in t.axes[:-1])
-        self.before.append(f"{name} = {self.target}.new_empty({sizes}, count)  # [{names}, batch]")
+        made = "new_zeros" if n in self.windowed else "new_empty"
+        self.before.append(f"{name} = {self.target}.{made}({sizes}, count)  # [{names}, batch]")
         return name
 
     def bound(self, rows: Rows) -> tuple[str, str]:

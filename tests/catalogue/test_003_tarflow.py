@@ -1,7 +1,4 @@
-"""Card 003, TarFlow (Zhai et al. 2024): what must hold, item by item.
-
-Item 4's cache waits for attention in the incremental inverse: the plain scan is compared with a recomputation by hand.
-"""
+"""Card 003, TarFlow (Zhai et al. 2024): what must hold, item by item."""
 
 from __future__ import annotations
 
@@ -17,6 +14,8 @@ from torch import Tensor
 
 import flowlang as fl
 from flowlang.verify import perturb
+from tests.backends.torch.test_cached_attention import flops
+from tests.backends.torch.test_scan import plain_scan
 
 MODEL = "model m = tarflow_model(channels = 1, size = 8, blocks = 2, layers = 1, width = 16, head = 8, classes = 3, noise = 0.1{})\n"
 
@@ -117,6 +116,21 @@ def test_item_4_the_inverse_equals_a_recomputation_token_by_token() -> None:
             for j, (offset, slope) in enumerate(log_slopes):
                 x[:, i, j] = (z[:, i, j] - offset) / slope
         assert (model.inverse(z)[0] - x).abs().max() <= 1e-9
+
+
+def test_item_4_keys_and_values_are_kept() -> None:
+    """The derived inverse costs about one pass, however many tokens; without the cache it takes one for each token."""
+    cached, plain = tiny(), plain_scan("tarflow_tiny")
+    plain.load_state_dict(cached.state_dict())
+    z = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=generator(7))
+    with torch.no_grad():
+        assert (cached.inverse(z)[0] - plain.inverse(z)[0]).abs().max() <= 1e-9
+        single, twin = fl.compile("tarflow_tiny", seed=0), plain_scan("tarflow_tiny").float()
+        perturb(single, generator(1), 0.3)
+        twin.load_state_dict(single.state_dict())
+        assert (single.inverse(z.float())[0] - twin.inverse(z.float())[0]).abs().max() <= 1e-5
+    assert flops(lambda: cached.inverse(z)) <= 2.2 * flops(lambda: cached(z))  # one pass is the log-det's
+    assert flops(lambda: plain.inverse(z)) >= 16 * flops(lambda: cached(z))
 
 
 def test_item_5_denoising_is_tweedie_s_mean() -> None:

@@ -306,6 +306,24 @@ def convolve(
     return y.reshape(*x.shape[: -1 - n], *y.shape[1:])
 
 
+def convolve_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Window,
+    padding: tuple[Window, ...],
+    dilation: Window,
+    groups: int = 1,
+) -> Tensor:
+    """`convolve`, or nothing where the window finds no place: a stage of a loop may have no rows."""
+    n = weight.dim() - 2
+    windows = zip(x.shape[-n:], weight.shape[2:], stride, padding, dilation, strict=True)
+    sizes = [(size + a + b - (k - 1) * d - 1) // s + 1 for size, k, s, (a, b), d in windows]
+    if min(sizes) < 1:
+        return x.new_empty(*x.shape[: -1 - n], weight.shape[0], *(max(size, 0) for size in sizes))
+    return convolve(x, weight, bias, stride, padding, dilation, groups)
+
+
 def convolve_transposed(
     x: Tensor,
     weight: Tensor,
