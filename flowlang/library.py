@@ -16,6 +16,7 @@ from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.elaborate.elaborator import Library
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.source import Source
+from flowlang.syntax.habits import FOREIGN, LIBRARY
 
 _DECLARATION = re.compile(r"^(?:bijector|net|norm|flow|const|model|path|solver|optimizer|recipe)\s+([^\s(={]+)", re.M)
 
@@ -114,6 +115,8 @@ class Folders:
 
     def advice(self, path: tuple[str, ...], importer: Source) -> str | None:
         name = ".".join(path)
+        if path[0] in FOREIGN:
+            return LIBRARY
         if path[0] == "std":
             return library_advice(name)
         if importer.library or not all(re.fullmatch(r"\w+", p) for p in path):
@@ -171,4 +174,6 @@ class Texts:
 
     def advice(self, path: tuple[str, ...], importer: Source) -> str | None:
         name = ".".join(path)
+        if path[0] in FOREIGN:
+            return LIBRARY
         return library_advice(name) if path[0] == "std" else did_you_mean(name, self.loaded)

@@ -51,7 +51,7 @@ from flowlang.ir.graph import Child, Graph, Region
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Span
-from flowlang.syntax import tree
+from flowlang.syntax import habits, tree
 
 if TYPE_CHECKING:
     from flowlang.elaborate.elaborator import Elaborator
@@ -92,6 +92,7 @@ class Body:
         self.names: dict[str, Any] = {}
         self.axes: dict[str, int] = dict(parent.axes) if parent else {}
         self.rest: tuple[Axis, ...] = parent.rest if parent else ()
+        self.open_rest = False  # a parameter's type here has a `..`
         self.result_spec: list[TypeSpec] = []
         self.captures: dict[int, int] = {}  # outer node id -> input node id here
         self.captured_instances: dict[int, tuple[Instance, Instance]] = {}
@@ -201,6 +202,12 @@ class Body:
             return None if outer is None else self.capture(outer, name)
         return None
 
+    def method_help(self, name: str) -> str | None:
+        """For a function that is asked of a value, as in `x.mean()`."""
+        if name not in habits.NAMES and isinstance(self.elab.constant_value(self.elab.global_name(name)), Builtin):
+            return f"functions stand in front of their values, as in `{name}(x)` or `{name}[D](x)`"
+        return None
+
     def context_values(self) -> dict[str, Tensor]:
         """The `given` inputs in sight, by name (a `repeat` body captures those outside)."""
         names: list[str] = []
@@ -272,6 +279,10 @@ class Body:
             yield
         finally:
             self.names, self.axes, self.rest, self.module, self.scope = saved
+
+    def names_rest(self) -> bool:
+        """Whether `..` stands for axes here, be there any or not."""
+        return bool(self.rest) or self.open_rest or (self.scope is not None and self.scope.names_rest())
 
     def sees(self, other: Body) -> bool:
         """Whether names of another body are in sight here."""
@@ -646,7 +657,7 @@ class Body:
                 "FL0302",
                 f"this value has no axis `{expr.name}`; its axes are {axis_words(t)}",
                 expr.span,
-                suggestion=name_help(expr.name, t.names),
+                suggestion=self.method_help(expr.name) or name_help(expr.name, t.names),
             )
         if isinstance(value, ModuleScope):
             if expr.name in value.names:

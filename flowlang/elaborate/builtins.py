@@ -43,6 +43,7 @@ from flowlang.ir.ops.splines import SPLINES
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
+from flowlang.syntax.habits import NAMES
 
 if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
@@ -66,7 +67,7 @@ def expect(
         if k not in words:
             raise body.fail(
                 "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
-                suggestion=name_help(k, words) if words else "leave it out",
+                suggestion=name_help(k, words) if words else NAMES.get(k, "leave it out"),
             )  # fmt: skip
     most = least if most is None else most
     if not least <= len(args.positional) <= most:
@@ -247,6 +248,11 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
     names: list[str] = []
     for item in args.axes:
         if isinstance(item.left, tree.Ellipsis):
+            if not body.names_rest():
+                raise body.fail(
+                    "FL0307", "`..` stands for no axes here: the type of no parameter has it", item.span,
+                    suggestion=f"name the axes, as in `{name}[{', '.join(t.names) or 'D'}](..)`, or take `x: R[D, ..]`",
+                )  # fmt: skip
             names.extend(a.name for a in body.rest)
             continue
         if not isinstance(item.left, tree.Name):

@@ -633,7 +633,6 @@ def call_instance(
             values[p.name] = real_value(body, p.type, body.tensor(real_number(p.type, value), where))
         elif not is_optional(p.type):
             if p.default is not None:
-                values[p.name] = body.tensor(body.ev(p.default), span)
                 continue
             raise body.fail(
                 "FL0203",

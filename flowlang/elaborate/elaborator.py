@@ -635,7 +635,7 @@ class Elaborator:
         self, body: Body, p: tree.Parameter, type_: TensorType | None, span: Span, caller: Body, *, batched: bool
     ) -> None:
         if type_ is None:
-            body.names[p.name] = ABSENT
+            body.names[p.name] = ABSENT if p.default is None else default_tensor(body, p)
             body.used.add(p.name)
             return
         expr = p.type.type if isinstance(p.type, tree.Optional) else p.type
@@ -664,6 +664,7 @@ class Elaborator:
                     )
             body.axes[name] = size
         rest = tuple(a for a in type_.axes if a.name not in named)
+        body.open_rest = body.open_rest or any(isinstance(i.left, tree.Ellipsis) for i in items)
         if rest and not p.given:
             body.rest = rest
         spec = evaluate_type(body, p.type) if p.type is not None else None
@@ -1013,6 +1014,24 @@ def enclosing(inst: Instance) -> Body | None:
 
 def holds_instance(value: Any) -> bool:
     return isinstance(value, Instance) or (isinstance(value, list) and any(holds_instance(v) for v in value))
+
+
+def default_tensor(body: Body, p: tree.Parameter) -> Any:
+    """What a tensor parameter is where it is not given: its default, over the axes of its type."""
+    assert p.default is not None
+    value = body.ev(p.default)
+    spec = evaluate_type(body, p.type.type if isinstance(p.type, tree.Optional) else p.type) if p.type else None
+    if value is ABSENT or isinstance(value, Poison) or not isinstance(spec, TypeSpec):
+        return value
+    axes = []
+    for n, size in spec.axes:
+        known = size if size is not None else body.axes.get(n)
+        if known is None:
+            raise body.fail("FL0310", f"the size of axis `{n}` of `{p.name}` is open where its default stands for it", p.span,
+                            suggestion=f"take `{p.name}` after a parameter that has `{n}`, or write its size")  # fmt: skip
+        axes.append(Axis(n, known))
+    id_ = body.tensor(value, p.default.span)
+    return Tensor(body.b.expand(id_, TensorType(tuple(axes), body.b.type(id_).kind)), body)
 
 
 def default_value(body: Body, p: tree.Parameter) -> Any:

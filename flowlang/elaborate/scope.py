@@ -10,6 +10,7 @@ from typing import Any
 from flowlang.elaborate.values import Declared
 from flowlang.source import Source, Span
 from flowlang.syntax import tree
+from flowlang.syntax.habits import NAMES
 
 # Kinds whose declarations have a meaning now; others are parsed and refused with one diagnostic.
 KINDS = ("bijector", "net", "norm", "flow", "model", "solver", "path", "const")
@@ -53,8 +54,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 
 
 def name_help(name: str, known: Iterable[str]) -> str:
-    """Names like this one, else the few that are known, else where names are listed."""
+    """What a habit should have been, else names like this one, else the few that are known, else where names are listed."""
     names = [n for n in dict.fromkeys(known) if not n.startswith("_")]
+    if name in NAMES:
+        return NAMES[name]
     if found := did_you_mean(name, names):
         return found
     if 0 < len(names) <= 12:

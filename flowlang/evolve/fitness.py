@@ -21,17 +21,17 @@ class Trial:
     """How layers are tried: steps of training and of ascent, what they must reach, and on which networks."""
 
     anchors: tuple[str, ...] = ("anchor_plain", "anchor_residual", "anchor_inverted")
-    steps: int = 60
+    steps: int = 30
     batch: int = 32
     lr: float = 0.02
-    quality: float = 0.3  # accuracy below which a layer is rejected; 1/8 is chance
+    quality: float = 0.2  # accuracy below which a layer is rejected; 1/8 is chance
     ascent: int = 10
     limit: float = 1e8  # norm of the gradient that ascent must not reach
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Accuracies on the anchors, or why the layer was rejected: `invalid`, `quality` or `stability`."""
+    """Accuracies on the anchors, or why the layer was rejected: `invalid`, `quality`, `stability` or `twin`."""
 
     scores: tuple[float, ...] = ()
     rejected: str = ""

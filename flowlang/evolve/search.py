@@ -2,7 +2,9 @@
 
 The start is filled with random layers that pass all rejections. Then each child is the mutated winner of a tournament: of
 `tournament` layers drawn from the population, one on the Pareto front of their accuracies. The worst layer leaves, so that the
-best never does. Every draw comes from the seed and the number of the trial: a search that is resumed is the search.
+best never does. A layer with the accuracies of one that lives is the same function in other words, and is left out: twins would
+fill a small population (own; the paper's holds thousands). Every draw comes from the seed and the number of the trial: a search
+that is resumed is the search.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Plan:
     """What is searched: sizes, the seed and how layers are tried."""
 
     population: int = 8
-    generations: int = 3
+    generations: int = 10
     nodes: int = 12
     tournament: int = 3
     seed: int = 0
@@ -118,6 +120,8 @@ class Search:
             verdict = Verdict(rejected="invalid")
         else:
             verdict = judge(text(genome, "candidate"), s.plan.trial, s.plan.seed, self.extra)
+            if not verdict.rejected and any(m.scores == verdict.scores for m in s.members):
+                verdict = Verdict(rejected="twin")
         if verdict.rejected:
             s.rejected[verdict.rejected] = s.rejected.get(verdict.rejected, 0) + 1
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from flowlang import limits
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.source import Source, Span
-from flowlang.syntax import tree
+from flowlang.syntax import habits, tree
 from flowlang.syntax.lexing import CLOSING, OPENING, Comment, items_of, shape
 from flowlang.syntax.tables import Node, Token, engine, scan
 
@@ -155,7 +155,8 @@ class _Parser:
         return Diagnostic(
             "FL0106" if tokens[0].type == "NAME" else "FL0101",
             "a declaration is needed here", where,
-            suggestion="a file holds imports, `require` and declarations, as in `flow name { .. }`",
+            suggestion="a comment begins with `#`" if str(tokens[0]) == "/"
+            else "a file holds imports, `require` and declarations, as in `flow name { .. }`",
         )  # fmt: skip
 
     def recover(self, tokens: list[Any], failure: Diagnostic | None) -> Any:
@@ -215,28 +216,32 @@ class _Parser:
         parser = engine().parse_interactive(start=start)
         last = tokens[-1] if tokens else None
         at = last.end_pos if last is not None else 0
+        k = 0
         try:
-            for t in tokens:
+            for k, t in enumerate(tokens):  # noqa: B007
                 parser.feed_token(t)
+            k = len(tokens)
             return parser.feed_token(Token("$END", "", at, at))
         except UnexpectedInput as e:
-            raise _Failure(self.unexpected(e, last)) from None
+            raise _Failure(self.unexpected(e, tokens, k)) from None
 
-    def unexpected(self, e: Any, last: Any) -> Diagnostic:
-        token = getattr(e, "token", None)
+    def unexpected(self, e: Any, tokens: list[Any], k: int) -> Diagnostic:
+        token, last = getattr(e, "token", None), tokens[-1] if tokens else None
         expected = set(getattr(e, "expected", ()) or ())
+        habit = habits.advice(tokens, k)
         if token is None or token.type == "$END":
             at = last.end_pos if last is not None else 0
             where = Span(self.source, max(at - 1, 0), at)
             found = "here"
             message = f"the text ends where {_wanted(expected)} is needed"
-            return Diagnostic("FL0101", message, where, suggestion=_hint(expected, None))
+            return Diagnostic("FL0101", message, where, suggestion=habit or _hint(expected, None))
         where = Span(self.source, token.start_pos, token.end_pos)
         found = "the end of the line" if token.type == "SEP" else f"`{token}`"
         if token.type == "SEP":
             where = Span(self.source, max(token.start_pos - 1, 0), token.start_pos)
         return Diagnostic(
-            "FL0101", f"{found} stands where {_wanted(expected)} is needed", where, suggestion=_hint(expected, token)
+            "FL0101", f"{found} stands where {_wanted(expected)} is needed", where,
+            suggestion=habit or _hint(expected, token),
         )
 
     # ---- top level ------------------------------------------------------------------------------
@@ -426,7 +431,8 @@ class _Parser:
         if name.data != "name":
             raise _Failure(
                 Diagnostic("FL0101", "only a name can be bound here", self.span(inner[0]),
-                           suggestion="write `name = value`; `==` compares")
+                           suggestion="write `a, b = ..`, without brackets" if name.data == "paren"
+                           else "write `name = value`; `==` compares")
             )  # fmt: skip
         return tree.Target(str(name.children[0]), index, type_, span=self.span(node))
 
@@ -584,9 +590,12 @@ def _refill(node: Any, bodies: list[tuple[tree.Statement, ...]]) -> Any:
 def _names_bound(tokens: list[Any]) -> tuple[str, ...]:
     """Names that a statement which does not parse would have bound: uses of them are no second mistake."""
     found: dict[str, None] = {}
-    for t, after in zip(tokens, [*tokens[1:], None], strict=True):
-        if t.type == "NAME" and (after is None or after.type in ("EQ", "ASSIGN", "TILDE", "COLON", "COMMA", "LSQB")):
+    after: str | None = None  # the next token that closes no bracket; none at the end
+    for t in reversed(tokens):
+        if t.type == "NAME" and after in (None, "EQ", "ASSIGN", "TILDE", "COLON", "COMMA", "LSQB"):
             found[str(t)] = None
+        if t.type != "RPAR" or after is None:
+            after = t.type
     if tokens[0].type == "DEF" and len(tokens) > 1:
         found[str(tokens[1])] = None
     return tuple(found)
@@ -623,6 +632,8 @@ def _hint(expected: set[str], token: Any) -> str | None:
         return "`=` binds a name at the start of a statement; `==` compares"
     if "SEP" in expected or "$END" in expected:
         return "end the statement with a new line or `;`, or check for a missing operator or `,`"
+    if token is None and "LBRACE" in expected:
+        return habits.BRACES
     if expected & VALUE_STARTS:
         return "a name, a number or a bracket may stand here"
     return "check the brackets and signs before it"
