@@ -41,6 +41,8 @@ ELSEWHERE = {
     "modified_rq_spline_injector": "test_039", "cond_affine_coupling": "test_039",
     "mixlogistic_cdf": "test_089", "mixlogistic_attn_coupling": "test_089", "pointwise": "test_089",
     "flowpp_step": "test_089", "flowpp_steps": "test_089", "flowpp_noise": "test_089", "flowpp_dequant": "test_089",
+    "overdamped_langevin": "test_019", "langevin": "test_019", "with_velocities": "test_019", "metropolis_move": "test_019",
+    "metropolis": "test_019", "snf_steps": "test_019",
     "moebius_sphere": "test_001", "symmetrized_moebius": "test_001", "torus_moebius": "test_001",
 }  # fmt: skip
 BASES = {"Unit": "uniform(0, 1)", "Torus": "uniform(-π, π)", "Positive": "exponential"}

@@ -33,6 +33,10 @@ CASES |= {
     "glow_step": ("data x: R[C = 4, H = 2, W = 2]\n", "glow_step(8)", "normal"),
     "hamiltonian_step": ("", "hamiltonian_step(force = force())", "normal"),
     "langevin_step": ("", "langevin_step(force = force())", "normal"),
+    "overdamped_langevin": ("", "overdamped_langevin(annealed(double_well, 0))", "normal"),
+    "metropolis": ("", "metropolis(annealed(double_well, 0))", "normal"),
+    "langevin": ("data x: R[D = 4]\n", "langevin(annealed(double_well, 0))", "normal"),
+    "snf_steps": ("", "snf_steps(blocks = 1, kernels = 0, hidden = [8])", "normal"),
     "jet_affine": ("data x: R[T = 3, D = 4]\ngiven a: R[T = 3, D = 4]\n", "jet_affine(jet_vit(8, 1, 2))", "normal"),
     "jet_tokens": ("data x: R[T = 4, D = 4]\n", "jet_tokens", "normal"),
     "jet_spatial_coupling": ("data x: R[T = 4, D = 4]\n", "jet_spatial_coupling(jet_vit(8, 1, 2))", "normal"),
@@ -76,6 +80,7 @@ CASES |= {
 # (those of spheres and circles, whose points are drawn otherwise, in test_001).
 PARTS = {
     "planar_map", "radial_map", "mixlogistic_cdf", "flowpp_noise", "moebius_sphere", "symmetrized_moebius", "torus_moebius",
+    "metropolis_move",
 }  # fmt: skip
 BIJECTORS = [e["name"] for e in entries() if e["kind"] == "bijector" and e["name"] not in PARTS]
 
