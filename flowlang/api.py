@@ -23,6 +23,7 @@ from flowlang.version import __version__
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
     from flowlang.derive.folding import Folded
+    from flowlang.ir.graph import Region
 
 
 def source_of(spec: str | Path) -> tuple[Source, Path | None]:
@@ -135,22 +136,31 @@ def pick_flow(comp: Compilation, name: str | None) -> str:
     return flows[0]
 
 
-def generate(spec: str | Path, *, flow: str | None = None, standalone: bool = True, **sets: Any) -> tuple[str, str]:
-    """The PyTorch source of a flow, and the name of its class."""
+def generate(
+    spec: str | Path, *, flow: str | None = None, standalone: bool = True, memory: str = "plain", **sets: Any
+) -> tuple[str, str]:
+    """The PyTorch source of a flow, and the name of its class; `memory` as for `compile`."""
     comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
     verify_rules(comp, pick_flow(comp, flow))
-    return generate_from(comp, flow, standalone=standalone)
+    return generate_from(comp, flow, standalone=standalone, memory=memory)
 
 
-def generate_from(comp: Compilation, flow: str | None = None, *, standalone: bool = True) -> tuple[str, str]:
+def generate_from(
+    comp: Compilation, flow: str | None = None, *, standalone: bool = True, memory: str = "plain"
+) -> tuple[str, str]:
     from flowlang.backends.torch.codegen import Generator, Unlowered, module_text
 
     name = pick_flow(comp, flow)
     region = comp.regions[name]
+    if memory not in MEMORY:
+        raise FlowError(
+            Diagnostic("FL0804", f"there is no memory {memory!r}", suggestion=did_you_mean(memory, MEMORY) or f"it is {' or '.join(map(repr, MEMORY))}")
+        )  # fmt: skip
+    generator = Generator(region, comp.analyses, comp.source.name, memory)
     try:
-        made = Generator(region, comp.analyses, comp.source.name).generate()
+        made = generator.generate()
     except Unlowered as e:
         raise FlowError(
             Diagnostic(
@@ -160,24 +170,40 @@ def generate_from(comp: Compilation, flow: str | None = None, *, standalone: boo
                 suggestion="write it with other functions",
             )
         ) from None
+    if memory == "reversible" and not generator.undone:
+        raise FlowError(nothing_undone(name, region, generator.kept))
     title = f"{region.kind} {name}" + (f": {region.graph[region.inputs[0]].type}" if region.inputs else "")
     text = module_text(made, standalone=standalone, title=title, origin=Path(comp.source.name).name)
     return text, made.root
 
 
+MEMORY = ("plain", "reversible")
+
+
+def nothing_undone(name: str, region: Region, kept: Mapping[str, str]) -> Diagnostic:
+    notes = tuple(f"the activations of `{k}` are kept: {reason}" for k, reason in kept.items())
+    return Diagnostic(
+        "FL0704", f"no step of `{name}` can be undone to save memory: " + ("those that are repeated cannot" if notes else "none is repeated"),
+        region.span, notes=notes, suggestion="write the steps in a `repeat` of bijections with closed inverses, such as couplings",
+    )  # fmt: skip
+
+
 def compile(
-    spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, fold: bool = False, **sets: Any
-) -> Flow:
+    spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, fold: bool = False,
+    memory: str = "plain", **sets: Any,
+) -> Flow:  # fmt: skip
     """A flow as an `nn.Module` with `log_prob`, `sample`, `forward` and `inverse`.
 
     `spec` is a path, text, or the name of a library entry; keyword arguments set sizes and static parameters, as in `D=6`. Raises
     FlowError with the diagnostics of a bad spec. `seed` fixes the start of the parameters. `fold` gives a network for
-    inference whose norms by running statistics are inside the linear maps beside them (see `folded`).
+    inference whose norms by running statistics are inside the linear maps beside them (see `folded`). With `memory` as
+    "reversible" a `repeat` of bijections with closed inverses keeps no activations: the way back undoes step after step, so that
+    memory for gradients does not grow with depth (Gomez et al. 2017); FL0704 where no `repeat` is of that kind.
     """
     comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
-    module = compile_from(comp, flow, seed=seed, dtype=dtype)
+    module = compile_from(comp, flow, seed=seed, dtype=dtype, memory=memory)
     return folded(module) if fold else module
 
 
@@ -237,10 +263,12 @@ def folded_from(comp: Compilation, name: str, found: Folded, module: Any) -> Any
     return made
 
 
-def compile_from(comp: Compilation, flow: str | None = None, *, seed: int | None = None, dtype: Any = None) -> Flow:
+def compile_from(
+    comp: Compilation, flow: str | None = None, *, seed: int | None = None, dtype: Any = None, memory: str = "plain"
+) -> Flow:
     """`compile` for a spec that is analysed already."""
     name = pick_flow(comp, flow)
-    module: Flow = fresh(*generate_from(comp, name, standalone=False), seed, dtype)
+    module: Flow = fresh(*generate_from(comp, name, standalone=False, memory=memory), seed, dtype)
     verify_rules(comp, name, module)
     module.certify()
     module.origin = {

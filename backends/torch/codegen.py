@@ -44,10 +44,17 @@ class Unlowered(Exception):
 
 
 class Generator:
-    """Writes the classes of one root region."""
+    """Writes the classes of one root region.
 
-    def __init__(self, root: Region, analyses: Analyses, origin: str):
+    With `memory` "reversible" the copies of a `repeat` that have closed inverses keep no activations for gradients;
+    `kept` says why others do.
+    """
+
+    def __init__(self, root: Region, analyses: Analyses, origin: str, memory: str = "plain"):
         self.root = root
+        self.memory = memory
+        self.kept: dict[str, str] = {}
+        self.undone: set[str] = set()
         self.analyses = analyses
         self.origin = origin
         self.regions = list(root.walk())
@@ -95,6 +102,43 @@ class Generator:
             )
         return self._noisy[key]
 
+    def undoes(self, n: Node) -> str | None:
+        """The method that undoes a step of a `repeat` whose activations are not kept; None where they are."""
+        if self.memory != "reversible" or n.op != "repeat":
+            return None
+        region, method, _ = called(n)
+        if not is_map(region) or method not in UNDOES:
+            return None
+        reason = self.keeps(region)
+        if reason:
+            self.kept.setdefault(region.name, reason)
+            return None
+        self.undone.add(region.name)
+        return method_name(UNDOES[method], True)
+
+    def recalls(self, n: Node, scope: Region) -> bool:
+        """Whether a call is of a network that a reversible chain evaluates once on the way back."""
+        region: Region = n.attrs["region"]
+        plain_call = called(n)[1] == "forward" and not is_map(region) and not self.noisy(*called(n))
+        if self.memory != "reversible" or not plain_call or not is_map(scope) or scope is self.root:
+            return False
+        tensors = all(region.graph[i].tensor.kind == "real" and region.graph[i].attrs.get("role") != "field" for i in (*region.inputs, *region.context))
+        return tensors and not any(m.op in ("state", "running") for r in region.walk() for m in r.graph)
+
+    def keeps(self, region: Region) -> str:
+        """Why the activations of a repeated region have to be kept; empty where they need not be."""
+        nodes = [n for r in region.walk() for n in r.graph]
+        if is_random(region) or any(self.noisy(region, p) for p in UNDOES):
+            return "its steps draw random numbers"
+        if any(n.op in ("state", "running") for n in nodes):
+            return "training changes its state"
+        if any(n.attrs.get("role") == "field" for n in nodes):
+            return "it is given a function"
+        solved = [n for r in region.walk() if is_map(r) for n in self.program(r, "inverse").graph]
+        if any(n.op in (*SOLVERS, "integrate") for n in solved):
+            return "its inverse is found by steps or rounds, and has no closed form"
+        return ""
+
     def roots(self) -> list[tuple[str, str]]:
         """(program, method) pairs of the root's class."""
         if self.root.kind == "flow":
@@ -128,6 +172,7 @@ class Generator:
                 continue
             for graph in graphs(self.program(region, name, value_only)):
                 todo += [called(n) for n in graph if n.op in RUNS]
+                todo += [(n.attrs["region"], UNDOES[called(n)[1]], True) for n in graph if self.undoes(n)]
                 todo += [(n.attrs["region"], "forward", False) for n in graph if implicit(n)]
                 todo += [(r, "forward", False) for n in graph for r in n.attrs.get("rule_regions", ())]
         return {k: sorted(v, key=lambda p: (p[1], program_rank(p[0]), p[0])) for k, v in found.items()}
@@ -355,6 +400,7 @@ class Generator:
 
 SOLVERS = ("scan_solve", "bracket_solve", "fixed_point_solve")
 PROGRAMS = ("forward", "inverse", "score", "generate", "log_prob", "sample", "sample_and_log_prob", "initialise")
+UNDOES = {"forward": "inverse", "inverse": "forward"}  # what undoes a program
 OWN_GRADIENT = ("plain", "trained", "backward")  # of a region with a hand-given backward pass
 EXACTNESS = {  # what is added to the words of a program
     "lower bound": ["", "Its log-density is a lower bound: one draw of log w with E[w] = p, so E[log w] <= log p."],

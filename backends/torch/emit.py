@@ -1150,7 +1150,10 @@ def _call(w: Writer, n: Node) -> Expr | None:
     if w.scope.generator.noisy(*called(n)):
         arguments.append(f"generator={w.generator}")
     child = w.scope.children[n.attrs["child"]]
-    text = f"self.{child}{_method(n)}({', '.join(arguments)})"
+    if w.scope.generator.recalls(n, w.scope.region):
+        text = f"{w.scope.use('recall')}({', '.join([f'self.{child}', *arguments])})"
+    else:
+        text = f"self.{child}{_method(n)}({', '.join(arguments)})"
     if isinstance(n.type, TupleType):
         names = _results(w, n)
         w.lines.append(f"{', '.join(names)} = {text}")
@@ -1183,8 +1186,17 @@ def _repeat(w: Writer, n: Node) -> Expr | None:
     else:
         names = [w.names.fresh(n.label or "h")]
     values = names[:carried]
-    w.lines.append(f"{', '.join(values)} = {', '.join(argument(w, i) for i in n.inputs[:carried])}")
     context = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in n.inputs[carried:]]
+    back = w.scope.generator.undoes(n)
+    if back is not None:
+        blocks = f"self.{child}[::-1]" if method == "inverse" else f"self.{child}"
+        start = "".join(f"{argument(w, i)}, " for i in n.inputs[:carried]).strip()
+        held = f", ({''.join(f'{c}, ' for c in context).strip()})" if context else ""
+        there = method_name(method, not with_log_det)
+        text = f'{w.scope.use("reversible")}({blocks}, "{there}", "{back}", ({start}){held})'
+        w.lines.append(f"{', '.join(names) if len(names) > 1 else f'({names[0]},)'} = {text}")
+        return _bound(w, n, names)
+    w.lines.append(f"{', '.join(values)} = {', '.join(argument(w, i) for i in n.inputs[:carried])}")
     block = w.names.fresh("block")
     arguments = [*values, *context]
     if w.scope.generator.noisy(*called(n)):
@@ -1202,11 +1214,14 @@ def _repeat(w: Writer, n: Node) -> Expr | None:
     else:
         w.lines.append(f"for {block} in {source}:")
         w.lines.append(f"    {', '.join(values)} = {one}")
+    return _bound(w, n, names)
+
+
+def _bound(w: Writer, n: Node, names: Sequence[str]) -> None:
     if isinstance(n.type, TupleType):
         _bind_results(w, n, names)
     else:
         w.env[n.id] = Expr(names[0])
-    return None
 
 
 @emitter("scan")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 RUNTIME = "flowlang.backends.torch.runtime"
-MODULES = ("parameters", "functions", "norms", "attention", "splines", "solvers", "errors", "odes", "ode_gradients", "noise", "face", "flow", "model")
+MODULES = ("parameters", "functions", "norms", "attention", "splines", "solvers", "errors", "odes", "ode_gradients", "reversible", "noise", "face", "flow", "model")
 STANDALONE = {"errors": "errors_standalone"}  # what stands in for a module in a file that needs torch alone
 
 FUTURE = "from __future__ import annotations"
@@ -24,8 +24,10 @@ STANDARD = {
     "AbstractContextManager": "from contextlib import AbstractContextManager",
     "contextmanager": "from contextlib import contextmanager",
     "nullcontext": "from contextlib import nullcontext",
+    "ContextVar": "from contextvars import ContextVar",
     "fnmatchcase": "from fnmatch import fnmatchcase",
     "pairwise": "from itertools import pairwise",
+    "once_differentiable": "from torch.autograd.function import once_differentiable",
     "Any": "from typing import Any",
     "ClassVar": "from typing import ClassVar",
     "NamedTuple": "from typing import NamedTuple",

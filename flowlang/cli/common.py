@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from flowlang import limits
-from flowlang.api import source_of
+from flowlang.api import MEMORY, source_of
 from flowlang.compiler import Compilation, compile_source
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import cannot_write, replace_file
@@ -39,6 +39,10 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+memory_option = click.option(
+    "--memory", type=click.Choice(MEMORY), default="plain", show_default=True,
+    help="`reversible` keeps no activations of repeated bijections: they are found again by inverses.",
+)  # fmt: skip
 flow_option = click.option("--flow", metavar="NAME", help="Which flow of the spec; the first by default.")
 
 

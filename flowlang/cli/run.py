@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from flowlang.api import folding, generate_from, pick_flow, verify_rules
-from flowlang.cli.common import flow_option, json_option, load_ok, seed_option, spec_options, write_text
+from flowlang.cli.common import flow_option, json_option, load_ok, memory_option, seed_option, spec_options, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
 
 
@@ -56,8 +56,9 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
 @spec_options
 @flow_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="File to write; standard output by default.")
+@memory_option
 @click.option("--fold", is_flag=True, help="For inference: norms by running statistics go into the linear maps beside them.")
-def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, fold: bool) -> None:
+def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, memory: str, fold: bool) -> None:
     """Write the flow as one Python file that needs torch alone."""
     comp = load_ok(spec, sets, False, sized=True)
     verify_rules(comp, pick_flow(comp, flow))
@@ -67,7 +68,7 @@ def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, f
         comp.regions[name] = found.region
         for v in found.verdicts:
             click.echo(f"{v.name}: {'folded' if v.folds else f'kept, {v.reason}'}", err=True)
-    text, cls = generate_from(comp, flow, standalone=True)
+    text, cls = generate_from(comp, flow, standalone=True, memory=memory)
     if out is None:
         click.echo(text, nl=False)
         return

@@ -14,7 +14,16 @@ import click
 import numpy as np
 
 from flowlang.api import analyse, compile_from, compile_function, load, pick_flow, save
-from flowlang.cli.common import flow_option, json_option, load_ok, make_folder, parse_sets, seed_option, spec_options
+from flowlang.cli.common import (
+    flow_option,
+    json_option,
+    load_ok,
+    make_folder,
+    memory_option,
+    parse_sets,
+    seed_option,
+    spec_options,
+)
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.train.data import Recipe, Table, read_table
 from flowlang.train.loop import FREE, Options, Result, begun_with
@@ -121,6 +130,7 @@ def say(text: str, *, err: bool = False) -> None:
 )
 @click.option("--max-seconds", default=DEFAULT.max_seconds, help="End after this time.")
 @seed_option
+@memory_option
 @click.option("--devices", default=DEFAULT.devices, show_default=True, help="Processes; torchrun's own count wins.")
 @click.option(
     "--accelerator", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default=DEFAULT.accelerator, show_default=True
@@ -144,7 +154,7 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
     options = options_of(ctx, folder, {**rest, "standardise": not no_standardise}, resume)
     table = read(data, chosen, options.seed) if data is not None else None
     comp, name = sized(spec, sets, flow, table)
-    module = compile_from(comp, name, seed=options.seed)
+    module = compile_from(comp, name, seed=options.seed, memory=options.memory)
     make_folder(folder)
     if table is not None:
         for note in table.notes:

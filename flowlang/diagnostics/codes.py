@@ -70,6 +70,7 @@ CODES: dict[str, str] = {
     "FL0701": "cannot-lower",
     "FL0702": "bad-input",
     "FL0703": "verification-failed",
+    "FL0704": "nothing-undone",
     # 08 files, data, training
     "FL0801": "cannot-read",
     "FL0802": "bad-data",

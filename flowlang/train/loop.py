@@ -52,6 +52,7 @@ class Options:
     max_seconds      ends the run early; 0 for no limit
     steps            batches in an epoch, where an energy and not data is fitted
     devices          processes; torchrun's own setting wins
+    memory           how the flow was compiled, `plain` or `reversible`; kept for a resumed run
     """
 
     epochs: int = 100
@@ -70,6 +71,7 @@ class Options:
     steps: int = 100
     devices: int = 1
     accelerator: str = "auto"
+    memory: str = "plain"
     resume: bool = False
     progress: bool = True
 

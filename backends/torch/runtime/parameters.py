@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -131,11 +131,31 @@ def orthogonal_start(shape: Sequence[int]) -> Tensor:
     return (q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)).to(torch.get_default_dtype())
 
 
+def by_columns(act: Callable[[Tensor, Tensor], Tensor], matrix: Tensor, y: Tensor) -> Tensor:
+    """What `act(matrix, columns)` makes of the vectors along the last axis of y, all of them in one call.
+
+    y is [.., *own, n] for a matrix [*own, n, n], one matrix for each index of `own`.
+    """
+    own = matrix.dim() - 2
+    lead = y.shape[: y.dim() - 1 - own]
+    found = act(matrix, y.reshape(-1, *y.shape[len(lead) :]).movedim(0, -1)).movedim(-1, 0)
+    return found.reshape(*lead, *found.shape[1:])
+
+
+def times(matrix: Tensor, y: Tensor) -> Tensor:
+    """M y along the last axis of y."""
+    return by_columns(torch.matmul, matrix, y)
+
+
 def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool, unit: bool, transposed: bool) -> Tensor:
     """x with M x = y along the last axis of y (Mᵀ x = y when transposed), M triangular."""
     if transposed:
         matrix, upper = matrix.mT, not upper
-    return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit).squeeze(-1)
+
+    def act(m: Tensor, columns: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(m, columns, upper=upper, unitriangular=unit)
+
+    return by_columns(act, matrix, y)
 
 
 class PluMatrix(nn.Module):
@@ -173,8 +193,8 @@ class PluMatrix(nn.Module):
         if transposed:
             x = solve_rows(upper, y, upper=True, unit=False, transposed=True)
             x = solve_rows(lower, x, upper=False, unit=True, transposed=True)
-            return (self.perm @ x.unsqueeze(-1)).squeeze(-1)
-        x = (self.perm.mT @ y.unsqueeze(-1)).squeeze(-1)
+            return times(self.perm, x)
+        x = times(self.perm.mT, y)
         x = solve_rows(lower, x, upper=False, unit=True, transposed=False)
         return solve_rows(upper, x, upper=True, unit=False, transposed=False)
 
@@ -195,7 +215,7 @@ class DenseMatrix(nn.Module):
 
     def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
         m = self.matrix.mT if transposed else self.matrix
-        return torch.linalg.solve(m, y.unsqueeze(-1)).squeeze(-1)
+        return by_columns(torch.linalg.solve, m, y)
 
     def log_det(self) -> Tensor:
         return torch.linalg.slogdet(self.matrix)[1]
@@ -224,7 +244,7 @@ class Rotation(nn.Module):
 
     def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
         q = self()
-        return ((q if transposed else q.mT) @ y.unsqueeze(-1)).squeeze(-1)
+        return times(q if transposed else q.mT, y)
 
     def log_det(self) -> Tensor:
         return self.vectors.new_zeros(self.vectors.shape[:-2])
@@ -245,7 +265,7 @@ class Cayley(nn.Module):
 
     def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
         q = self()
-        return ((q if transposed else q.mT) @ y.unsqueeze(-1)).squeeze(-1)
+        return times(q if transposed else q.mT, y)
 
     def log_det(self) -> Tensor:
         return self.raw.new_zeros(self.raw.shape[:-2])
@@ -270,7 +290,7 @@ class SkewExponential(nn.Module):
 
     def solve(self, y: Tensor, transposed: bool = False) -> Tensor:
         q = self()
-        return ((q if transposed else q.mT) @ y.unsqueeze(-1)).squeeze(-1)
+        return times(q if transposed else q.mT, y)
 
     def log_det(self) -> Tensor:
         return self.raw.new_zeros(self.raw.shape[:-2])
