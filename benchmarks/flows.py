@@ -79,9 +79,10 @@ def flowlang(kind: str, size: int) -> Model:
 
 
 def flowlang_jit(kind: str, size: int) -> Model:
-    made = flowlang(kind, size)
-    flow: Any = made.module
-    return Model(flow, torch.compile(flow.log_prob), lambda n: torch.compile(flow.sample)((n,)))
+    import flowlang as fl
+
+    flow = fl.compile(SPECS[kind], D=size, jit=True)
+    return Model(flow, flow.log_prob, lambda n: flow.sample((n,)))
 
 
 def perceptron(inputs: int, outputs: int) -> nn.Sequential:

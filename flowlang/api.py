@@ -190,7 +190,7 @@ def nothing_undone(name: str, region: Region, kept: Mapping[str, str]) -> Diagno
 
 def compile(
     spec: str | Path, *, flow: str | None = None, seed: int | None = None, dtype: Any = None, fold: bool = False,
-    memory: str = "plain", **sets: Any,
+    memory: str = "plain", jit: bool | str = False, **sets: Any,
 ) -> Flow:  # fmt: skip
     """A flow as an `nn.Module` with `log_prob`, `sample`, `forward` and `inverse`.
 
@@ -198,13 +198,35 @@ def compile(
     FlowError with the diagnostics of a bad spec. `seed` fixes the start of the parameters. `fold` gives a network for
     inference whose norms by running statistics are inside the linear maps beside them (see `folded`). With `memory` as
     "reversible" a `repeat` of bijections with closed inverses keeps no activations: the way back undoes step after step, so that
-    memory for gradients does not grow with depth (Gomez et al. 2017); FL0704 where no `repeat` is of that kind.
+    memory for gradients does not grow with depth (Gomez et al. 2017); FL0704 where no `repeat` is of that kind. `jit` runs the programs
+    by `torch.compile`, each when it is first called: True for its own backend, which needs a C++ compiler, or another's name.
     """
+    if jit and memory == "reversible":
+        raise FlowError(Diagnostic("FL0804", "a program that torch compiles keeps its own activations", suggestion="choose one of `jit` and `memory=\"reversible\"`"))
     comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
     module = compile_from(comp, flow, seed=seed, dtype=dtype, memory=memory)
-    return folded(module) if fold else module
+    module = folded(module) if fold else module
+    if jit:
+        module.jit = compilable(jit)
+    return module
+
+
+def compilable(jit: bool | str) -> bool | str:
+    """A backend of `torch.compile` that can run here."""
+    import torch
+
+    if jit is True and not torch.cuda.is_available():
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise FlowError(Diagnostic("FL0805", "`jit` needs a C++ compiler, and none is found", suggestion="install g++ or clang, name one in the variable CXX, or leave `jit` out")) from None
+    if isinstance(jit, str) and jit not in torch.compiler.list_backends(None):
+        raise FlowError(Diagnostic("FL0804", f"torch has no backend {jit!r}", suggestion=did_you_mean(jit, torch.compiler.list_backends(None)) or "use `jit=True`"))
+    return jit
 
 
 def folded(module: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from flowlang.backends.torch.emit import ATOM, EMITTERS, Expr, Writer, called, method_name
@@ -195,7 +196,7 @@ class Generator:
         for program in region.programs.values():
             bodies += [
                 self.program_face(program),
-                self.write_method(scope, self.program(program, "forward"), f"_{ascii_name(program.name)}"),
+                self.write_method(scope, self.program(program, "forward"), f"_run_{ascii_name(program.name)}"),
             ]
         base = "Flow" if root else "Model" if region.programs else "Net" if alone else "nn.Module"
         lines = [f"class {name}({base}):"]
@@ -474,13 +475,21 @@ def reflections(domain: Domain) -> str:
     return f", reflections={int(domain.args[1])}" if len(domain.args) > 1 else ""
 
 
+@lru_cache(maxsize=1)
+def attributes_taken() -> set[str]:
+    """What a module has of its own, and no parameter or part of it may hide."""
+    from flowlang.backends.torch import runtime
+
+    return {name for base in (runtime.Flow, runtime.Net, runtime.Model) for name in dir(base)} | {"origin", "verdicts"}
+
+
 class ClassScope:
     """Attributes of one class: parameters, buffers, children."""
 
     def __init__(self, generator: Generator, region: Region):
         self.generator = generator
         self.region = region
-        self.names = Names()
+        self.names = Names(attributes_taken())
         self.attributes: dict[str, str] = {}  # spec parameter -> attribute
         self.lines: list[str] = []
         self.buffers: dict[str, str] = {}

@@ -28,6 +28,7 @@ STANDARD = {
     "fnmatchcase": "from fnmatch import fnmatchcase",
     "pairwise": "from itertools import pairwise",
     "once_differentiable": "from torch.autograd.function import once_differentiable",
+    "MethodType": "from types import MethodType",
     "Any": "from typing import Any",
     "ClassVar": "from typing import ClassVar",
     "NamedTuple": "from typing import NamedTuple",

@@ -65,6 +65,7 @@ MODULE_NAMES = frozenset(
         "given_shapes",
         "half",
         "ipu",
+        "jit",
         "like",
         "load_state_dict",
         "modules",
@@ -102,6 +103,7 @@ MODULE_NAMES = frozenset(
         "training",
         "type",
         "types",
+        "verdicts",
         "xpu",
         "zero_grad",
     ]
@@ -184,10 +186,10 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
             run_one(body, statement, last=False)
     for d in defs:
         if is_program(d, {i.name for i in inputs} | body.data_failed):
-            if d.name in MODULE_NAMES:
-                where = d.name_span or d.span
-                body.report(body.diagnostic("FL0204", f"`{d.name}` is a method of every compiled module, and cannot name a program",
-                                            where, suggestion=f"choose another name, as `{d.name}_step`"))  # fmt: skip
+            if d.name in MODULE_NAMES or d.name.startswith("_"):
+                where, own = d.name_span or d.span, d.name.strip("_") or "step"
+                reason = "is a method of every compiled module, and cannot name" if d.name in MODULE_NAMES else "begins with `_`, which only parts of a module do: it cannot name"
+                body.report(body.diagnostic("FL0204", f"`{d.name}` {reason} a program", where, suggestion=f"choose another name, as `{own}_step`"))
                 continue
             region = build_program(body, d, inputs)
             body.region.programs[d.name] = region

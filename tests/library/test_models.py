@@ -139,3 +139,22 @@ def test_names_that_python_lacks_get_ascii_spellings() -> None:
     model = fl.compile("model m { data x': R[D = 2], λ: R\n def loss'(x', λ) { λ * mean(x') } }")
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(model.loss_prime(x, torch.tensor(2.0)), 2 * x.mean())
+
+
+@pytest.mark.parametrize("name", ["run", "inputs", "context", "certify", "jit", "named_parameters", "origin", "add_module"])
+def test_parts_may_have_names_that_modules_have(name: str) -> None:
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    model = fl.compile(f"model m {{ data x: R[D = 2]\n {name} = mlp(4)\n def loss(x) {{ y: R[D] = {name}(x)\n mean(y ^ 2) }} }}", seed=0)
+    model.loss(x).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    flow = fl.compile(f"bijector {name}(x: R[D]) {{ param s: Positive[D] = 2\n x * s }}\nflow f {{ data x: R[D = 2]\n {name}\n base normal\n}}")
+    assert torch.allclose(flow(x)[0], 2 * x)
+
+
+@pytest.mark.parametrize("name", ["check", "version", "fitted", "program"])
+def test_programs_may_have_the_names_of_what_modules_keep_to_themselves(name: str) -> None:
+    model = fl.compile(f"model m {{ data x: R[D = 2]\n def {name}(x) {{ mean(x) }}\n def loss(x) {{ mean(x) }} }}")
+    assert model.state_dict() == {}
+    assert torch.equal(getattr(model, name)(torch.ones(3, 2)), torch.ones(3))
+    (error,) = fl.check("model m { data x: R[D = 2]\n def _mine(x) { mean(x) } }").errors
+    assert error.code == "FL0204"

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any
 
 import torch
 from flowlang.backends.torch.runtime.errors import bad_input
 from torch import Tensor, nn
 
+COMPILED: dict[tuple[type, str, Any], Any] = {}  # by class, method and backend: instances share what torch compiles
+
 
 class Face(nn.Module):
-    """A generated module that users call. `types` has the types of its inputs in the spec's words."""
+    """A generated module that users call. `types` has the types of its inputs in the spec's words.
+
+    With `jit` its programs run by `torch.compile`: True for torch's own backend, or the name of another.
+    """
 
     types: dict[str, str] = {}  # noqa: RUF012
+    jit: bool | str = False
     like: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         # Has the dtype and the device of the module, also when it has no parameters.
         self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    def _program(self, name: str, generator: torch.Generator | None = None) -> Any:
+        """A generated method, compiled where `jit` asks for it; graphs that torch.compile traces know no generator."""
+        method = getattr(self, name)
+        if not self.jit or generator is not None or torch.compiler.is_compiling():
+            return method
+        key = (type(self), name, self.jit)
+        if key not in COMPILED:
+            backend = "inductor" if self.jit is True else self.jit
+            COMPILED[key] = torch.compile(getattr(type(self), name), backend=backend)
+        return MethodType(COMPILED[key], self)
 
     def parameter_groups(
         self, rules: dict[str, dict[str, Any]] | None = None, *, weight_decay: float = 0.0

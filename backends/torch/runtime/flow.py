@@ -41,7 +41,7 @@ class Flow(Face):
     def forward(self, x: Tensor, /, **given: Tensor) -> tuple[Tensor, ...]:
         """z and log|det dz/dx|; parts that leave on the way stand between them."""
         (x,), context = self._fit([("data", x, self.data_shape)], given)
-        return self._forward(x, *context)
+        return self._program("_forward")(x, *context)
 
     def inverse(self, z: Tensor, /, *parts: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
         """x and log|det dx/dz| from the base's value and the parts that left."""
@@ -52,7 +52,7 @@ class Flow(Face):
             )
         named = [(f"part {k + 1}", p, s) for k, (p, s) in enumerate(zip(parts, self.emitted_shapes, strict=True))]
         values, context = self._fit([("base", z, self.base_shape), *named], given)
-        found = self._inverse(*values, *context)
+        found = self._program("_inverse")(*values, *context)
         if self.check_inverse and not torch.compiler.is_compiling():
             self._warn(self._doubt(values, context, found[0]))
         return found
@@ -64,7 +64,7 @@ class Flow(Face):
         Infinite where a value on the way is not finite. At most 1e-3 (mostly far less) where the module can invert x.
         """
         (x,), context = self._fit([("data", x, self.data_shape)], given)
-        back = self._inverse(*self._forward(x, *context)[:-1], *context)[0]
+        back = self._program("_inverse")(*self._program("_forward")(x, *context)[:-1], *context)[0]
         return self._distance(back, x, len(self.data_shape), "Torus" in self.types.get("data", ""))
 
     def log_prob(self, x: Tensor, /, **given: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Flow(Face):
         E[log w] <= log p(x).
         """
         (x,), context = self._fit([("data", x, self.data_shape)], given)
-        return self._log_prob(x, *context)
+        return self._program("_log_prob")(x, *context)
 
     def log_prob_bound(self, x: Tensor, /, samples: int = 1, **given: Tensor) -> Tensor:
         """log of the mean weight of `samples` draws, for each sample: a lower bound of log p(x | given) in the mean.
@@ -91,7 +91,7 @@ class Flow(Face):
             return self.log_prob(x, **given)
         (x,), context = self._fit([("data", x, self.data_shape)], given)
         values = [v.expand(samples, *v.shape) for v in (x, *context)]
-        return self._log_prob(*values).logsumexp(0) - math.log(samples)
+        return self._program("_log_prob")(*values).logsumexp(0) - math.log(samples)
 
     @torch.no_grad()
     def log_prob_mean(self, x: Tensor, /, draws: int = 16, **given: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class Flow(Face):
         Context is broadcast to it; when `shape` is (), the batch shape is the context's.
         """
         batch, context = self._fit_sample(shape, given)
-        found = self._sample(batch, *context, generator=generator)
+        found = self._program("_sample", generator)(batch, *context, generator=generator)
         if self.check_inverse and not torch.compiler.is_compiling():
             self._warn(self.round_trip(found, **given))
         return found
@@ -142,7 +142,7 @@ class Flow(Face):
         Where `log_prob` is a lower bound this is an upper one in the mean: its draws are those that made the sample.
         """
         batch, context = self._fit_sample(shape, given)
-        return self._sample_and_log_prob(batch, *context, generator=generator)
+        return self._program("_sample_and_log_prob", generator)(batch, *context, generator=generator)
 
     def to_distribution(self, **given: Tensor) -> torch.distributions.Distribution:
         """The flow, with its context fixed, as a torch distribution."""
@@ -185,7 +185,7 @@ class Flow(Face):
         doubt = x.new_zeros(x.shape[: x.dim() - event])
         unknown = torch.zeros_like(doubt, dtype=torch.bool)
         moved = []
-        for v, again in zip(values, self._forward(x, *context)[:-1], strict=True):
+        for v, again in zip(values, self._program("_forward")(x, *context)[:-1], strict=True):
             rest = v.dim() - doubt.dim()
             flat = v.reshape(*doubt.shape, -1)
             unknown = unknown | torch.isnan(flat).any(-1)
@@ -193,7 +193,7 @@ class Flow(Face):
             signs = torch.arange(flat.shape[-1], device=v.device) % 2 * 2 - 1
             step = 8 * torch.finfo(v.dtype).eps * flat.abs().amax(-1, keepdim=True)
             moved.append((flat + signs * step).reshape(v.shape))
-        again = self._inverse(*moved, *context)[0]
+        again = self._program("_inverse")(*moved, *context)[0]
         # Values at the end of a bounded support may have left it by the step: nothing is learnt from those.
         doubt = torch.maximum(doubt, self._distance(torch.where(torch.isfinite(again), again, x), x, event))
         return torch.where(unknown, 0.0, doubt)

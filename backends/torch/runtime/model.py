@@ -17,7 +17,7 @@ class Net(Face):
 
     def forward(self, *values: Tensor) -> Any:
         """The network's result; values may have any number of leading batch dimensions."""
-        return self._forward(*self._fit(values))
+        return self._program("_forward")(*self._fit(values))
 
     @torch.no_grad()
     def initialise(self, *values: Tensor, force: bool = False) -> bool:
@@ -65,7 +65,7 @@ class Model(Face):
     def run(self, name: str, values: tuple[Any, ...], shape: Any, generator: torch.Generator | None) -> Any:
         """Runs a program on checked values of one batch shape."""
         fitted = self._fitted(name, values)
-        program = getattr(self, f"_{name}")
+        program = self._program(f"_run_{name}", generator)
         if not self.programs[name]:
             fitted = [(shape,) if isinstance(shape, int) else tuple(shape)]
         out = program(*fitted, generator)
