@@ -42,7 +42,7 @@ def same_in_onnx(model: Any, program: str, folder: Path, *values: Tensor, batch:
             feeds[i.name] = next(given).float().numpy()
     found = run.run(None, feeds)
     noise = [torch.as_tensor(feeds[k]) for k in kinds]
-    method = getattr(model, f"_{program}")
+    method = getattr(model, f"_run_{program}")
     with torch.no_grad(), replayed(model, noise, []):
         wanted = method(*model._fitted(program, values)) if values else method((batch,))
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)

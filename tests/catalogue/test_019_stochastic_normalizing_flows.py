@@ -173,7 +173,7 @@ def test_item_8_kernels_alone_are_annealed_importance_sampling() -> None:
     z = torch.randn(300, 2, dtype=F64, generator=g)
     noises = [(torch.randn(300, 2, dtype=F64, generator=g), torch.rand(300, dtype=F64, generator=g)) for _ in range(T)]
     with replayed(model, [z, *(n for pair in noises for n in pair)], []):
-        found, log_w = model._sample_with_weights((300,))
+        found, log_w = model._run_sample_with_weights((300,))
 
     def u(x: Tensor, λ: float) -> Tensor:
         return (1 - λ) * x.square().sum(-1) / 2 + λ * shallow(x)

@@ -152,6 +152,7 @@ def test_no_text_of_the_user_becomes_code(greek: str) -> None:
             "collections",
             "contextlib",
             "itertools",
+            "types",
             "typing",
             "torch",
             "flowlang",
