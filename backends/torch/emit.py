@@ -1425,7 +1425,7 @@ def _scan(w: Writer, n: Node) -> Expr:
     from flowlang.backends.torch.incremental import write_loop
 
     outside = Writer(w.scope, plan.body.graph, w.names)
-    outside.lines = w.lines
+    outside.lines, outside.batch, outside.reference = w.lines, w.batch, w.reference
     for i, o in zip(plan.body.inputs[1:], captured, strict=True):
         outside.env[i] = w.env[o]
     solved = write_loop(w, outside, plan, w.variable(target))

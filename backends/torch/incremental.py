@@ -35,6 +35,7 @@ class _Loop:
         # A window may take rows that are not there yet, against weights that are 0.
         self.windowed = {self.source[n].inputs[slot] for (n, slot), read in plan.reads.items() if read.window != (0, 0)}
         self.inner = Writer(w.scope, Graph(), w.names)
+        self.inner.reference = w.reference
         self.before: list[str] = []  # statements before the loop
         self.nodes: dict[int, int] = {}  # value -> node in the loop's graph, new rows only
         self.buffers: dict[int, str] = {}

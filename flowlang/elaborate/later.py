@@ -34,7 +34,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "attention": ("temperature", "mask"),
+    "attention": ("mask",),
     "affine_coupling": ("mask", "c"),
     "conv": ("weight",),
 }

@@ -70,6 +70,26 @@ def test_item_1_inverse_and_log_det() -> None:
         assert (single.inverse(single(y)[0])[0] - y).abs().max() <= 1e-4
 
 
+def folded(tokens: Tensor) -> Tensor:
+    """Tokens of 2 x 2 pixels, row by row, as images of one channel."""
+    return tokens.unflatten(-2, (4, 4)).unflatten(-1, (2, 2)).transpose(-3, -2).reshape(*tokens.shape[:-2], 1, 8, 8)
+
+
+def test_item_1_encode_then_sample_is_the_identity() -> None:
+    model, x, y = guided(), images(3), torch.tensor([0, 2, -1])
+    zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    with torch.no_grad():
+        z, log_det = model.encode(x, y)
+        assert (model.sample(folded(z), y, zero, one) - x).abs().max() <= 1e-9
+    jacobian = torch.autograd.functional.jacobian(lambda v: model.encode(v, y[0])[0].flatten(), x[0]).reshape(64, 64)
+    assert abs(torch.linalg.slogdet(jacobian)[1] - log_det[0]) <= 1e-8
+    single: Any = fl.compile(MODEL.format(""), seed=0)
+    perturb(single, generator(3), 0.3)
+    with torch.no_grad():
+        found = single.sample(folded(single.encode(x.float(), y)[0]), y, zero.float(), one.float())
+    assert (found - x.float()).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("reversed_", [False, True])
 def test_item_2_a_token_reads_only_those_before_it(reversed_: bool) -> None:
     model = block(reversed_)
@@ -184,13 +204,13 @@ def test_scales_stay_in_range_when_all_weights_move() -> None:
 def test_item_6_guidance_0_is_plain_sampling() -> None:
     model, z = guided(), torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=generator(8))
     y = torch.tensor([0, 1, 2, -1])
-    zero, two = (torch.full((4,), w, dtype=torch.float64) for w in (0.0, 2.0))
+    zero, one, two = (torch.full((4,), w, dtype=torch.float64) for w in (0.0, 1.0, 2.0))
     with torch.no_grad():
-        plain = model.sample(z, y, zero)
+        plain = model.sample(z, y, zero, one)
         for anneal in (False, True):
-            assert torch.equal(guided(anneal).sample(z, y, zero), plain)
-            assert (guided(anneal).sample(z, y, two) - plain)[:3].abs().max() > 1e-3
-        assert (model.sample(z, y, two) - plain)[3].abs().max() <= 1e-9  # no label: both branches are one
+            assert torch.equal(guided(anneal).sample(z, y, zero, one), plain)
+            assert (guided(anneal).sample(z, y, two, one) - plain)[:3].abs().max() > 1e-3
+        assert (model.sample(z, y, two, one) - plain)[3].abs().max() <= 1e-9  # no label: both branches are one
 
 
 def test_item_6_equal_labels_make_guidance_a_no_op() -> None:
@@ -201,8 +221,69 @@ def test_item_6_equal_labels_make_guidance_a_no_op() -> None:
             if n.endswith("label"):
                 p.copy_(p[..., :1, :].expand_as(p) if p.shape[-2] == 3 else p)
         z = torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=generator(9))
-        made = [model.sample(z, torch.tensor([0, 1, 2]), torch.full((3,), w, dtype=torch.float64)) for w in (0.0, 1.5)]
+        made = [model.sample(z, torch.tensor([0, 1, 2]), torch.full((3,), w, dtype=torch.float64), torch.ones(3, dtype=torch.float64)) for w in (0.0, 1.5)]
     assert (made[0] - made[1]).abs().max() <= 1e-9
+
+
+def test_item_6_a_temperature_tells_the_branches_apart_without_labels() -> None:
+    """Guidance against the attention at another temperature, token by token: a network whose queries are divided by it."""
+    text = MODEL.format("").replace("classes = 3", "classes = 0").replace("blocks = 2", "blocks = 1")
+    model, twin = (moved(text) for _ in range(2))
+    temperature, w = 0.5, 1.5
+    with torch.no_grad():
+        for n, p in twin.named_parameters():
+            if "attention.linear_weight" in n or "attention.linear_bias" in n:  # the first linear map: the queries
+                p /= temperature
+        nets = [next(m for m in t.modules() if type(m).__name__ == "TarflowNet") for t in (model, twin)]
+        z = torch.randn(1, 16, 4, dtype=torch.float64, generator=generator(8))
+        x, one, none = z.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([-1])
+        for i in range(15):
+            (a, b), (a0, b0) = (net(x, none, one) for net in nets)
+            a, a0 = 2 * torch.tanh(a / 2), 2 * torch.tanh(a0 / 2)
+            a, b = (v + w * (v - v0) for v, v0 in ((a, a0), (b, b0)))
+            x[:, i + 1] = z[:, i + 1] * a[:, i + 1].exp() + b[:, i + 1]
+        assert (model.sample(folded(z), none, w * one, temperature * one) - folded(x)).abs().max() <= 1e-9
+        plain = model.sample(folded(z), none, 0 * one, one)
+        assert (model.sample(folded(z), none, w * one, one) - plain).abs().max() <= 1e-9  # at 1 there is but one branch
+        assert (folded(x) - plain).abs().max() > 1e-3
+
+
+def moved(text: str) -> Any:
+    model = fl.compile(text, seed=0, dtype=torch.float64)
+    perturb(model, generator(3), 0.3)
+    return model
+
+
+def test_blocks_that_only_shift_keep_volume_and_follow_the_variance() -> None:
+    model: Any = fl.compile("tarflow_shifts_tiny", seed=0, dtype=torch.float64)
+    perturb(model, generator(3), 0.3)
+    quiet = moved("model m = tarflow_model(channels = 1, size = 8, blocks = 2, layers = 2, width = 32, head = 16, classes = 0, noise = 0, nvp = false)\n")
+    x, y, one = images(6), torch.full((6,), -1), torch.ones(6, dtype=torch.float64)
+    (state,) = (n for n, _ in quiet.named_buffers() if n.endswith("variance"))
+    variance = quiet.get_buffer(state)
+    with torch.no_grad():
+        z, log_det = quiet.encode(x, y)
+        assert log_det.abs().max() == 0
+        quiet.eval()
+        assert (quiet.sample(folded(z), y, 0 * one, one) - x).abs().max() <= 1e-9
+        assert torch.equal(variance, torch.ones_like(variance))
+        quiet.train()
+        assert abs(quiet.loss(x, y) - 0.5 * z.square().mean()) <= 1e-12
+        assert (variance - (0.9 + 0.1 * z.square().mean(0))).abs().max() <= 1e-12
+        quiet.eval()
+        assert (quiet.sample(folded(z / variance.sqrt()), y, 0 * one, one) - x).abs().max() <= 1e-9
+    assert torch.isfinite(model.bpd(128 * (x + 1), y)).all()
+
+
+def test_bits_per_dimension_count_the_width_of_a_level() -> None:
+    """A model that is the identity, on the middle grey: each number is within 1/128 of 0, where the normal density is 1/√(2π)."""
+    model: Any = fl.compile(MODEL.format(""), seed=0, dtype=torch.float64)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "bias_a" in n or "bias_b" in n:
+                p.zero_()
+        bits = model.bpd(torch.full((2, 1, 8, 8), 128.0, dtype=torch.float64), torch.tensor([0, -1]))
+    assert (bits - (0.5 * math.log2(2 * math.pi) + 7)).abs().max() <= 1e-4
 
 
 @pytest.mark.slow
@@ -212,9 +293,10 @@ def test_item_6_sampling_inverts_the_loss_map() -> None:
     perturb(model, generator(3), 0.3)
     z, y = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=generator(10)), torch.tensor([1])
     with torch.no_grad():
-        x = model.sample(z, y, torch.zeros(1, dtype=torch.float64))
-    jacobian = torch.autograd.functional.jacobian(lambda v: model.sample(v, y, torch.zeros(1, dtype=torch.float64)), z)
-    log_p = (-0.5 * z.square() - 0.5 * math.log(2 * math.pi)).sum() - torch.linalg.slogdet(jacobian.reshape(64, 64))[1]
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        x = model.sample(z, y, zero, one)
+    jacobian = torch.autograd.functional.jacobian(lambda v: model.sample(v, y, zero, one), z)
+    log_p = (-0.5 * z.square()).sum() - torch.linalg.slogdet(jacobian.reshape(64, 64))[1]
     assert abs(model.loss(x, y) + log_p / 64) <= 1e-8
 
 
@@ -270,7 +352,7 @@ def test_item_9_beats_a_diagonal_gaussian() -> None:
 def test_bits_and_labels_train() -> None:
     model = fl.compile(MODEL.format(""), seed=0)
     x, y = 8 * (digits()[:32] + 1) * 15.9, torch.arange(32) % 4 - 1
-    model.bits(x, y, generator=generator(14)).mean().backward()
+    model.bpd(x, y, generator=generator(14)).mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 

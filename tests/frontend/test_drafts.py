@@ -20,6 +20,8 @@ from flowlang.source import Source
 DRAFTS = Path(__file__).parents[1] / "drafts"
 
 DISAGREES = {
+    ("003", 11): "FL0408",  # a temperature of type R may be 0
+    ("003", 19): "FL0408",
     ("038", 31): "FL0503",  # a bias before batch norm, which takes it away
     ("038", 32): "FL0503",
     ("038", 33): "FL0503",

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "jet_affine": "test_009", "jet_tokens": "test_009", "jet_spatial_coupling": "test_009",
     "jet_channel_coupling": "test_009", "jet_coupling": "test_009", "jet_patches": "test_009", "jet_steps": "test_009",
     "tarflow_block": "test_003", "tarflow_guided_block": "test_003", "tarflow_patches": "test_003",
+    "nanoflow_step_wave": "test_002", "nanoflow_step_glow": "test_002", "nanoflow_wave_steps": "test_002",
     "cinc_conv": "test_008", "quad_coupling": "test_008", "cinc_step": "test_008", "zero_conv_factor_out": "test_008",
     "inv_conv": "test_018", "inverse_flow_step": "test_018", "inverse_flow_steps": "test_018",
     "masked_affine_coupling": "test_058", "flow_batch_norm": "test_058", "realnvp_blocks": "test_058",

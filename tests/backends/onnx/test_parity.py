@@ -50,6 +50,11 @@ CASES |= {
     "tarflow_guided_block": (
         "data x: R[T = 3, D = 4]\ngiven guidance: R, y: Int(-1..2)\n", "tarflow_guided_block(tarflow_net(16, 2, 8, 2), classes = 2)", "normal",
     ),
+    "nanoflow_step_wave": (
+        "data x: R[H = 4, W = 3]\ngiven mel: R[M = 2, H = 4, W = 3], e: R[E = 3]\n", "nanoflow_step_wave(nanoflow_estimator(6, 2), 6, 2)", "normal",
+    ),
+    "nanoflow_step_glow": ("data x: R[C = 4, H = 2, W = 3]\n", "nanoflow_step_glow(nanoflow_image_estimator(6), 6, 2)", "normal"),
+    "nanoflow_wave_steps": ("data x: R[T = 16]\ngiven c: R[M = 2, F = 1]\n", "nanoflow_wave_steps(4, 2, 2, 6, 5)", "normal"),
     "quad_coupling": ("data x: R[C = 4, H = 2, W = 2]\n", "quad_coupling(zero_conv_net(8), zero_conv_net(8), zero_conv_net(8))", "normal"),
     "cinc_step": ("data x: R[C = 4, H = 2, W = 3]\n", "cinc_step(2, 8)", "normal"),
     "inverse_flow_step": ("data x: R[C = 4, H = 2, W = 3]\n", "inverse_flow_step(3, 8)", "normal"),
