@@ -31,6 +31,7 @@ from flowlang.derive.plan import (
 )
 from flowlang.derive.programs import Program, build, is_map
 from flowlang.derive.search import Inverter
+from flowlang.derive.tapped import tapped_program
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update, result_types
 from flowlang.ir.interval import POSITIVE, REAL, Interval
@@ -39,6 +40,7 @@ from flowlang.ir.manifolds import on_sphere, takes_sphere
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.tangents import FROZEN, Tangents, plain_method
+from flowlang.ir.taps import Taps, taps_of
 
 REPEAT_BOUND_ROUNDS = 4
 
@@ -100,7 +102,7 @@ class Analyses:
         how: Tangents | None = node.attrs.get("tangents")
         if how is not None:
             operands = [operands[k] for k in how.values(len(inner.inputs), len(operands))]
-        elif plain_method(node.attrs) != "forward":
+        elif plain_method(node.attrs) != "forward" and taps_of(inner, plain_method(node.attrs)) is None:
             operands = [REAL] * len(arguments)
         elif node.op == "repeat":
             operands = self.carried_bounds(inner, int(node.attrs["carried"]), operands)[0]
@@ -197,11 +199,31 @@ class Analyses:
                 sink.append(Violation(node, Need(k, REAL, words="points of a `Sphere`"), operands[k], graph))
             elif held and not taken and is_map(region):
                 sink.append(Violation(node, Need(k, REAL, words="values of an open set, and no points of a sphere"), operands[k], graph))
+        taps = taps_of(region, method)
+        if taps is not None:
+            return self.tapped_bounds(graph, node, taps, operands, sink)
         if node.op == "scan":
             return self.scan_bounds(graph, node, operands, sink)
         if node.op == "repeat":
             return self.repeat_bounds(region, int(node.attrs["carried"]), operands)
         return self.region_bounds(region, operands).outputs
+
+    def tapped_bounds(
+        self, graph: Graph, node: Node, taps: Taps, operands: Sequence[Interval], sink: list[Violation]
+    ) -> tuple[Interval, ...]:
+        """A value that replaces an inner one lies where that one may, so that the net stays total; no more is said of results."""
+        region: Region = node.attrs["region"]
+        own = len(region.inputs) + len(region.context)
+        for k, (place, iv) in enumerate(zip(taps.write, operands[own:], strict=True), own):
+            inner = region
+            for call in place[:-1]:
+                inner = inner.graph[call].attrs["region"]
+            wanted = self.ranges(inner).interval(place[-1])
+            if not iv.within(wanted):
+                sink.append(Violation(node, Need(k, wanted, words=f"a value in {wanted}"), iv, graph))
+        if taps.write:
+            return tuple(REAL for _ in result_types(node.type))
+        return (*self.region_bounds(region, operands[:own]).outputs, *(REAL for _ in taps.read))
 
     def region_bounds(self, region: Region, operands: Sequence[Interval]) -> Evaluated:
         key = ("region", self.key(region), tuple(operands))
@@ -368,6 +390,8 @@ class Analyses:
             assert not isinstance(plan, Failure), plan
             if name.startswith(FROZEN):
                 self._programs[key] = frozen(self.program(region, name.removeprefix(FROZEN)))
+            elif (taps := taps_of(region, name)) is not None:
+                self._programs[key] = tapped_program(region, name, taps)
             else:
                 self._programs[key] = derivative(region, name) or build(region if plan is None else plan.region, plan, name)
         return self._programs[key]

@@ -298,6 +298,8 @@ class Body:
                 outer.target, outer.arguments, outer.span, outer.axes, owner=self, label=outer.label,
                 name=self.fresh_child_name(name), inverted=outer.inverted, lipschitz=outer.lipschitz, frozen=outer.frozen,
             )  # fmt: skip
+            if outer.taps is not None:
+                inner.taps = replace(outer.taps, writes=tuple((e, self.capture(v)) for e, v in outer.taps.writes))
             inner.shared = True
             self.captured_instances[id(outer)] = (inner, outer)
         return self.captured_instances[id(outer)][0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
+from flowlang.elaborate import taps as tap_rules
 from flowlang.elaborate.later import ARGUMENTS
 from flowlang.elaborate.paths import call_path
 from flowlang.elaborate.results import cut, pieces_of
@@ -43,6 +44,7 @@ from flowlang.elaborate.weights import lend
 from flowlang.ir.graph import Emission, Region
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.tangents import FROZEN
+from flowlang.ir.taps import method_of, place_type
 from flowlang.ir.types import TensorType, TupleType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -72,6 +74,8 @@ class Arguments:
 
 
 def make_call(body: Body, expr: tree.Call) -> Any:
+    if isinstance(expr.fn, tree.Attribute) and tap_rules.is_request(expr.fn):
+        return tap_rules.tapped(body, body.ev(expr.fn.value), expr.fn.name, expr.items, expr.span)
     fn = called(body, expr.fn)
     if fn is LATER:
         return LATER  # what is given to it may have a form of its own
@@ -344,7 +348,7 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
     else:
         full = Instance(
             inst.target, statics, inst.span, inst.axes, owner=inst.owner, name=inst.name, label=inst.label, inverted=inst.inverted,
-            shared=inst.shared, lipschitz=inst.lipschitz, frozen=inst.frozen,
+            shared=inst.shared, lipschitz=inst.lipschitz, frozen=inst.frozen, taps=inst.taps,
         )  # fmt: skip
     axes = args.axes or inst.axes
     return call_instance(body, full, tensors, extras, axes, args.span)
@@ -455,6 +459,7 @@ def partial(body: Body, inst: Instance, statics: dict[str, Any], args: Arguments
         inverted=inst.inverted,
         lipschitz=inst.lipschitz,
         frozen=inst.frozen,
+        taps=inst.taps,
     )
 
 
@@ -827,8 +832,14 @@ def finish_call(
                 keep = list(lifted.items())
                 fixed = [(back.get(n, n), s) for n, s in results.fixed]
                 spec = TypeSpec(results.domain, (*keep, *fixed, (arrow.arrow.id, width)))
-                return pending.resolve([spec])[0]
+                found = pending.resolve([spec])
+                return found[0] if len(found) == 1 else Tuple(tuple(found))
         del first
+        if inst.taps is not None and inst.taps.reads:
+            raise body.fail(
+                "FL0304", f"the output size of `{target.name}` is open", span,
+                suggestion="say it before the arguments, as in `v.tap(..)[-> C = 4](x)`",
+            )  # fmt: skip
         return pending
     region = region_of(body, inst, {n: t for n, (_, t) in inputs.items()}, span, of_weights(body, inst, inputs))
     if region is None:
@@ -919,7 +930,11 @@ def sized(
     value = emit_call(body, inst, region, inputs, lifted, back, span)
     if isinstance(value, Poison):
         return [POISON] * len(wanted)
-    return cut(body, body.tensor(value, span), open_name, pieces, wanted, span)
+    tapped: tuple[Any, ...] = ()
+    if inst.taps is not None and isinstance(value, Tuple):
+        value, *rest = value.items
+        tapped = tuple(rest)
+    return [*cut(body, body.tensor(value, span), open_name, pieces, wanted, span), *tapped]
 
 
 def emit_call(
@@ -959,18 +974,24 @@ def emit_call(
                 "FL0307", f"axis `{twice}` would stand twice in the result of `{inst.target.name}`", span,
                 suggestion=f"rename it in the argument, as in `x[{twice} -> E]`",
             )  # fmt: skip
-    methods = ("score", "generate") if scored else ("forward", "inverse")
-    attrs = {
-        "child": child.name,
-        "region": region,
-        "method": FROZEN * inst.frozen + methods[inst.inverted],
-        "lifted": front,
-    }
+    method = (("score", "generate") if scored else ("forward", "inverse"))[inst.inverted]
+    replaced: list[int] = []
+    shape: list[int | None] = []  # how many values each place gives
+    if inst.taps is not None:
+        taps, replaced, shape = tap_rules.resolve(body, inst, region, span)
+        method = method_of(region, taps)
+        outs += [place_type(region, place) for place in taps.read]
+        if front:
+            raise body.fail(
+                "FL0902", f"`{name}` is lifted over axes here: places inside it have no meaning yet", span,
+                suggestion="give the network a value with its own axes alone",
+            )  # fmt: skip
+    attrs = {"child": child.name, "region": region, "method": FROZEN * inst.frozen + method, "lifted": front}
     if weighed:  # a program gets a bijector's log-det beside its value
         outs.append(TensorType(tuple(lifted_axes(front))))
         attrs["log_det"] = True
     type_: Any = outs[0] if len(outs) == 1 else TupleType(tuple(outs))
-    ids = (*(id for id, _ in inputs.values()), *lend(body, inst, region), *closed_over(body, region))
+    ids = (*(id for id, _ in inputs.values()), *lend(body, inst, region), *closed_over(body, region), *replaced)
     node = body.graph.add("call", ids, type_, attrs, span=span, label=None)
     if any(d for d in region.draws):
         node = body.graph[node.id]
@@ -979,6 +1000,8 @@ def emit_call(
         if len(outs) == 1
         else [body.graph.add("get", (node.id,), t, {"index": k}, span=span).id for k, t in enumerate(outs)]
     )
+    count = sum(1 if n is None else n for n in shape)
+    read = [Tensor(values.pop(), body) for _ in range(count)][::-1]
     main = len(region.outputs) if not inst.inverted else len(region.inputs)
     log_det = [body.b.sum_all(values.pop())] if weighed else []
     if scored and inst.inverted:  # `generate` weighs the forward map
@@ -1000,7 +1023,8 @@ def emit_call(
                 id = body.b.op("rename", id, pairs=tuple(pairs.items()), span=span)
         named.append(Tensor(id, body))
     named += [Tensor(id, body) for id in log_det]
-    return named[0] if len(named) == 1 else Tuple(tuple(named))
+    results = [*named, *(read.pop(0) if n is None else [read.pop(0) for _ in range(n)] for n in shape)]
+    return results[0] if len(results) == 1 else Tuple(tuple(results))
 
 
 def type_of(inputs: dict[str, tuple[int, TensorType]], region: Region) -> list[TensorType]:

@@ -18,6 +18,7 @@ from flowlang.elaborate.scans import finish_states
 from flowlang.elaborate.scope import KINDS, LATER_ADVICE, LATER_KINDS, ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.statements import NOTHING, run_statements
 from flowlang.elaborate.stochastic import NoiseUse
+from flowlang.elaborate.taps import record
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
 from flowlang.elaborate.values import (
     ABSENT,
@@ -79,6 +80,7 @@ class Elaborator:
         self._depths: dict[Region, int] = {}
         self.noises: list[NoiseUse] = []  # stochastic solvers and the noises they met
         self.closures: dict[Region, Body] = {}  # regions that were given local functions, as they were made
+        self.places: dict[Region, dict[str, Any]] = {}  # what the names of a net's body stand for when it has ended
         self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context
         self.quiet_free = False
         self.parameter_limit = limits.PARAMETERS
@@ -456,6 +458,11 @@ class Elaborator:
         """
         target = inst.target
         assert isinstance(target, Declared)
+        if any(tapped(v) for v in inst.arguments.values()):
+            raise caller.fail(
+                "FL0902", f"a network with places named, as an argument of `{target.name}`, has no meaning yet", span,
+                suggestion="call it here, or in a local function that is given instead",
+            )  # fmt: skip
         key = (
             *self.target_key(inst),
             tuple(inputs.items()),
@@ -573,6 +580,7 @@ class Elaborator:
         self.finish(body, declaration, value, span)
         if not body.region.broken and body.region.outputs:
             finish_states(body)
+            self.places[body.region] = record(body)
             explicit_rules(body)
         self.warn_unused(body)
 
@@ -1010,6 +1018,11 @@ def enclosing(inst: Instance) -> Body | None:
         return 0 if body.parent is None else 1 + depth(body.parent)
 
     return max(bodies(inst), key=depth, default=None)
+
+
+def tapped(value: Any) -> bool:
+    """Whether an argument is a network of which inner values are read or replaced."""
+    return (isinstance(value, Instance) and value.taps is not None) or (isinstance(value, list) and any(map(tapped, value)))
 
 
 def holds_instance(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.elaborate.calls import option_words
 from flowlang.elaborate.later import introduced_axes, later_family, walk
 from flowlang.elaborate.scope import name_help
+from flowlang.elaborate.taps import is_request
 from flowlang.syntax import tree
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def arguments(body: Body, call: tree.Call) -> Iterator[tree.Expr | None]:
     if isinstance(callee, tree.Name):
         fn = body.module.names.get(callee.id) or body.elab.global_name(callee.id)
         words = option_words(fn) if fn is not None else None
+    if is_request(callee):  # what stands in them are names of the network's body
+        yield from (item.eq for item in call.items)
+        return
     for item in call.items:
         keyword = item.eq is not None and isinstance(item.left, tree.Name)
         if not keyword:

@@ -105,10 +105,19 @@ class Instance:
     shared: bool = False  # handed in by the caller, not owned here
     lipschitz: float | None = None  # `lipschitz(f, c)`: weights are scaled so that the constant is at most c
     frozen: bool = False  # `frozen(f)`: its parameters get no gradient here
+    taps: TapRequest | None = None  # `f.tap(..)`, `f.with(..)`: inner values that a call reads or replaces
 
     @property
     def kind(self) -> str:
         return self.target.kind
+
+
+@dataclass(frozen=True, slots=True)
+class TapRequest:
+    """Places as they are written, which mean something once the network has a region; replacements with their values."""
+
+    reads: tuple[tree.Expr, ...] = ()
+    writes: tuple[tuple[tree.Expr, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from flowlang.ir.graph import Child, Graph, Node, Region, result_batched, result
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.tangents import plain_method
+from flowlang.ir.taps import Taps, place_type, taps_of
 from flowlang.ir.types import TensorType, TupleType, Type
 
 PLAIN = (str, int, float, bool, type(None))
@@ -165,7 +166,9 @@ def call_problems(graph: Graph, node: Node) -> Iterator[str]:
         yield "calls nobody"
         return
     method = plain_method(node.attrs)
-    formal = [region.graph[i].tensor for i in arguments(region, method)]
+    taps = taps_of(region, method) or Taps()
+    method = "forward" if taps != Taps() else method
+    formal = [region.graph[i].tensor for i in arguments(region, method)] + [place_type(region, p) for p in taps.write]
     if len(formal) != len(node.inputs):
         yield f"`{region.name}` takes {len(formal)} values and gets {len(node.inputs)}"
         return
@@ -176,7 +179,8 @@ def call_problems(graph: Graph, node: Node) -> Iterator[str]:
         own = tuple(a for a in have.axes if a not in front.axes or t.has(a.name))
         if own != t.axes:
             yield f"argument {k} is `{have}`, and `{region.name}` takes `{t}` under `{front}`"
-    results = tuple(TensorType((*front.axes, *t.axes), t.kind) for t in called_results(region, method))
+    given = [*called_results(region, method), *(place_type(region, p) for p in taps.read)]
+    results = tuple(TensorType((*front.axes, *t.axes), t.kind) for t in given)
     have_results = result_types(node.type)
     if node.op == "repeat" and [t.axes for t in formal[: node.attrs["carried"]]] != [t.axes for t in results]:
         yield "a copy does not give back the types it takes"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from flowlang.ir.distributions import Distribution
+    from flowlang.ir.taps import Taps
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +246,7 @@ class Region:
     programs: dict[str, Region] = field(default_factory=dict)  # of a model: regions with the model's own children
     data: dict[str, tuple[str, TensorType]] = field(default_factory=dict)  # of a model: name -> (`data` or `given`, type)
     steps: list[Step] = field(default_factory=list)  # chains only
+    taps: list[Taps] = field(default_factory=list)  # of its programs that read or replace inner values, by their number
     span: Span | None = None
     doc: str | None = None
     rules: dict[str, Rule] = field(default_factory=dict)  # "inverse", "log_det"

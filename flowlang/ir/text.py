@@ -54,7 +54,7 @@ READABLE: dict[str, type] = {
         Update,
     )
 }  # fmt: skip
-LISTED = ("emissions", "draws", "updates", "starts", "steps")
+LISTED = ("emissions", "draws", "updates", "starts", "steps", "taps")
 KEPT = ("doc", "signature", "broken", "library", "base")
 C = TypeVar("C")
 HEADS = {"real": "R", "int": "Int", "bool": "Bool"}
