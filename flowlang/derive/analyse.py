@@ -40,7 +40,7 @@ from flowlang.ir.manifolds import on_sphere, takes_sphere
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.tangents import FROZEN, Tangents, plain_method
-from flowlang.ir.taps import Taps, taps_of
+from flowlang.ir.taps import Place, Taps, taps_of
 
 REPEAT_BOUND_ROUNDS = 4
 
@@ -214,16 +214,18 @@ class Analyses:
         """A value that replaces an inner one lies where that one may, so that the net stays total; no more is said of results."""
         region: Region = node.attrs["region"]
         own = len(region.inputs) + len(region.context)
-        for k, (place, iv) in enumerate(zip(taps.write, operands[own:], strict=True), own):
+
+        def known(place: Place) -> Interval:
             inner = region
             for call in place[:-1]:
                 inner = inner.graph[call].attrs["region"]
-            wanted = self.ranges(inner).interval(place[-1])
-            if not iv.within(wanted):
-                sink.append(Violation(node, Need(k, wanted, words=f"a value in {wanted}"), iv, graph))
-        if taps.write:
-            return tuple(REAL for _ in result_types(node.type))
-        return (*self.region_bounds(region, operands[:own]).outputs, *(REAL for _ in taps.read))
+            return self.ranges(inner).interval(place[-1])
+
+        for k, (place, iv) in enumerate(zip(taps.write, operands[own:], strict=True), own):
+            if not iv.within(known(place)):
+                sink.append(Violation(node, Need(k, known(place), words=f"a value in {known(place)}"), iv, graph))
+        results = self.region_bounds(region, operands[:own]).outputs
+        return (*(REAL if taps.write else iv for iv in results), *map(known, taps.read))
 
     def region_bounds(self, region: Region, operands: Sequence[Interval]) -> Evaluated:
         key = ("region", self.key(region), tuple(operands))

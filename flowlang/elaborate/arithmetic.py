@@ -1,6 +1,6 @@
 """Bodies evaluated over any algebra: exact ratios (tableaus), sympy expressions (paths), power series (step rules).
 
-Only arithmetic, local names, `def`, static choice and known functions are understood; everything else
+Only arithmetic, local names, `def`, static choice, lists, loops over them and known functions are understood; everything else
 raises `NotPlain` with its place, and the caller says what that means.
 """
 
@@ -15,6 +15,7 @@ from flowlang.source import Span
 from flowlang.syntax import tree
 
 DEPTH = 64
+MOST_ROUNDS = 4096  # of all loops of a body
 
 
 def number_above(value: Any, limit: int) -> bool:
@@ -54,6 +55,7 @@ class Evaluator:
         self.algebra = algebra
         self.names = dict(names)
         self.depth = 0
+        self.rounds = 0
 
     # ---- statements -----------------------------------------------------------------------------
 
@@ -72,11 +74,40 @@ class Evaluator:
                 case tree.If():
                     chosen = self.run(s.then if self.truth(s.condition) else s.orelse)
                     result = chosen if chosen is not None else result
+                case tree.For() if s.until is None and len(s.names) == 1:
+                    for item in self.items(s.iterable):
+                        self.names[s.names[0]] = item
+                        self.run(s.body)
                 case tree.Require():
                     pass
                 case _:
                     raise NotPlain(s.span, "this statement")
         return result
+
+    def items(self, e: tree.Expr) -> list[Any]:
+        """What a loop goes over: a list, or the whole numbers of a range."""
+        found = list(range(*self.ends(e, None))) if isinstance(e, tree.Range) else self.ev(e)
+        if not isinstance(found, list):
+            raise NotPlain(e.span, "a loop over this")
+        self.rounds += len(found)
+        if self.rounds > MOST_ROUNDS:
+            raise NotPlain(e.span, "so long a loop")
+        return found
+
+    def ends(self, e: tree.Range, size: int | None) -> tuple[int, int]:
+        stop = size if e.stop is None else self.whole(e.stop)
+        if stop is None:
+            raise NotPlain(e.span, "a range without an end")
+        return 0 if e.start is None else self.whole(e.start), stop
+
+    def whole(self, e: tree.Expr) -> int:
+        found = self.value(e)
+        try:
+            if int(found) == found:
+                return int(found)
+        except (TypeError, ValueError):
+            pass
+        raise NotPlain(e.span, "a number that is not whole")
 
     def bind(self, s: tree.Bind) -> Any:
         if any(t.index for t in s.targets):
@@ -123,11 +154,43 @@ class Evaluator:
                 return self.ev(items[0].left)
             case tree.Paren(items=items) if all(i.left is not None and i.eq is None for i in items):
                 return tuple(self.ev(i.left) for i in items if i.left is not None)
+            case tree.ListExpr():
+                return [self.ev(i) for i in e.items]
+            case tree.Comprehension() if len(e.names) == 1:
+                return self.comprehension(e)
+            case tree.Brackets(items=items) if len(items) == 1 and items[0].left is not None and items[0].eq is None:
+                return self.index(e, items[0].left)
+            case tree.Call(fn=tree.Name(id="size"), items=items) if len(items) == 1 and items[0].left is not None:
+                return len(self.listed(items[0].left))
             case tree.Call(fn=fn, items=items):
                 if any(i.left is None or i.eq is not None or i.arrow is not None for i in items):
                     raise NotPlain(e.span, "a keyword argument")
                 return self.apply(fn, [self.ev(i.left) for i in items if i.left is not None], e.span)
         raise NotPlain(e.span, "this expression")
+
+    def comprehension(self, e: tree.Comprehension) -> list[Any]:
+        saved, out = dict(self.names), []
+        for item in self.items(e.iterable):
+            self.names[e.names[0]] = item
+            if e.condition is None or self.truth(e.condition):
+                out.append(self.ev(e.value))
+        self.names = saved
+        return out
+
+    def listed(self, e: tree.Expr) -> list[Any]:
+        found = self.ev(e)
+        if not isinstance(found, list):
+            raise NotPlain(e.span, "this, which is no list,")
+        return found
+
+    def index(self, e: tree.Brackets, at: tree.Expr) -> Any:
+        values = self.listed(e.value)
+        if isinstance(at, tree.Range):
+            return values[slice(*self.ends(at, len(values)))]
+        k = self.whole(at)
+        if not -len(values) <= k < len(values):
+            raise NotPlain(at.span, "an index outside the list")
+        return values[k]
 
     def value(self, e: tree.Expr) -> Any:
         found = self.ev(e)

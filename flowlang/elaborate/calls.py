@@ -1023,8 +1023,8 @@ def emit_call(
                 id = body.b.op("rename", id, pairs=tuple(pairs.items()), span=span)
         named.append(Tensor(id, body))
     named += [Tensor(id, body) for id in log_det]
-    results = [*named, *(read.pop(0) if n is None else [read.pop(0) for _ in range(n)] for n in shape)]
-    return results[0] if len(results) == 1 else Tuple(tuple(results))
+    values_read = [read.pop(0) if n is None else [read.pop(0) for _ in range(n)] for n in shape]
+    return named[0] if len(named) == 1 and not values_read else Tuple((*named, *values_read))
 
 
 def type_of(inputs: dict[str, tuple[int, TensorType]], region: Region) -> list[TensorType]:

@@ -789,6 +789,7 @@ def run_for(body: Body, statement: tree.For) -> Any:
         body.bind_loop(statement.names, value, statement.span)
         run_statements(body, statement.body)
         if body.region.broken:
+            body.names |= {n: POISON for n in updated_names(statement.body) if n in body.names}
             break
     return NOTHING
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.scope import name_help
-from flowlang.elaborate.values import Instance, Poison, RangeValue, Tensor, TapRequest, describe
+from flowlang.elaborate.values import Instance, Poison, RangeValue, TapRequest, Tensor, describe
 from flowlang.ir.graph import Region
 from flowlang.ir.taps import Place, Taps, place_type
 from flowlang.source import Span

@@ -24,9 +24,11 @@ def exported(model: Any, program: str, folder: Path, **options: Any) -> onnx.Mod
     return made
 
 
-def same_in_onnx(model: Any, program: str, folder: Path, *values: Tensor, batch: int = 5, tolerance: float = 2e-5) -> onnx.ModelProto:
+def same_in_onnx(
+    model: Any, program: str, folder: Path, *values: Tensor, batch: int = 5, tolerance: float = 2e-5, **options: Any
+) -> onnx.ModelProto:
     """Exports a program of a float32 model and compares its results; `values` are its inputs."""
-    made = exported(model, program, folder)
+    made = exported(model, program, folder, **options)
     run = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
     kinds = json.loads({p.key: p.value for p in made.metadata_props}.get("noise", "{}"))
     generator = np.random.default_rng(batch)
