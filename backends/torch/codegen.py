@@ -208,7 +208,7 @@ class Generator:
         elif alone:
             lines += [f"    {x}".rstrip() for x in self.net_inputs(region)]
         elif region.programs:
-            lines += [f"    {x}".rstrip() for x in self.programs(region)]
+            lines += [f"    {x}".rstrip() for x in self.programs(region, scope)]
         constructor = scope.constructor()
         for body in [constructor, *bodies] if constructor else bodies:
             lines.append("")
@@ -259,7 +259,7 @@ class Generator:
         lines.append(f"types = {dictionary({str(n.label): string(str(n.tensor)) for n in nodes})}")
         return ["", *"\n".join(lines).split("\n")]
 
-    def programs(self, region: Region) -> list[str]:
+    def programs(self, region: Region, scope: ClassScope) -> list[str]:
         """The class attributes of a model: its programs with the shapes of their inputs, and all types."""
         table: dict[str, str] = {}
         types: dict[str, str] = {}
@@ -277,6 +277,14 @@ class Generator:
             rest = {n: repr(t.shape) for n, (_, t) in region.data.items() if n != first}
             lines += [f"data_name, data_shape = {string(first)}, {region.data[first][1].shape!r}"]
             lines += [f"given_shapes = {dictionary(rest)}"] if rest else []
+        follows = [c for c in region.children.values() if c.follows is not None]
+        if follows:
+            table_ = ", ".join(
+                f"({string(scope.children[c.name])}, {string(scope.children[c.follows.source])}, {c.follows.decay!r}, {c.follows.every})"
+                for c in follows
+                if c.follows is not None
+            )
+            lines.append(f"followers = ({table_},)")
         context = tuple(n for n, (word, _) in region.data.items() if word == "given")
         lines += [f"context = {context!r}"] if context else []
         return ["", *"\n".join(lines).split("\n")]
@@ -673,6 +681,9 @@ class ClassScope:
             lines += [f"        {x}" for x in folded(made, LINE_WIDTH - 12)]
         for name, value in self.constants.items():
             lines += [f"    {x}" for x in folded(f"self.{name} = {value}", LINE_WIDTH - 8)]
+        if any(c.follows is not None for c in self.region.children.values()):
+            steps = 'self.register_buffer("steps", torch.zeros((), dtype=torch.long))'
+            lines += [f"    {steps}", "    self.begin()"]
         if not lines:
             return []
         return [f"def __init__(self{shared}) -> None:", "    super().__init__()", *lines]

@@ -68,3 +68,17 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], nam
                        suggestion="use the spec and the sizes (`--set`) that they were trained with")
         )  # fmt: skip
     module.load_state_dict(dict(tensors))
+
+
+def load_alike(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> list[str]:
+    """Loads the weights whose names and shapes are the module's own; gives the names of those that keep their start."""
+    own = module.state_dict()
+    alike = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
+    if not alike:
+        raise FlowError(
+            Diagnostic("FL0803", f"no weight of `{name}` has the name and the shape of one in the spec",
+                       notes=(f"the file has {listed(sorted(tensors))}", f"the spec has {listed(sorted(own))}"),
+                       suggestion="a network is found by its name in the model: give it the same in both specs")
+        )  # fmt: skip
+    module.load_state_dict(alike, strict=False)
+    return sorted(set(own) - set(alike))

@@ -4,7 +4,7 @@ Modes of a parameter count (DESIGN §9):
   declared  elements of the parameters as the spec writes them: what papers count, and what `parameters(f)` is
   stored    numbers that the compiled module holds and trains (a PLU matrix keeps two triangles and a diagonal)
   free      degrees of freedom: an orthogonal n x n matrix has n (n - 1) / 2, a masked weight its visible entries
-A network that several steps share counts once, with the region that owns it.
+A network that several steps share counts once, with the region that owns it; averages and copies of one do not count.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parameter_count(region: Region, mode: str = "declared") -> int:
     def count(r: Region) -> int:
         if id(r) not in known:
             own = sum(COUNTS[mode](r.graph, n) for n in r.graph if n.op == "param" and not n.attrs.get("again"))
-            known[id(r)] = own + sum(c.count * count(c.region) for c in r.children.values() if not c.shared)
+            known[id(r)] = own + sum(c.count * count(c.region) for c in r.children.values() if not c.shared and c.follows is None)
         return known[id(r)]
 
     return count(region)

@@ -135,11 +135,12 @@ def say(text: str, *, err: bool = False) -> None:
 @click.option(
     "--accelerator", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default=DEFAULT.accelerator, show_default=True
 )
+@click.option("--start", type=click.Path(), help="Begin with the weights of a run (or a file) that have the same names and shapes.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, with its options.")
 @click.option("--no-standardise", is_flag=True, help="Leave the data as it is.")
 @click.pass_context
 def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None, data: str | None, energy: str | None,
-          out: str, resume: bool, no_standardise: bool, **rest: Any) -> None:  # fmt: skip
+          out: str, start: str | None, resume: bool, no_standardise: bool, **rest: Any) -> None:  # fmt: skip
     """Train a flow on a file of samples, or on an energy.
 
     A model is trained by its program `loss`; its program `accuracy` (or `error`), of the same data, is reported beside it.
@@ -155,6 +156,8 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
     table = read(data, chosen, options.seed) if data is not None else None
     comp, name = sized(spec, sets, flow, table)
     module = compile_from(comp, name, seed=options.seed, memory=options.memory)
+    if start is not None and not resume:
+        begin_with(module, Path(start))
     make_folder(folder)
     if table is not None:
         for note in table.notes:
@@ -169,6 +172,18 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
         report_energy(module, function, options.seed)
     pictures(module, table, folder, result)
     report(result, out, "KL - log Z" if energy is not None else "validation loss" if is_model(module) else "validation")
+
+
+def begin_with(module: Any, path: Path) -> None:
+    """The weights of an earlier run; what it lacks is told, but for averages and copies, which follow."""
+    from flowlang.backends.torch.store import listed, load_alike, read_tensors
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    left = load_alike(module, read_tensors(file)[0], str(file))
+    names = [name for name, *_ in getattr(module, "followers", ())]
+    own = [n for n in left if n != "steps" and not any(n.startswith(f"{f}.") for f in names)]
+    if own:
+        say(f"not in {file}, and begun anew: {listed(own)}")
 
 
 def options_of(ctx: click.Context, folder: Path, values: dict[str, Any], resume: bool) -> Options:

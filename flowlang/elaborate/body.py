@@ -47,7 +47,7 @@ from flowlang.elaborate.values import (
     part_hint,
 )
 from flowlang.ir.build import Builder
-from flowlang.ir.graph import Child, Graph, Region
+from flowlang.ir.graph import Child, Follow, Graph, Region
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Span
@@ -334,6 +334,9 @@ class Body:
             return known
         bindings = {} if shared else self.bind_shared(inst, region, span)
         child = Child(inst.name, region, shared, bindings)
+        if inst.follows is not None:
+            source = self.adopt(inst.follows.source, region, span)
+            child.follows = Follow(source.name, inst.follows.decay, inst.follows.every)
         self.region.children[inst.name] = child
         return child
 

@@ -12,6 +12,7 @@ from flowlang.elaborate.calls import Arguments, apply
 from flowlang.elaborate.convolution import CONVOLUTIONS, POOLS
 from flowlang.elaborate.derivatives import differentiated, frozen
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
+from flowlang.elaborate.followers import follower
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean, name_help
 from flowlang.elaborate.series import SERIES_OPTIONS, residual_log_det
@@ -951,7 +952,9 @@ def _table() -> dict[str, Any]:
     for name in ("grad", "jvp", "vjp", "divergence", "derivative"):
         put(name, differentiated(name))
     put("frozen", frozen)
-    for name, what in {"ema": "copies of networks", "copy": "copies of networks", "onehot": "integer values", "resize": "images"}.items():
+    for kind in ("ema", "copy"):
+        put(kind, follower(kind))
+    for name, what in {"onehot": "integer values", "resize": "images"}.items():
         put(name, not_yet(name, what), later=True)
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")

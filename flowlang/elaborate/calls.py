@@ -348,7 +348,7 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
     else:
         full = Instance(
             inst.target, statics, inst.span, inst.axes, owner=inst.owner, name=inst.name, label=inst.label, inverted=inst.inverted,
-            shared=inst.shared, lipschitz=inst.lipschitz, frozen=inst.frozen, taps=inst.taps,
+            shared=inst.shared, lipschitz=inst.lipschitz, frozen=inst.frozen, taps=inst.taps, follows=inst.follows,
         )  # fmt: skip
     axes = args.axes or inst.axes
     return call_instance(body, full, tensors, extras, axes, args.span)

@@ -6,6 +6,7 @@ The function becomes a region of its own, and the call runs a program of that re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.calls import Arguments, apply
@@ -187,10 +188,7 @@ def frozen(body: Body, args: Arguments) -> Any:
         raise body.fail("FL0211", f"`frozen` takes a network{found}", span, suggestion="as in `frozen(v)(x, t)`")
     if value.owner is None and not value.shared:
         value = body.capture(value)
-    return Instance(
-        value.target, value.arguments, span, value.axes, owner=value.owner, name=value.name, label=value.label, inverted=value.inverted,
-        shared=value.shared, lipschitz=value.lipschitz, frozen=True,
-    )  # fmt: skip
+    return replace(value, span=span, frozen=True)
 
 
 __all__ = ["call_derivative", "differentiated", "frozen"]

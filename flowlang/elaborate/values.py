@@ -105,11 +105,21 @@ class Instance:
     shared: bool = False  # handed in by the caller, not owned here
     lipschitz: float | None = None  # `lipschitz(f, c)`: weights are scaled so that the constant is at most c
     frozen: bool = False  # `frozen(f)`: its parameters get no gradient here
+    follows: Followed | None = None  # `ema(f)`, `copy(f)`: its weights come from another network
     taps: TapRequest | None = None  # `f.tap(..)`, `f.with(..)`: inner values that a call reads or replaces
 
     @property
     def kind(self) -> str:
         return self.target.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """The network that another takes its weights from: how much it keeps of its own, every so many steps (0: at the start alone)."""
+
+    source: Instance
+    decay: float
+    every: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -261,7 +261,7 @@ def child_problems(region: Region) -> Iterator[str]:
         if child.name != name:
             yield f"child `{name}` is named `{child.name}`"
         yield from binding_problems(region, child)
-        called |= set(child.bindings.values())
+        called |= set(child.bindings.values()) | ({child.follows.source} if child.follows is not None else set())
     yield from (f"child `{n}` is never used" for n in region.children if n not in called)
     if any(region is r for c in region.children.values() for r in c.region.walk()):
         yield "the region contains itself"

@@ -189,6 +189,15 @@ class Start:
     value: int
 
 
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """A child that is not trained: after every `every` steps it is decay · itself + (1 - decay) · `source`; 0: at the start alone."""
+
+    source: str
+    decay: float
+    every: int
+
+
 @dataclass(eq=False)
 class Child:
     """A sub-instance of a region.
@@ -203,6 +212,7 @@ class Child:
     shared: bool = False
     bindings: dict[str, str] = field(default_factory=dict)
     count: int = 1  # more than one: a list of equal copies, run by a `repeat` node
+    follows: Follow | None = None  # an average or a copy of another child
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from flowlang.ir.graph import (
     Child,
     Draw,
     Emission,
+    Follow,
     Graph,
     Node,
     Region,
@@ -50,7 +51,7 @@ from flowlang.source import Span
 READABLE: dict[str, type] = {
     c.__name__: c
     for c in (
-        BaseDistribution, Child, Domain, Draw, Emission, Fraction, Interval, Matrix, Rule, Series, Start, Step, Support, Tableau,
+        BaseDistribution, Child, Domain, Draw, Emission, Follow, Fraction, Interval, Matrix, Rule, Series, Start, Step, Support, Tableau,
         Update,
     )
 }  # fmt: skip

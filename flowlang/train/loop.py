@@ -235,6 +235,9 @@ class Trainer:
                 raise FlowError(Diagnostic("FL0801", f"`{self.out}` cannot be made: {e.strerror or e}", suggestion="choose a folder that can be written, with `-o`")) from None
         if o.resume:
             self.restore()
+        elif hasattr(self.flow, "begin"):
+            self.flow.begin()
+            self.best = self.weights()
         until = time.monotonic() + o.max_seconds if o.max_seconds else math.inf
         bar = Bar(o, self.problem.unit, self.problem.batches, self.result.main, self.epoch * self.problem.batches + self.step)
         with Interrupts().heard() as interrupts, bar:
@@ -289,6 +292,7 @@ class Trainer:
         self.asked, self.late = bool(said[2]), bool(said[3])
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
+            self.followed()
             self.row = 0
             self.total += value
             self.count += 1
@@ -302,6 +306,11 @@ class Trainer:
 
     def moved(self, argument: Any) -> Any:
         return self.fabric.to_device(argument) if isinstance(argument, Tensor | dict) else argument
+
+    def followed(self) -> None:
+        """A model's own averages and copies of its networks."""
+        if hasattr(self.flow, "follow"):
+            self.flow.follow()
 
     @torch.no_grad()
     def follow(self) -> None:

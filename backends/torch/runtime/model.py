@@ -57,6 +57,29 @@ class Model(Face):
     data_shape: tuple[int, ...] = ()
     given_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
     context: tuple[str, ...] = ()  # those of them that are declared as `given`
+    # Networks that are not trained: (name, the one it follows, how much it keeps of itself, every so many steps; 0: at the start).
+    followers: ClassVar[tuple[tuple[str, str, float, int], ...]] = ()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Averages and copies take the weights of what they follow: done when the model is made, and when training begins."""
+        for name, source, _, _ in self.followers:
+            self.get_submodule(name).requires_grad_(False).load_state_dict(self.get_submodule(source).state_dict())
+        if self.followers:
+            self.steps.zero_()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """To be called after each step of an optimizer: averages move towards what they follow, copies are taken that are due."""
+        if self.followers:
+            self.steps += 1
+        for name, source, decay, every in self.followers:
+            if every and int(self.steps) % every == 0:
+                mine, theirs = self.get_submodule(name), self.get_submodule(source)
+                for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+                    p.lerp_(q, 1 - decay)
+                for p, q in zip(mine.buffers(), theirs.buffers(), strict=True):
+                    p.copy_(q)
 
     def forward(self, *values: Tensor, generator: torch.Generator | None = None) -> Any:
         """The program `loss`, so that wrappers for several processes see a forward pass."""
