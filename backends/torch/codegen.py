@@ -682,7 +682,7 @@ class ClassScope:
         for name, value in self.constants.items():
             lines += [f"    {x}" for x in folded(f"self.{name} = {value}", LINE_WIDTH - 8)]
         if any(c.follows is not None for c in self.region.children.values()):
-            steps = 'self.register_buffer("steps", torch.zeros((), dtype=torch.long))'
+            steps = 'self.register_buffer("_steps", torch.zeros((), dtype=torch.long))'
             lines += [f"    {steps}", "    self.begin()"]
         if not lines:
             return []

@@ -181,7 +181,7 @@ def begin_with(module: Any, path: Path) -> None:
     file = path / "model.safetensors" if path.is_dir() else path
     left = load_alike(module, read_tensors(file)[0], str(file))
     names = [name for name, *_ in getattr(module, "followers", ())]
-    own = [n for n in left if n != "steps" and not any(n.startswith(f"{f}.") for f in names)]
+    own = [n for n in left if n != "_steps" and not any(n.startswith(f"{f}.") for f in names)]
     if own:
         say(f"not in {file}, and begun anew: {listed(own)}")
 

@@ -100,7 +100,6 @@ MODULE_NAMES = frozenset(
         "settle",
         "share_memory",
         "state_dict",
-        "steps",
         "to",
         "to_empty",
         "train",

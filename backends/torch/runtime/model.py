@@ -66,15 +66,15 @@ class Model(Face):
         for name, source, _, _ in self.followers:
             self.get_submodule(name).requires_grad_(False).load_state_dict(self.get_submodule(source).state_dict())
         if self.followers:
-            self.steps.zero_()
+            self._steps.zero_()
 
     @torch.no_grad()
     def follow(self) -> None:
         """To be called after each step of an optimizer: averages move towards what they follow, copies are taken that are due."""
         if self.followers:
-            self.steps += 1
+            self._steps += 1
         for name, source, decay, every in self.followers:
-            if every and int(self.steps) % every == 0:
+            if every and int(self._steps) % every == 0:
                 mine, theirs = self.get_submodule(name), self.get_submodule(source)
                 for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
                     p.lerp_(q, 1 - decay)
