@@ -328,7 +328,7 @@ def test_the_ode_net_trains_by_either_gradient() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("solver", ["rk4(steps = 4)", "dopri5(rtol = 1e-3, atol = 1e-3)"])
