@@ -21,7 +21,7 @@ from flowlang.analysis.solvers import interpolant, order
 from flowlang.derive.programs import Program
 from flowlang.ir.graph import Graph, Node, Region
 from flowlang.ir.tableau import Tableau
-from flowlang.ir.tangents import plain_method
+from flowlang.ir.tangents import plain_method, probes_of
 from flowlang.ir.types import Axis, TensorType
 
 State = list[Value]
@@ -55,7 +55,7 @@ def _integrate(w: Lowering, n: Node) -> Result:
     g = w.g
     x = n.inputs[0]
     traced = bool(n.attrs.get("log_det"))
-    along = plain_method(n.attrs) == "divergence_along"
+    along = probes_of(plain_method(n.attrs), w.type(x)) is not None
     before = [w.value(i) for i in n.inputs[1 : 1 + along]]
     timed = bool(n.attrs.get("timed"))
     after = [w.value(i) for i in n.inputs[1 + along : len(n.inputs) - timed]]

@@ -14,7 +14,7 @@ from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops.control import Series
 from flowlang.ir.ops.splines import SPLINES, bin_axis, kind_of, numbers_of
-from flowlang.ir.tangents import plain_method
+from flowlang.ir.tangents import plain_method, probes_of
 from flowlang.ir.types import TensorType, TupleType
 
 if TYPE_CHECKING:
@@ -1299,7 +1299,7 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
     """
     x = n.inputs[0]
     traced, timed = bool(n.attrs.get("log_det")), bool(n.attrs.get("timed"))
-    along = plain_method(n.attrs) == "divergence_along"
+    along = probes_of(plain_method(n.attrs), w.type(x)) is not None
     rank = w.type(x).rank
     batch = f"{w.variable(x)}.shape[:-{rank}]" if rank else f"{w.variable(x)}.shape"
     others = n.inputs[1 : len(n.inputs) - timed]

@@ -10,7 +10,7 @@ from flowlang.analysis.dependence import Summaries
 from flowlang.analysis.ranges import Ranges, Violation, law_support
 from flowlang.derive import explain
 from flowlang.derive.forms import forms
-from flowlang.derive.forward_mode import divergence_program, jvp_program
+from flowlang.derive.forward_mode import divergence_plus, divergence_program, jvp_program
 from flowlang.derive.frozen import frozen
 from flowlang.derive.jvp import NoDerivative
 from flowlang.derive.masks import split_by_mask
@@ -39,7 +39,7 @@ from flowlang.ir.lipschitz import constant
 from flowlang.ir.manifolds import on_sphere, takes_sphere
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
-from flowlang.ir.tangents import FROZEN, Tangents, plain_method
+from flowlang.ir.tangents import FROZEN, PLUS, Tangents, plain_method
 from flowlang.ir.taps import Place, Taps, taps_of
 
 REPEAT_BOUND_ROUNDS = 4
@@ -526,7 +526,7 @@ class Analyses:
             case FixedPoint():
                 return "unbiased"
             case Integrate(n):
-                return "unbiased" if self.view(region).graph[n].attrs["trace"] == "hutchinson" else "exact"
+                return "unbiased" if self.view(region).graph[n].attrs["trace"] != "exact" else "exact"
             case Scan():
                 return combined(self.step_exactness(region, s) for s in step.steps)
             case CallInverse(n):
@@ -582,6 +582,8 @@ def derivative(region: Region, name: str) -> Program | None:
     """The program of that name if it is one of a net's derivatives. Raises NoDerivative where an op has none."""
     if name in ("divergence", "divergence_along"):
         return divergence_program(region, exact=name == "divergence")
+    if name.startswith(PLUS):
+        return divergence_plus(region, int(name.removeprefix(PLUS)))
     how = Tangents.named(name)
     return None if how is None else jvp_program(region, how)
 

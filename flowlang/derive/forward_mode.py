@@ -15,7 +15,7 @@ from flowlang.derive.program import Program, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.ops import OPS
-from flowlang.ir.tangents import DIRECTION, FROZEN, Tangents, basis, plain_method
+from flowlang.ir.tangents import DIRECTION, FROZEN, PLUS, Tangents, basis, plain_method
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
 
 
@@ -236,4 +236,62 @@ def divergence_program(region: Region, *, exact: bool = True) -> Program:
     return prune(mode.program)
 
 
-__all__ = ["DIRECTION", "NoDerivative", "Tangents", "divergence_program", "jvp_program"]
+def divergence_plus(region: Region, probes: int) -> Program:
+    """A field's value and Hutch++'s estimate of its divergence (Meyer et al. 2021, arXiv 2010.09649, algorithm 1).
+
+    Of twice `probes` directions the first ones sketch the Jacobian: Q is an orthonormal base of J·S, and the trace on its
+    span is exact. The others, less their parts in it, average what is left. Q has no gradient: given any Q the estimate
+    is unbiased, and so is its gradient.
+    """
+    x, out = region.inputs[0], region.outputs[0]
+    t = region.graph[x].tensor
+    mode = ForwardMode(region, f"{PLUS}{probes}", probes)
+    for n in region.inputs:
+        mode.feed(n, "map")
+    mode.feed_tangent(x, TensorType((Axis(DIRECTION, 2 * probes), *t.axes)))
+    for n in region.context:
+        mode.feed(n, "context")
+    fed, noise = dict(mode.values), mode.tangents[x]
+    graph = mode.program.graph
+    b = Builder(graph)
+    mode.tangents[x] = b.op("slice", noise, axis=DIRECTION, start=0, stop=probes)
+    mode.run([out])
+    if out not in mode.tangents:
+        mode.program.outputs = [mode.values[out], b.const(0.0)]
+        return prune(mode.program)
+    sketch = b.op("stop", mode.tangent(out, TensorType((Axis(DIRECTION, probes), *t.axes))))
+    sketch = b.op("order", b.expand(sketch, TensorType((Axis(DIRECTION, probes), *t.axes))), names=(DIRECTION, *t.names))
+
+    def dot(u: int, v: int) -> int:
+        return b.op("contract", u, v, axes=t.names) if t.axes else b.mul(u, v)
+
+    def cleared(u: int, base: list[int]) -> int:
+        for q in base:
+            u = b.sub(u, b.mul(q, dot(q, u)))
+        return u
+
+    base: list[int] = []
+    for k in range(probes):
+        u = b.op("pick", sketch, axis=DIRECTION, index=k)
+        for _ in range(3):  # again and again, so that what is left of a dependent one is orthogonal too
+            u = cleared(u, base)
+            size = b.op("sqrt", b.add(dot(u, u), b.const(1e-30)))
+            u = b.op("div", u, size)
+        base.append(u)
+    rest = [cleared(cleared(b.op("pick", noise, axis=DIRECTION, index=probes + k), base), base) for k in range(probes)]
+    again = ForwardMode(region, mode.program.name, 2 * probes)
+    again.program, again.b = mode.program, DirectionalBuilder(graph, 2 * probes)
+    again.values = fed
+    along = b.op("stack", *base, *rest, axis=DIRECTION)
+    along = b.op("order", along, names=(DIRECTION, *t.names))
+    again.tangents[x] = b.op("stop", along)
+    again.run([out])
+    product = again.b.mul(again.tangents[x], again.tangent(out, b.type(along)))
+    each = b.op("sum", product, axes=tuple(n for n in b.type(product).names if n != DIRECTION)) if t.axes else product
+    exact = b.op("sum", b.op("slice", each, axis=DIRECTION, start=0, stop=probes), axes=(DIRECTION,))
+    left = b.op("mean", b.op("slice", each, axis=DIRECTION, start=probes, stop=2 * probes), axes=(DIRECTION,))
+    mode.program.outputs = [again.values[out], b.add(exact, left)]
+    return prune(mode.program)
+
+
+__all__ = ["DIRECTION", "NoDerivative", "Tangents", "divergence_plus", "divergence_program", "jvp_program"]

@@ -36,6 +36,7 @@ from flowlang.ir.graph import Graph, Node, Region, result_types
 from flowlang.ir.interval import REAL
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.control import Series
+from flowlang.ir.tangents import probes_of, trace_method
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
 
 
@@ -346,15 +347,14 @@ class Replay:
 
     def trajectory(self, node: Node, start: int, *, backwards: bool = False) -> tuple[int, int]:
         """The other end of a trajectory, and the integral of the field's divergence along it (Chen et al. 2018)."""
-        attrs = {**dict(node.attrs), "method": "divergence", "log_det": True}
+        attrs = {**dict(node.attrs), "method": trace_method(node.attrs, node.tensor.count), "log_det": True}
         if backwards:
             attrs["start"], attrs["stop"] = attrs["stop"], attrs["start"]
         inputs = [start, *(self.value(i) for i in node.inputs[1:])]
-        if attrs["trace"] == "hutchinson":
-            attrs["method"] = "divergence_along"
-            t = node.tensor
-            shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in t.axes)}
-            inputs.insert(1, self.b.graph.add("random_like", (), t, shape, batched=True).id)
+        noise = probes_of(attrs["method"], node.tensor)
+        if noise is not None:
+            shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in noise.axes)}
+            inputs.insert(1, self.b.graph.add("random_like", (), noise, shape, batched=True).id)
             self.program.random = True
         whole = self.b.graph.add("integrate", tuple(inputs), TupleType((node.tensor, SCALAR)), attrs, span=node.span)
         return self.b.op_get(whole.id, 0, node.span), self.b.op_get(whole.id, 1, node.span)

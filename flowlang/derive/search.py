@@ -36,6 +36,7 @@ from flowlang.ir.interval import UNIT, Interval
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.relation import Relation
+from flowlang.ir.tangents import trace_method
 from flowlang.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ class Inverter:
             why = "depend on their index" if node.attrs.get("indexed") else "are no sums of values and slopes times numbers"
             p.conditions.append((node, 0, f"the steps of `{node.attrs['solver']}` {why}, so they cannot be taken backwards with a log-det"))
             return False
-        method = "divergence" if node.attrs["trace"] == "exact" else "divergence_along"
+        method = trace_method(node.attrs, node.tensor.count)
         rough = self.analyses.rough(node.attrs["region"], method)
         if rough is not None:
             why = f"`{explain.shown(rough)}` in the field that is integrated has no derivative, so its divergence is not known"

@@ -26,6 +26,7 @@ from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Child, Graph, Region
 from flowlang.ir.interval import closed
 from flowlang.ir.tableau import Tableau
+from flowlang.ir.tangents import probes_of, trace_method
 from flowlang.ir.types import SCALAR, Axis, TensorType, TupleType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
 
 GRADIENTS = ("through", "adjoint", "reversible")
-INTEGRATE_OPTIONS = (("trace", ("exact", "hutchinson")), ("gradient", GRADIENTS), ("sense", SENSES))
+INTEGRATE_OPTIONS = (("trace", ("exact", "hutchinson", "hutchpp")), ("gradient", GRADIENTS), ("sense", SENSES))
+MOST_PROBES = 16  # they are made orthogonal one by one
 TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -45,7 +47,7 @@ def integrate(body: Body, args: Arguments) -> Any:
     """
     span = args.span
     assert span is not None
-    known = ("t", "solver", "trace", "log_det", "at", "gradient", "noise", "sense", "increments")
+    known = ("t", "solver", "trace", "log_det", "at", "gradient", "noise", "sense", "increments", "probes")
     for name in args.keywords:
         if name not in known:
             raise body.fail(
@@ -92,6 +94,10 @@ def integrate(body: Body, args: Arguments) -> Any:
         "child": name, "region": inner.region, "method": "forward", "start": start, "stop": stop, **method,
         "trace": trace.word if isinstance(trace, Option) else "exact", "gradient": gradient,
     }  # fmt: skip
+    if attrs["trace"] == "hutchpp":
+        attrs["probes"] = probes(body, args)
+    elif "probes" in args.keywords:
+        raise body.fail("FL0202", "`probes` is for `trace = hutchpp`", args.keyword_spans["probes"], suggestion="leave `probes` out, or say `trace = hutchpp`")
     if rule is not None:
         attrs |= add_rule(body, rule, span)
     inputs = (x.id, *inner.captures.keys())
@@ -147,6 +153,14 @@ def observed(body: Body, args: Arguments, ends: tuple[float, float], span: Span)
     return found
 
 
+def probes(body: Body, args: Arguments) -> int:
+    """How many directions Hutch++ sketches with, and as many that it averages over."""
+    found = args.keywords.get("probes", 1)
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= MOST_PROBES:
+        raise body.fail("FL0305", f"`probes` is a whole number from 1 to {MOST_PROBES}", args.keyword_spans["probes"], suggestion="as in `probes = 2`")
+    return found
+
+
 def weighed(body: Body, args: Arguments) -> bool:
     found = args.keywords.get("log_det", False)
     if not isinstance(found, bool):
@@ -157,11 +171,11 @@ def weighed(body: Body, args: Arguments) -> bool:
 
 def with_log_det(body: Body, inputs: tuple[int, ...], state: TensorType, attrs: dict[str, Any], span: Span) -> Tuple:
     """The end of the trajectory, and the integral of the field's divergence along it (Chen et al. 2018)."""
-    attrs |= {"method": "divergence", "log_det": True}
-    if attrs["trace"] == "hutchinson":
-        attrs["method"] = "divergence_along"
-        shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in state.axes)}
-        inputs = (inputs[0], body.graph.add("random_like", (), TensorType(state.axes), shape, batched=True).id, *inputs[1:])
+    attrs |= {"method": trace_method(attrs, state.count), "log_det": True}
+    noise = probes_of(attrs["method"], state)
+    if noise is not None:
+        shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in noise.axes)}
+        inputs = (inputs[0], body.graph.add("random_like", (), noise, shape, batched=True).id, *inputs[1:])
     whole = body.graph.add("integrate", inputs, TupleType((state, SCALAR)), attrs, span=span)
     return Tuple(tuple(Tensor(body.b.op_get(whole.id, k, span), body) for k in range(2)))
 

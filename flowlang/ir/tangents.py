@@ -58,6 +58,23 @@ class Tangents:
         return [*range(mapped), *range(mapped + moved, mapped + moved + context)]
 
 
+PLUS = "divergence_plus_"  # with a number of probes
+
+
+def trace_method(attrs: Mapping[str, Any], size: int) -> str:
+    """The program of a field that finds its divergence as `integrate` says."""
+    if attrs["trace"] == "hutchpp":
+        return f"{PLUS}{min(int(attrs.get('probes', 1)), size)}"
+    return "divergence" if attrs["trace"] == "exact" else "divergence_along"
+
+
+def probes_of(method: str, t: TensorType) -> TensorType | None:
+    """The noise that a program's estimate of the divergence reads; None for the exact one."""
+    if method.startswith(PLUS):
+        return TensorType((Axis(DIRECTION, 2 * int(method.removeprefix(PLUS))), *t.axes))
+    return TensorType(t.axes) if method == "divergence_along" else None
+
+
 def plain_method(attrs: Mapping[str, Any]) -> str:
     """The program that a call runs, whether parameters get gradients or not."""
     return str(attrs.get("method", "forward")).removeprefix(FROZEN)
