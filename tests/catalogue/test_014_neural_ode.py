@@ -247,7 +247,7 @@ def test_8_the_evidence_bound_is_the_formula() -> None:
     x, s = torch.randn(3, 5, 2, dtype=torch.float64, generator=g), torch.rand(3, 5, dtype=torch.float64, generator=g).sort(-1).values
     e = torch.randn(3, 4, dtype=torch.float64, generator=g)
     with replayed(model, [e], []):
-        found = model._loss(x, s)
+        found = model._run_loss(x, s)
     mean, log_var = model.start(x)
     posterior = torch.distributions.Normal(mean, (log_var / 2).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(torch.zeros_like(mean), 1.0)).sum(-1)
