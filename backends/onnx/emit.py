@@ -211,13 +211,13 @@ def _normalize(w: Lowering, n: Node) -> Value:
     return w.g.where(zero, even, w.g.div(x, w.g.where(zero, 1.0, length)))
 
 
-@emitter("batch_mean", "batch_var")
+@emitter("batch_mean", "batch_var", "batch_sum", "batch_max", "batch_min")
 def _batch_moment(w: Lowering, n: Node) -> Value:
     """Over the batch and axes; used outside `running` a model's result depends on who else is in the batch."""
     x = w.full(w.value(n.inputs[0]), w.type(n.inputs[0]).rank)
     axes = [*(k - x.rank for k in range(len(w.leads))), *dims(w, n)]
-    if n.op == "batch_mean":
-        return w.g.reduce("ReduceMean", x, axes)
+    if n.op != "batch_var":
+        return w.g.reduce(f"Reduce{n.op.removeprefix('batch_').title()}", x, axes)
     if n.attrs.get("ddof"):
         raise Unlowered(n, "a variance over a batch of open size has no count to correct by", "leave out `unbiased`")
     off = w.g.sub(x, w.g.reduce("ReduceMean", x, axes, keep=True))

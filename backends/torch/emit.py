@@ -212,6 +212,12 @@ class Writer:
             return f"{self.reference}.new_zeros({shape})"
         return f"{self.reference}.new_full({shape}, {self.env[n].text})"
 
+    def number_tensor(self, n: int, text: str) -> str:
+        """A tensor without axes that holds a number, of its kind."""
+        if self.type(n).kind == "real":
+            return f"{self.reference}.new_full((), {text})"
+        return f"torch.tensor({text}, device={self.reference}.device)"
+
     def is_number(self, n: int) -> bool:
         """Whether the value is a Python number: made of constants alone."""
         return self.number(n) is not None
@@ -389,7 +395,9 @@ def _choose(w: Writer, n: Node) -> Expr | None:
     read = {u.attrs["index"]: u for u, _ in w.graph.users(n.id) if u.op == "get" and u.id in w.needed}
     names = {k: w.names.fresh(read[k].label or "h") for k in sorted(read)}
     for head, first in (("if self.training:", 0), ("else:", half)):
-        lines, values = w.blocks([n.inputs[first + k] for k in names])
+        ids = [n.inputs[first + k] for k in names]
+        lines, values = w.blocks(ids)
+        values = [w.number_tensor(i, v) if w.is_number(i) else v for i, v in zip(ids, values, strict=True)]
         made = [f"{name} = {value}" for name, value in zip(names.values(), values, strict=True) if name != value]
         w.lines += [head, *(f"    {x}" for x in [*lines, *made] or ["pass"])]
     for k, name in names.items():
@@ -423,7 +431,7 @@ def _start(w: Writer, n: Node) -> Expr:
     return Expr(f"{own}()" if constrained else own)
 
 
-@emitter("batch_mean", "batch_var")
+@emitter("batch_mean", "batch_var", "batch_sum", "batch_max", "batch_min")
 def _batch_moment(w: Writer, n: Node) -> Expr:
     x = n.inputs[0]
     t = w.type(x)

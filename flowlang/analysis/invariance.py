@@ -157,7 +157,7 @@ def without_effect(region: Region) -> list[Node]:
 # ---- rules --------------------------------------------------------------------------------------
 
 SAME = ("neg", "identity", "abs", "relu", "leaky_relu", "expand", "stop", "within")
-POOLED = ("sum", "mean", "reduce_max", "reduce_min", "batch_mean")
+POOLED = ("sum", "mean", "reduce_max", "reduce_min", "batch_mean", "batch_sum", "batch_max", "batch_min")
 COMPARED = ("gt", "ge", "lt", "le", "eq", "ne")
 
 
@@ -291,7 +291,7 @@ def shifted(graph: Graph, node: Node, gs: Sequence[Grade]) -> Grade:
                 if value is not None and g.of is not None:
                     return joined(gs, g.of * Fraction(value).limit_denominator(10**6))
             return UNKNOWN
-        case "mean" | "batch_mean" | "reduce_max" | "reduce_min" | "logsumexp":
+        case "mean" | "batch_mean" | "reduce_max" | "reduce_min" | "batch_max" | "batch_min" | "logsumexp":
             return UNKNOWN if first.along & removed(graph, node) else first
         case "var" | "batch_var" | "softmax" | "log_softmax":
             return UNKNOWN if first.along & removed(graph, node) else joined(gs, Fraction(0))

@@ -316,6 +316,11 @@ class Body:
 
     def adopt(self, inst: Instance, region: Region, span: Span) -> Child:
         """The child entry of an instance, made at its first sized use and checked at later ones."""
+        if self.region.kind in ("bijector", "chain", "flow") and region.kind in ("net", "norm") and draws_noise(region):
+            raise self.fail(
+                "FL0410", f"`{inst.target.name}` draws noise, and a network of a bijector gives the same when the map is undone", span,
+                suggestion="draw in the bijector itself, as in `u: R[D] ~ normal`, and hand u to the network",
+            )  # fmt: skip
         if inst.owner is None:
             inst.owner = self
         if inst.name is None:
@@ -516,6 +521,9 @@ class Body:
         if is_static(left) and is_static(right):
             return self.static_binary(expr, left, right)
         if op in ("and", "or"):
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, bool):
+                    return other if one == (op == "and") else one
             return self.node(op, self.tensor(left, left_span), self.tensor(right, expr.right.span), span=expr.span)
         name = ARITHMETIC.get(op) or COMPARE[op]
         # An open network result takes the other operand's type in a sum, and stays open beside a number.
@@ -569,7 +577,8 @@ class Body:
         only_b = [n for n in tb.names if not ta.has(n)]
         if only_a and only_b and not self.outer_typed:
             shared = {n for n in ta.names if tb.has(n)}
-            if not (self.outer_axes and shared & self.outer_axes):
+            both = self.graph[a].batched and self.graph[b].batched
+            if not (self.outer_axes and (shared & self.outer_axes or (both and "B" in self.outer_axes))):
                 raise self.fail(
                     "FL0303",
                     f"the operands have unrelated axes: `{only_a[0]}` on the left, `{only_b[0]}` on the right",
@@ -892,3 +901,8 @@ def axis_words(t: TensorType) -> str:
 
 
 __all__ = ["ABSENT", "Body", "DistributionValue", "Fail", "Local", "Poisoned", "axis_words", "is_static"]
+
+
+def draws_noise(region: Region) -> bool:
+    """Whether a network draws, itself or in what it calls."""
+    return any(n.op == "random_like" for r in region.walk() for n in r.graph)

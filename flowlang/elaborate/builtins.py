@@ -13,6 +13,7 @@ from flowlang.elaborate.convolution import CONVOLUTIONS, POOLS
 from flowlang.elaborate.derivatives import differentiated, frozen
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.followers import follower
+from flowlang.elaborate.grids import GRIDS
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.scope import did_you_mean, name_help
 from flowlang.elaborate.series import SERIES_OPTIONS, residual_log_det
@@ -193,7 +194,11 @@ def clamp(body: Body, args: Arguments) -> Any:
 def where(body: Body, args: Arguments) -> Any:
     expect(body, args, "where", 3)
     a, b, c = (operand(body, args, k) for k in range(3))
-    return body.node("where", a, b, c, span=span(args))
+    made = body.node("where", a, b, c, span=span(args))
+    if isinstance(args.positional[0], bool):  # known while compiling, as where an option is one of the conditions
+        chosen = body.b.expand(b if args.positional[0] else c, made.type)
+        return Tensor(chosen, body) if body.b.type(chosen) == made.type else made
+    return made
 
 
 def surrogate(body: Body, args: Arguments) -> Any:
@@ -243,6 +248,9 @@ def extremum(name: str) -> Fn:
 # ---- reductions ---------------------------------------------------------------------------------
 
 
+POOLED = ("mean", "var", "std", "sum", "max", "min")  # over the batch too
+
+
 def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple[str, ...]:
     if not args.axes:
         return t.names
@@ -260,10 +268,10 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
             raise body.fail(
                 "FL0307", "a reduction names axes, as in `sum[D](x)`, or groups, as in `var[C / 8](x)`", item.span, suggestion="name the axis to reduce in the brackets"
             )
-        if item.left.id == "B" and name in ("mean", "var", "std"):
+        if item.left.id == "B" and name in POOLED:
             continue
         if item.left.id == "B":
-            raise body.fail("FL0902", f"`{name}` over the batch has no meaning yet", item.span, suggestion="reduce with `mean` or `var`")
+            raise body.fail("FL0902", f"`{name}` over the batch has no meaning yet", item.span, suggestion="reduce with `mean`, `var`, `sum`, `max` or `min`")
         names.append(item.left.id)
     for n in names:
         axis_rules.need_axis(body, t, n, span(args))
@@ -280,15 +288,18 @@ def reduction(op: str) -> Fn:
             return within_groups(body, args, x, lambda inner: call(body, inner))
         t = body.b.type(x)
         names = reduced_axes(body, args, t, shown)
-        if op == "sum":
+        pooled = any(isinstance(i.left, tree.Name) and i.left.id == "B" for i in args.axes)
+        if pooled and op == "sum" and not body.graph[x].batched:
+            raise body.fail("FL0307", "this value is one for the whole batch, whose samples a sum would count", span(args),
+                            suggestion="multiply by a value that each sample has, or take `mean[B]`")  # fmt: skip
+        if op == "sum" and not pooled:
             return sum_of(body, x, names, span(args))
         ddof = args.keywords.get("ddof", 0)
         if not isinstance(ddof, int) or isinstance(ddof, bool) or ddof < 0:
             raise body.fail("FL0306", f"`ddof` of `{shown}` is a whole number from 0 on, and this is {describe(ddof)}", span(args),
                             suggestion="as in `ddof = 1`")  # fmt: skip
         extra: dict[str, Any] = {"ddof": ddof} if op in ("var", "std") else {}
-        pooled = any(isinstance(i.left, tree.Name) and i.left.id == "B" for i in args.axes)
-        moment = ("batch_" if pooled else "") + op.replace("std", "var")
+        moment = f"batch_{op.removeprefix('reduce_').replace('std', 'var')}" if pooled else op.replace("std", "var")
         if pooled or op == "std":
             value = body.b.op(moment, x, axes=names, span=span(args), **extra)
             return body.node("sqrt", value, span=span(args)) if op == "std" else Tensor(value, body)
@@ -937,6 +948,7 @@ def _table() -> dict[str, Any]:
     put("zeros", constant_like(0.0))
     put("ones", constant_like(1.0))
     put("index", index)
+    table.update(GRIDS)
     put("checker", checker)
     put("size", size)
     put("present", present)
@@ -954,7 +966,7 @@ def _table() -> dict[str, Any]:
     put("frozen", frozen)
     for kind in ("ema", "copy"):
         put(kind, follower(kind))
-    for name, what in {"onehot": "integer values", "resize": "images"}.items():
+    for name, what in {"onehot": "integer values"}.items():
         put(name, not_yet(name, what), later=True)
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")

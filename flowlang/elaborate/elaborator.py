@@ -750,6 +750,8 @@ class Elaborator:
             else:
                 values = list(value.items) if isinstance(value, Tuple) else [value]
             body.region.outputs = [body.tensor(v, where) for v in values]
+            if declaration.kind == "norm" and not body.result_spec:
+                body.region.outputs = [self.as_given(body, o) for o in body.region.outputs]
             if body.region.kind == "bijector" and len(body.region.outputs) != len(body.region.inputs):
                 raise body.fail(
                     "FL0308",
@@ -763,6 +765,12 @@ class Elaborator:
             body.report(body.diagnostic(e.code, e.message, where, suggestion=e.suggestion, notes=e.notes))
         except Poisoned:
             body.region.broken = True
+
+    def as_given(self, body: Body, id: int) -> int:
+        """A norm's result, its axes in the order of the value that it normalises: `mask * x` is in the mask's."""
+        names = [body.b.type(i).names for i in body.region.inputs[:1]]
+        own = body.b.type(id).names
+        return body.b.op("order", id, names=names[0]) if names and own != names[0] and sorted(own) == sorted(names[0]) else id
 
     def warn_unused(self, body: Body) -> None:
         if body.region.broken or body.region.library:

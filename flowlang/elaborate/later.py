@@ -16,7 +16,7 @@ from flowlang.syntax import tree
 NAMES: dict[str, tuple[str, ...]] = {
     "layers": (
         "batch_norm", "flow_batch_norm", "group_norm", "identity", "layer_norm", "max_pool", "pool", "rms_norm",
-        "chain", "normalize", "resize",
+        "chain", "normalize",
     ),
     "networks": (
         "cross_attention", "embedding", "gru", "lstm", "pointconv_encoder", "pyramid_dit", "self_attention",

@@ -198,13 +198,19 @@ def run_by_mode(body: Body, statement: tree.If, first: bool) -> Any:
         a, b = names[0].get(n), names[1].get(n)
         if a is not b and a is not None and b is not None and not (isinstance(a, Tensor) and a == b and a.body is body):
             pairs.append((n, a, b))
-    both = all(r is not NOTHING and not isinstance(r, Tuple | Poison) for r in results)
+    both = all(r is not NOTHING and not isinstance(r, Tuple | Poison) for r in results) and alike(body, results[0], results[1], statement.span)
     if both:
         pairs.append(("", results[0], results[1]))
     chosen = choose(body, pairs, statement.span)
     result = chosen.pop("", NOTHING) if both else NOTHING
     body.names.update(chosen)
     return result
+
+
+def alike(body: Body, a: Any, b: Any, span: Span) -> bool:
+    """Whether two values can stand for each other, as the value of an `if training`, which need not be read."""
+    s, t = (body.b.type(body.tensor(v, span)) for v in (a, b))
+    return s.kind == t.kind and (set(t.axes) <= set(s.axes) or set(s.axes) <= set(t.axes))
 
 
 def choose(body: Body, pairs: list[tuple[str, Any, Any]], span: Span) -> dict[str, Any]:

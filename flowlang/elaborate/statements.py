@@ -9,6 +9,7 @@ from flowlang import limits
 from flowlang.diagnostics import Label
 from flowlang.elaborate.axes import words
 from flowlang.elaborate.calls import apply, instance_of
+from flowlang.elaborate.parts import whole
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.unread import look_up_names
@@ -170,8 +171,8 @@ def target_types(body: Body, statement: tree.Bind) -> list[tree.Expr] | None:
 
 def bind(body: Body, statement: tree.Bind) -> Any:
     targets = statement.targets
-    if any(t.index for t in targets):
-        raise body.fail("FL0902", "assigning to a part of a value has no meaning yet", statement.span, suggestion="build the whole value, as by `join` or `stack`")
+    if statement.op != ":=" and any(t.index for t in targets):
+        raise body.fail("FL0307", "a part is updated, and not bound", statement.span, suggestion="write `x[M = k] := v`, after `x = ..`")
     if statement.op == "~":
         return draw(body, statement)
     if statement.op == ":=":
@@ -218,6 +219,8 @@ def bind(body: Body, statement: tree.Bind) -> Any:
     if any(isinstance(v, Poison) for v in values):
         body.lose(statement)
     for t, v in zip(targets, values, strict=True):
+        if t.index and not isinstance(v, Poison):
+            v = whole(body, t, body.tensor(v, t.span))
         bind_name(body, t, v, statement.op)
     return values[0] if len(values) == 1 else Tuple(tuple(values))
 
@@ -264,6 +267,11 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     spec = evaluate_type(body, target.type) if target.type is not None else None
     arguments = distribution_arguments(body, dist)
     type_ = draw_type(body, spec, arguments, statement.span, dist.law.event_axes)
+    if body.region.kind in ("net", "norm"):  # noise that nothing is weighed by
+        body.b.span = statement.span
+        noise = Tensor(dist.law.draw(body.b, type_, dict(arguments)), body)
+        bind_name(body, target, noise, "=")
+        return noise
     support = dist.law.support({k: body.b.const_value(i) for k, i in arguments})
     value = body.b.leaf(
         "input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw",

@@ -18,7 +18,7 @@ from flowlang.ir.types import TensorType, TupleType, Type
 PLAIN = (str, int, float, bool, type(None))
 KINDS = ("real", "int", "bool")
 # Whether these vary from sample to sample is not a matter of their operands.
-OWN_BATCH = {"random_like", "running", "start", "batch_mean", "batch_var", "scan"}
+OWN_BATCH = {"random_like", "running", "start", "batch_mean", "batch_var", "batch_sum", "batch_max", "batch_min", "scan"}
 
 
 class BadGraph(Exception):

@@ -146,6 +146,24 @@ def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
     return x.mean(every) if every else x
 
 
+def batch_sum(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """The sum over all batch dimensions and over `dims`."""
+    every = (*range(x.dim() - rank), *dims)
+    return x.sum(every) if every else x
+
+
+def batch_max(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """The largest over all batch dimensions and over `dims`."""
+    every = (*range(x.dim() - rank), *dims)
+    return x.amax(every) if every else x
+
+
+def batch_min(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """The smallest over all batch dimensions and over `dims`."""
+    every = (*range(x.dim() - rank), *dims)
+    return x.amin(every) if every else x
+
+
 def batch_var(x: Tensor, rank: int, dims: tuple[int, ...], ddof: int = 0) -> Tensor:
     """The variance over all batch dimensions and over `dims`; of one value it is 0, and an error with `ddof`."""
     every = (*range(-x.dim(), -rank), *dims)

@@ -124,6 +124,21 @@ OPS.append(Op(
 ))  # fmt: skip
 
 
+def _total_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
+    """Of any number of terms, one at least."""
+    low, high = scaled(ivs[0], count_of(types, node)), ivs[0]
+    lo, lo_open = (low.lo, low.lo_open) if high.lo >= 0 else (-inf, True)
+    hi, hi_open = (low.hi, low.hi_open) if high.hi <= 0 else (inf, True)
+    return Interval(lo, hi, lo_open, hi_open)
+
+
+OPS.append(Op(
+    "batch_sum", _reduce_infer, _depend, interval=_total_bounds, cost=cost, pools=True, why_not=POOLED,
+))  # fmt: skip
+for _name in ("batch_max", "batch_min"):
+    OPS.append(Op(_name, _reduce_infer, _depend, interval=one, cost=cost, pools=True, why_not=POOLED))
+
+
 def _prod_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
     n = count_of(types, node)
     if n > 64:
