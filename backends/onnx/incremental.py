@@ -130,6 +130,8 @@ class Incremental:
         if node.attrs.get("axis") == axis and node.op in ("reverse", "permute", "slice", "shift"):
             return inputs[0]  # the rows were read in the order of the result
         attrs = dict(node.attrs)
+        if node.op == "cumsum" and attrs["axis"] == axis:
+            return self.total(node, inputs[0])
         if node.op == "conv" and axis in attrs["space"]:
             at = attrs["space"].index(axis)
             attrs["padding"] = tuple((0, 0) if k == at else p for k, p in enumerate(attrs["padding"]))
@@ -142,6 +144,14 @@ class Incremental:
         )
         self.inside.env[made.id] = self.inside.emit(made)
         return made.id
+
+    def total(self, node: Node, x: int) -> int:
+        """A cumulative sum: of the new rows, on top of the last row."""
+        rows, axis = self.plan.rows[node.id], self.position(node.id)
+        place = self.places[node.id].place_of()
+        table = np.array([[place[rows.order[first - 1]] if first else -1] for first in rows.ends[:-1]])
+        last = self.at_stage(self.buffers[node.id], table, axis)
+        return self.leaf(self.g.add(last, self.g.cumsum(self.inside.value(x), axis)), self.type(node.id))
 
     def hidden(self, node: Node, value: int, column: Columns) -> int:
         """Scores with those keys hidden that a query does not see, and all places that hold none yet."""
@@ -193,7 +203,7 @@ class Incremental:
         if own.rows != self.places[node.id].rows:
             raise NotStatic
         place = self.places[i].place_of()
-        wanted = own.index - (read.shift or 0)
+        wanted = own.index - (node.attrs["k"] if read.shift is not None else 0)
         # Beyond the ends a shift reads zeros; there the table holds negative numbers.
         table = np.vectorize(lambda index: place.get(int(index), 0) if 0 <= index < t.size(axis) else -abs(index))(wanted)
         picked = self.at_stage(stored, table, t.position(axis) - t.rank)

@@ -102,6 +102,8 @@ class _Loop:
         if node.op == "conv" and axis in attrs["space"]:
             at = attrs["space"].index(axis)
             attrs |= {"padding": tuple((0, 0) if k == at else p for k, p in enumerate(attrs["padding"])), "rows": True}
+        if node.op == "cumsum" and along:
+            return self.total(node, inputs[0])
         if node.op == "var":
             return self.variance(node, inputs[0])
         column = self.plan.columns.get(node.id)
@@ -130,6 +132,16 @@ class _Loop:
         mask = self.leaf(TensorType((Axis(rows.axis, size), Axis(column.axis, size)), "bool"), f"{name}[{first}:{last}, :{end}]")
         least = graph.add("const", (), TensorType(()), {"value": -math.inf}, batched=False).id
         return graph.add("where", (mask, value, least), self.type(node.id), {}, batched=False).id
+
+    def total(self, node: Node, x: int) -> int:
+        """A cumulative sum: of the new rows, on top of the last row."""
+        graph, type_, axis = self.inner.graph, self.type(node.id), self.plan.rows[node.id].axis
+        first, _ = self.bound(self.plan.rows[node.id])
+        if node.id not in self.buffers:
+            self.buffers[node.id] = self.buffer(node.id, f"{node.label or 'total'}_known")
+        last = self.leaf(type_, f"{self.w.scope.use('rows_or_zeros')}({self.buffers[node.id]}, {first} - 1, {first})")
+        rows = graph.add("cumsum", (x,), type_, {"axis": axis}, batched=False).id
+        return graph.add("add", (last, rows), type_, {}, batched=False, span=node.span, label=node.label).id
 
     def variance(self, node: Node, x: int) -> int:
         """The mean square of what is centred: `var` warns where a stage has no rows."""

@@ -6,14 +6,17 @@ inner value (a hidden unit, say) depends on u up to some index only, its degree,
 once, as soon as u is known so far. The schedule says at which stage that is, for each index along
 one axis of each value, and how operands are read there, so that all stages together cost about as
 much as one round. It follows from the dependence relations alone, whatever network made them: a
-convolution reads the last rows, causal attention the keys and values of all rows so far, whose values
-are computed once (a cache).
+convolution reads the last rows, a cumulative sum its last total, causal attention the keys and values of all
+rows so far, whose values are computed once (a cache).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from operator import or_
 
 from flowlang.analysis.dependence import Dependence, Summaries, local_relation
 from flowlang.derive.inline import inlined
@@ -39,6 +42,10 @@ class Rows:
     @property
     def sorted(self) -> bool:
         return self.order == tuple(range(len(self.order)))
+
+    @property
+    def backwards(self) -> bool:
+        return self.order == tuple(range(len(self.order)))[::-1]
 
 
 @dataclass(frozen=True)
@@ -303,7 +310,11 @@ class _Scheduler:
             return Read(other, True) if known_in_time(own, other, matrix, i == self.entry) else None
         if node.op == "shift" and node.attrs["axis"] == own.axis == other.axis:
             timely = known_in_time(own, other, matrix, i == self.entry)
-            return Read(own, False, node.attrs["k"]) if timely and own.sorted and other.sorted else None
+            if own.sorted and other.sorted:
+                return Read(own, False, node.attrs["k"]) if timely else None
+            return Read(own, False, -node.attrs["k"]) if timely and own.backwards and other.backwards else None
+        if node.op == "cumsum" and node.attrs["axis"] in (own.axis, other.axis):
+            return self.read_total(made, node, own, other)
         if node.op == "conv" and own.axis == other.axis and own.axis in node.attrs["space"]:
             return self.read_window(node, own, other, matrix, i == self.entry)
         image = single(matrix)
@@ -321,6 +332,17 @@ class _Scheduler:
             order = other.order[start : start + len(wanted)]
             return Read(Rows(other.axis, order, tuple(e + start for e in own.ends)), False)
         return None
+
+    def read_total(self, made: Schedule, node: Node, own: Rows, other: Rows) -> Read | None:
+        """A cumulative sum adds its new rows to its last one, where the rows come in the order in which it sums."""
+        step = -1 if node.attrs.get("reverse") else 1
+        done = own.order[: own.ends[-1]]
+        in_turn = all(j - i == step for i, j in pairwise(done))
+        first = len(own.order) - 1 if step < 0 else 0
+        if own != other or node.attrs.get("exclusive") or node.inputs[0] == self.entry or not in_turn or done[:1] != (first,):
+            return None
+        made.stored.add(node.id)
+        return Read(other, False)
 
     def read_window(self, node: Node, own: Rows, other: Rows, matrix: Matrix, entry: bool) -> Read | None:
         """The rows around the new ones that a convolution's window takes; those to come meet weights that are 0."""
@@ -376,10 +398,10 @@ def works_on_columns(node: Node, axis: str) -> bool:
 
 def rows_of(axis: str, degrees: Sequence[int], steps: Sequence[int]) -> Rows:
     """Places by stage: index i is computed at the first stage whose step is at least its degree."""
-    stage = [next((s for s, d in enumerate(steps) if d >= degree), len(steps)) for degree in degrees]
+    stage = [bisect_left(steps, degree) for degree in degrees]
     order = sorted(range(len(degrees)), key=lambda i: (stage[i], i))
-    ends = [sum(1 for x in stage if x < s) for s in range(len(steps) + 1)]
-    return Rows(axis, tuple(order), tuple(ends))
+    in_turn = sorted(stage)
+    return Rows(axis, tuple(order), tuple(bisect_left(in_turn, s) for s in range(len(steps) + 1)))
 
 
 def single(matrix: Matrix) -> list[int] | None:
@@ -400,11 +422,10 @@ def stages(rows: Rows) -> dict[int, int]:
 def known_in_time(own: Rows, other: Rows, matrix: Matrix, entry: bool) -> bool:
     """Whether every index that a row reads is computed by then (before, for the scanned value)."""
     mine, theirs = stages(own), stages(other)
-    late = len(other.ends)
-    masks = [0] * late
-    for index in range(len(other.order)):
-        for s in range(theirs.get(index, late) + (1 if entry else 0), late):
-            masks[s] |= 1 << index
+    masks = [0] * (len(other.ends) + 1)
+    for index, s in theirs.items():
+        masks[s + (1 if entry else 0)] |= 1 << index
+    masks = list(accumulate(masks, or_))
     bits = matrix.bits()
     return all(bits[index] & ~masks[s] == 0 for index, s in mine.items())
 

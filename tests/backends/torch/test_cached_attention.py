@@ -132,6 +132,38 @@ MORE = {
       step(f)
     }
     flow f { data x: R[T = 4, D = 2]; both; base normal }""",
+    "rotary positions": """net turned(x: R[T, h, d]) {
+      half = (x.d) / 2
+      a = x[d = 0..half]
+      b = x[d = half..2 * half]
+      angle: R[T, a.d] = index[T](x) * exp(-3 * index[d](a) / half)
+      join[d](a * cos(angle) - b * sin(angle), a * sin(angle) + b * cos(angle))
+    }
+    bijector step(x: R[T, D]) {
+      e = linear[D -> E = 8](shift[T](x, 1))
+      q = turned(linear[E -> E](e)[E -> (h = 2, d)])
+      k = turned(linear[E -> E](e)[E -> (h = 2, d)])
+      scores: R[h, T, S = T] = sum[d](q * k[T -> S]) / 2
+      a = softmax[S](scores, causal = "T")
+      m: R[T, D] = linear[E](sum[S](a * linear[E -> E](e)[E -> (h = 2, d)][T -> S])[(h, d) -> E])
+      x * exp(tanh(m)) + m
+    }
+    flow f { data x: R[T = 5, D = 2]; step; base normal }""",
+    "linear attention": """bijector step(x: R[T, D]) {
+      e = linear[D -> E = 3](shift[T](x, 1))
+      k = exp(0.3 * linear[E -> K = 4](e))
+      q = exp(0.3 * linear[E -> K = 4](e))
+      v = linear[E -> V = 3](e)
+      all: R[T, K, V] = cumsum[T](k * v)
+      m: R[T, D] = linear[V](sum[K](q * all) / (1 + sum[K](q * cumsum[T](k))))
+      x * exp(tanh(m)) + m
+    }
+    flow f { data x: R[T = 5, D = 2]; step; base normal }""",
+    "a running sum backwards": """bijector step(x: R[T, D]) {
+      m = cumsum[T](tanh(shift[T](x, -1)), reverse = true)
+      x * exp(tanh(m)) + m
+    }
+    flow f { data x: R[T = 5, D = 2]; step; base normal }""",
     "two tokens at once": """bijector step(x: R[T, D]) {
       h = transformer[T](shift[T](x, 2), 4, 2, layers = 1, causal = true)
       mean: R[T, D], log_scale: R[T, D] = linear(h)

@@ -108,8 +108,9 @@ flow f { data x: R[D = 24]; affine_autoregressive(hidden = [2, 2]); base normal 
 def test_what_cannot_be_divided_runs_as_a_plain_scan() -> None:
     spec = """
 bijector token(x: R[T, D]) {
-  h = cumsum[T](shift[T](x, 1))
-  (x - h) * exp(-tanh(h))
+  h = sort[E](shift[T](x, 1)[D -> E])
+  m: R[T, D] = cumsum[T](h[E -> D], exclusive = true)
+  (x - m) * exp(-tanh(m))
 }
 flow f { data x: R[T = 4, D = 2]; token; base normal }"""
     assert plans(spec) == [None]
