@@ -3,7 +3,8 @@
     python benchmarks/onnx_latency.py [--layers 8] [--dims 8] [--rounds 40] [--compile] [--out FILE]
 
 Everything runs in one process, one thread, float32, with the same sizes (hidden layers of 64 and 64, 8 bins); the
-competitors take turns, so that noise of the machine meets all of them. Libraries that are not installed are left
+competitors take turns in a changing order, each after a call that is not timed, so that noise of the machine and the
+caches meet all of them alike. Libraries that are not installed are left
 out and named. Times are medians over the rounds, in microseconds, with quartiles. Export times and node counts
 (bodies of loops and of functions included) are given as well.
 """
@@ -197,16 +198,17 @@ class Bench:
         self.zuko()
         self.nflows()
         times: dict[tuple[str, int], dict[str, list[float]]] = {k: {n: [] for n in v} for k, v in self.calls.items()}
-        for call in (c for v in self.calls.values() for c in v.values()):
-            for _ in range(3):
-                call()
-        for _ in range(self.args.rounds):
+        for turn in range(self.args.rounds):
             for key, named in self.calls.items():
-                for name, call in named.items():
+                # Who comes first meets caches that a call of another size has filled: each in turn, after a call untimed.
+                names = list(named)
+                names = names[turn % len(names) :] + names[: turn % len(names)]
+                for name in names:
                     repeats = 5 if "onnx" in name else 1
+                    named[name]()
                     began = time.perf_counter()
                     for _ in range(repeats):
-                        call()
+                        named[name]()
                     times[key][name].append((time.perf_counter() - began) / repeats * 1e6)
         return {"kind": self.kind, "times": times, "facts": self.facts, "left_out": self.left_out}
 

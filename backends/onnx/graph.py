@@ -8,7 +8,8 @@ Equal ops become one node. Inside a loop's body, an op that needs nothing of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,26 @@ class Body:
     outputs: list[Value] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     known: dict[Hashable, list[Value]] = field(default_factory=dict)
+
+
+def every_node(body: Body) -> Iterator[Node]:
+    for node in body.nodes:
+        yield node
+        for inner in node.bodies.values():
+            yield from every_node(inner)
+
+
+def bodies(body: Body) -> Iterator[Body]:
+    yield body
+    for node in body.nodes:
+        for inner in node.bodies.values():
+            yield from bodies(inner)
+
+
+def use_counts(body: Body) -> Counter[int]:
+    uses = Counter(id(v) for node in every_node(body) for v in node.inputs)
+    uses.update(id(o) for b in bodies(body) for o in b.outputs)
+    return uses
 
 
 def broadcast(*shapes: Shape) -> Shape:

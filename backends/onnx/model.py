@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from flowlang.backends.onnx.folding import fold_affine
-from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Node, Value
+from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Node, Value, bodies, every_node, use_counts
 from flowlang.backends.onnx.outline import DOMAIN, Function, outline
+from flowlang.backends.onnx.turns import absorb_turns
 from onnx import TensorProto, helper, numpy_helper
 
 LOWEST_OPSET, DEFAULT_OPSET = 18, 18
 HIGHEST_OPSET = 25
-
-
-def every_node(body: Body) -> Iterator[Node]:
-    for node in body.nodes:
-        yield node
-        for inner in node.bodies.values():
-            yield from every_node(inner)
 
 
 def prune(body: Body) -> None:
@@ -43,20 +37,17 @@ def prune(body: Body) -> None:
     keep(body, {id(o) for o in body.outputs})
 
 
-def use_counts(body: Body) -> Counter[int]:
-    uses = Counter(id(v) for node in every_node(body) for v in node.inputs)
-    uses.update(id(o) for b in bodies(body) for o in b.outputs)
-    return uses
-
-
 def fuse(body: Body) -> None:
     """Fewer nodes with the same meaning."""
     uses = use_counts(body)
     for part in bodies(body):
         fold_affine(part, uses)
         fuse_linear(part, uses)
-        fuse_sums(part, uses)
         fuse_slices(part)
+        absorb_turns(part, body)
+    uses = use_counts(body)
+    for part in bodies(body):
+        fuse_sums(part, uses)
         fuse_scales(part, uses)
 
 
@@ -182,7 +173,7 @@ def fuse_scales(part: Body, uses: Counter[int]) -> None:
         split, source = v.node, v.node.inputs[0]
         assert source is not None
         layer = source.node
-        whole = layer is not None and layer.op == "Gemm" and uses[id(source)] == len(split.outputs)
+        whole = layer is not None and layer.op == "Gemm" and uses[id(source)] == 1
         if layer is None or not whole or split.attrs["axis"] not in (-1, source.rank - 1):
             continue
         x, weight, bias = layer.inputs
@@ -206,13 +197,6 @@ def fuse_scales(part: Body, uses: Counter[int]) -> None:
         for inner_body in bodies(part):
             inner_body.outputs = [renewed.get(id(v), v) for v in inner_body.outputs]
         part.nodes = [n for n in part.nodes if id(n.outputs[0]) not in renewed]
-
-
-def bodies(body: Body) -> Iterator[Body]:
-    yield body
-    for node in body.nodes:
-        for inner in node.bodies.values():
-            yield from bodies(inner)
 
 
 def clean(name: str) -> str:
