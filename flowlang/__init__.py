@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 from flowlang.version import __version__
 
 if TYPE_CHECKING:
-    from flowlang.api import analyse, check, compile, export_onnx, folded, generate, info, load, save
+    from flowlang.api import analyse, check, compare_onnx, compile, export_onnx, folded, generate, info, load, save
     from flowlang.diagnostics import Diagnostic, FlowError, Report
     from flowlang.library import library_folders
 
 __all__ = [
-    "Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compile", "export_onnx", "folded",
+    "Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compare_onnx", "compile", "export_onnx", "folded",
     "generate", "info", "library_folders", "load", "save",
 ]  # fmt: skip
 
 # Where each name comes from: importing the package loads none of it, and torch least of all.
 HOMES = {
-    "flowlang.api": ("analyse", "check", "compile", "export_onnx", "folded", "generate", "info", "load", "save"),
+    "flowlang.api": ("analyse", "check", "compare_onnx", "compile", "export_onnx", "folded", "generate", "info", "load", "save"),
     "flowlang.library": ("library_folders",),
     "flowlang.diagnostics": ("Diagnostic", "FlowError", "Report"),
     "flowlang.backends.torch.runtime": ("NumericalWarning", "count_steps"),

@@ -21,6 +21,7 @@ from flowlang.syntax.parser import parse
 from flowlang.version import __version__
 
 if TYPE_CHECKING:
+    from flowlang.backends.onnx.compare import Comparison
     from flowlang.backends.torch.runtime import Flow
     from flowlang.derive.folding import Folded
     from flowlang.ir.graph import Region
@@ -408,6 +409,18 @@ def export_onnx(
         given_standard=whole.given_standard() if whole is not None else None,
         dynamic=dynamic, at=at,
     )  # fmt: skip
+
+
+def compare_onnx(flow: Any, files: Mapping[str, Path]) -> dict[str, Comparison]:
+    """Models that `export_onnx` wrote, beside the flow that they were made of: the same inputs and noise through both.
+
+    Gives for each program the largest difference relative to the size of the result (rounding, 1e-6 or so), or why
+    it cannot be told: no onnxruntime, no kernels in this precision, noise that only the model can draw.
+    """
+    from flowlang.backends.onnx.compare import compare
+
+    comp, name = origin_of(getattr(flow, "flow", flow) if hasattr(flow, "standard") else flow)
+    return {program: compare(Path(file), comp.regions[name], program, flow) for program, file in files.items()}
 
 
 class Resized:

@@ -295,7 +295,7 @@ class Model:
             found["exactness"] = exactness
         if free:
             found["free_axes"] = json.dumps(free, ensure_ascii=False)
-        if o.seed is not None:
+        if o.seed is not None and self.noise:
             found["seed"] = str(o.seed)
         elif self.noise:
             found["noise"] = json.dumps(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.files import replace_file
 
 if TYPE_CHECKING:
     from flowlang.backends.onnx.build import At, Options, Standard
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from flowlang.compiler import Compilation
     from flowlang.ir.graph import Region
     from flowlang.ir.types import TensorType
+    from flowlang.source import Span
 
 PROGRAMS = ("log_prob", "forward", "inverse", "sample", "sample_and_log_prob")
 
@@ -86,21 +86,6 @@ def file_of(path: Path, program: str, several: bool) -> Path:
         raise FlowError(Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name"))
     stem = path.with_suffix("") if path.suffix == ".onnx" else path
     return stem.with_name(f"{stem.name}.{program}.onnx") if several else stem.with_name(f"{stem.name}.onnx")
-
-
-def write(path: Path, blob: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(blob)
-        os.replace(temporary, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise FlowError(
-            Diagnostic("FL0801", f"`{path}` cannot be written: {e.strerror or e}", suggestion="choose another path")
-        ) from None
 
 
 def inputs_of(region: Region) -> dict[str, TensorType]:
@@ -174,6 +159,11 @@ def along(region: Region, options: Options, free: Mapping[str, int]) -> Options:
     return found
 
 
+def place_of(region: Region) -> Span | None:
+    """Of a node that stands nowhere in the spec: what a derived program adds to a flow is its base."""
+    return region.base.span if region.base is not None else region.span
+
+
 def export_files(
     comp: Compilation, name: str, module: Any, path: str | Path, programs: Sequence[str], *, opset: int | None = None,
     seed: int | None = None, standard: Any = None, given_standard: Any = None, dynamic: Sequence[str] | None = None,
@@ -200,6 +190,7 @@ def export_files(
     free = free_axes(comp, name, dynamic, at, options)
     if free:
         options = along(comp.regions[name], options, free)
+    made: dict[Path, bytes] = {}
     out: dict[str, Path] = {}
     for program in dict.fromkeys(programs):
         try:
@@ -209,9 +200,27 @@ def export_files(
                 model = export(comp.regions[name], comp.analyses, module, program, options)
         except Unlowered as e:
             raise FlowError(
-                Diagnostic("FL0701", f"cannot be exported to ONNX: {e.reason}", e.node.span, suggestion=e.suggestion)
+                Diagnostic("FL0701", f"cannot be exported to ONNX: {e.reason}", e.node.span or place_of(comp.regions[name]), suggestion=e.suggestion)
             ) from None
-        file = file_of(Path(path), program, len(set(programs)) > 1)
-        write(file, model.SerializeToString())
-        out[program] = file
+        out[program] = file_of(Path(path), program, len(set(programs)) > 1)
+        made[out[program]] = model.SerializeToString()
+    for file, blob in made.items():  # none before all are made
+        replace_file(file, blob)
     return out
+
+
+def shown(file: Path) -> str:
+    """A model's inputs and outputs with their shapes, the axes named where the model tells their names."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    axes = json.loads(next((p.value for p in model.metadata_props if p.key == "axes"), "{}"))
+
+    def one(v: Any) -> str:
+        dims = [d.dim_param or str(d.dim_value) for d in v.type.tensor_type.shape.dim]
+        own = axes.get(v.name, [])
+        if own and len(own) == len(dims) - 1:
+            dims[1:] = [f"{name} = {d}" if name != d else d for (name, _), d in zip(own, dims[1:], strict=True)]
+        return f"{v.name} [{', '.join(dims)}]"
+
+    return f"{', '.join(map(one, model.graph.input))} -> {', '.join(map(one, model.graph.output))}"

@@ -28,14 +28,15 @@ from flowlang.cli.common import flow_option, spec_options
     "--dynamic", metavar="AXES",
     help="Axes of any size, as H,W; `none` fixes all. [default: those whose size the spec leaves open]",
 )  # fmt: skip
+@click.option("--check/--no-check", default=True, help="Run what was written in onnxruntime beside PyTorch. [default: check]")
 @click.option("--double", is_flag=True, help="float64 instead of float32.")
 def export(
     spec: str, sets: tuple[str, ...], flow: str | None, weights: str | None, programs: tuple[str, ...], out: str,
-    opset: int | None, seed: int | None, dynamic: str | None, double: bool,
+    opset: int | None, seed: int | None, dynamic: str | None, check: bool, double: bool,
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
-    from flowlang.api import compile_from, export_onnx
-    from flowlang.backends.onnx.files import check_opset, need_onnx
+    from flowlang.api import compare_onnx, compile_from, export_onnx
+    from flowlang.backends.onnx.files import check_opset, need_onnx, shown
     from flowlang.cli.common import load_ok
 
     need_onnx()
@@ -53,7 +54,13 @@ def export(
     axes = (
         None if dynamic is None else [] if dynamic == "none" else [a.strip() for a in dynamic.split(",") if a.strip()]
     )
-    for program, file in export_onnx(made, out, programs or None, opset=opset, seed=seed, dynamic=axes).items():
+    files = export_onnx(made, out, programs or None, opset=opset, seed=seed, dynamic=axes)
+    compared = compare_onnx(made, files) if check else {}
+    for program, file in files.items():
         click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")
+        click.echo(f"  {shown(file)}")
+        if program in compared:
+            error, reason = compared[program].error, compared[program].reason
+            click.echo(f"  not compared with PyTorch: {reason}" if error is None else f"  in onnxruntime within {error:.1e} of PyTorch")
     if weights is None:
         click.echo("fresh weights: give trained ones with --weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from flowlang.backends.onnx.files import PROGRAMS, file_of
 from flowlang.backends.onnx.graph import REAL, Builder
 from flowlang.backends.onnx.lower import DECLINED, EMITTERS, Unlowered
 from flowlang.backends.onnx.model import finish
+from flowlang.backends.torch.standard import Standardised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import inliner
 
 import flowlang as fl
+from flowlang import files
 from flowlang.api import analyse, compile_from
 from flowlang.cli.export import export as export_command
 from flowlang.cli.main import cli
@@ -333,6 +336,57 @@ def test_the_command_writes_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.exit_code == 0, done.output
     (x, _) = onnx.load("f.onnx").graph.input
     assert x.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+
+
+def test_the_command_tells_the_interface_and_compares_with_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pair.flow").write_text(COUPLING)
+    done = CliRunner().invoke(cli, ["export", "pair.flow", "-o", "p.onnx"], catch_exceptions=False)
+    assert "x [batch, D = 4], c [batch, K = 2] -> log_prob [batch]" in done.output
+    assert "c [batch, K = 2], noise [batch, 4] -> x [batch, D = 4]" in done.output
+    errors = [float(e) for e in re.findall(r"within (\S+) of PyTorch", done.output)]
+    assert len(errors) == 2
+    assert max(errors) <= 1e-5
+    done = CliRunner().invoke(cli, ["export", "pair.flow", "--no-check", "--seed", "1", "-o", "p.onnx"], catch_exceptions=False)
+    assert "PyTorch" not in done.output
+
+
+def test_a_written_model_is_compared_on_its_own_noise_and_in_the_datas_units(tmp_path: Path) -> None:
+    flow = Standardised(fl.compile(COUPLING, seed=0).eval(), [100.0, 0, 0, 0], [3.0, 1, 1, 1], {"c": ([1.0, 2.0], [2.0, 2.0])})
+    written = fl.export_onnx(flow, tmp_path / "p.onnx", PROGRAMS)
+    found = fl.compare_onnx(flow, written)
+    assert set(found) == set(PROGRAMS)
+    assert all(c.error is not None and c.error <= 1e-5 for c in found.values())
+    with torch.no_grad():
+        next(flow.parameters()).add_(1.0)
+    assert all(c.error is not None and c.error > 1e-3 for c in fl.compare_onnx(flow, written).values())
+    seeded = fl.export_onnx(flow, tmp_path / "s.onnx", ["sample"], seed=1)
+    assert fl.compare_onnx(flow, seeded)["sample"].reason == "it draws its own noise"
+
+
+def test_nothing_is_written_unless_everything_can_be(tmp_path: Path) -> None:
+    text = "flow f { data x: Torus[D = 2]\n periodic_shift\n base von_mises(concentration = 2) }"
+    with pytest.raises(fl.FlowError) as e:
+        fl.export_onnx(fl.compile(text, seed=0), tmp_path / "f.onnx", ["log_prob", "sample"], seed=1)
+    assert [d.code for d in e.value.diagnostics] == ["FL0701"]
+    assert e.value.diagnostics[0].span is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = fl.compile(COUPLING, seed=0)
+    (file,) = fl.export_onnx(flow, tmp_path / "p.onnx", ["log_prob"]).values()
+    before = file.read_bytes()
+
+    def stopped(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fl.export_onnx(flow, tmp_path / "p.onnx", ["sample"])
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["p.onnx"]
+    assert file.read_bytes() == before
 
 
 def test_compile_from_keeps_what_export_needs() -> None:
