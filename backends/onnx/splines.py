@@ -329,7 +329,8 @@ def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -
     names = ["x0", "x1", "w", "h", "y0", "y1", "d0", "d1", "least", "least"]
     found = rqs_bin(g, RqsTable(size(raw[0], -1), n, circular), raw, column, 0, names)
     x_ends, w, h, y_ends, d, least = g.split(found, found.rank - 1, [2, 1, 1, 2, 2, 2])
-    places = g.div(g.sub(column, x_ends), w)  # t, -r
+    # t, -r (in the bin below the box -t, r): held to a sum of 1, which the ends' rounding would be off by.
+    places = g.unary("LpNormalization", g.sub(column, x_ends), axis=-1, p=1)
     six = g.matmul(places, g.const([[1, 0, 0, 1, 0, 1], [0, -1, -1, 0, -1, 0]]))
     s = g.div(h, w)
     factors = g.concat([s, s, g.unary("Softplus", d), least], -1)

@@ -120,26 +120,41 @@ def tolerance(comp: Compilation, name: str, program: str, dtype: torch.dtype) ->
     return 1e-4 if loose else 1e-5
 
 
-# By how much one sample in a thousand may differ in float32: the module's rounding happened to cancel there. Measured 2.6e-5
-# and 4.9e-5 (`forward`, weights shifted at random: values up to 1e7); all other entries and specs keep the plain tolerance.
+# Where float32 itself leaves more, of one sample in 1,007 with edges, weights shifted at random: the measured difference,
+# rounded up, beside what the module in float32 is off from float64 there. Everything else keeps the plain tolerance.
 # ONNX's own error against float64 is held to the module's in `difference`, for these as for all.
-LUCKY = {"rq_nsf_c_steps": 5e-5, "glow_small": 1e-4}
+ALLOWED = {
+    ("flowpp_dequant", "inverse"): 2e-3,  # module 1.3e-3: a logit at the ends of (0, 1)
+    ("flowpp_dequant", "sample_and_log_prob"): 2e-2,  # module 1.2e-2
+    ("rq_nsf_ar_steps", "forward"): 2e-4,  # module 1.9e-4: the log-slope in bins of the least width
+    ("rq_nsf_c_steps", "forward"): 6e-5,  # module 2.9e-5
+    ("rq_nsf_c_steps", "inverse"): 5e-5,  # module 3.7e-5
+    ("glow_small", "forward"): 2e-3,  # module 1.4e-3: values up to 1e7, and log-dets that cancel
+    ("glow_small", "inverse"): 1e-4,  # module 7e-5
+    ("spirals", "forward"): 3e-5,  # module 1.3e-5
+    ("two_moons", "forward"): 4e-5,  # module 1.7e-5
+    ("structured_linear", "forward"): 2e-5,  # module 1.1e-5
+    ("diamonds", "forward"): 2e-5,  # module 6.8e-6, ONNX 9.1e-6
+    ("temperature", "forward"): 2e-5,  # module 6.7e-6, ONNX 4.2e-6
+    ("vae", "forward"): 2e-5,  # ONNX 1.2e-5: a log-det that is a difference of larger sums
+}
 
 
-def check(comp: Compilation, program: str, dtype: torch.dtype, batches: tuple[int, ...], lucky: float = 0.0) -> None:
+def check(comp: Compilation, program: str, dtype: torch.dtype, batches: tuple[int, ...], case: str) -> None:
     for name in comp.flows():
         found = parity(comp, name, program, dtype, batches)
         if found is None:
             assert dtype == torch.float64, "float32 kernels are there for everything"
             continue
-        assert found <= max(tolerance(comp, name, program, dtype), lucky), (name, program)
+        allowed = ALLOWED.get((case, program), 0.0) if dtype == torch.float32 else 0.0
+        assert found <= max(tolerance(comp, name, program, dtype), allowed), (name, program)
 
 
 @pytest.mark.parametrize("name", BIJECTORS)
 def test_library_bijector(name: str) -> None:
     comp = compiled(step_flow(name))
     for program in PROGRAMS:
-        check(comp, program, torch.float32, (7,))
+        check(comp, program, torch.float32, (7,), name)
 
 
 @pytest.mark.slow
@@ -148,14 +163,14 @@ def test_library_bijector(name: str) -> None:
 def test_library_bijector_at_every_batch_and_precision(name: str, dtype: torch.dtype) -> None:
     comp = compiled(step_flow(name))
     for program in PROGRAMS:
-        check(comp, program, dtype, (1, 7, 1000), LUCKY.get(name, 0.0) if dtype == torch.float32 else 0.0)
+        check(comp, program, dtype, (1, 7, 1000), name)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda p: p.stem)
 def test_spec(spec: Path) -> None:
     comp = compiled(spec)
     for program in ("log_prob", "sample"):
-        check(comp, program, torch.float32, (3,))
+        check(comp, program, torch.float32, (3,), spec.stem)
 
 
 @pytest.mark.slow
@@ -164,7 +179,7 @@ def test_spec(spec: Path) -> None:
 def test_spec_at_every_batch_and_precision(spec: Path, dtype: torch.dtype) -> None:
     comp = compiled(spec)
     for program in PROGRAMS:
-        check(comp, program, dtype, (1, 7, 1000), LUCKY.get(spec.stem, 0.0) if dtype == torch.float32 else 0.0)
+        check(comp, program, dtype, (1, 7, 1000), spec.stem)
 
 
 def test_the_face_exports_what_it_compiled(tmp_path: Path) -> None:
