@@ -69,6 +69,9 @@ def compare(file: Path, region: Region, program: str, module: Any, batch: int = 
     feeds: dict[str, torch.Tensor] = {}
     double, data = meta["dtype"] == "float64", data_of(region)
     for i in session.get_inputs():
+        if i.name == "batch_size" and i.name not in types_of(region, program):
+            feeds[i.name] = torch.tensor([batch])
+            continue
         shape = [d if isinstance(d, int) else sizes.get(d) for d in i.shape]
         if None in shape:
             return Comparison(None, "its noise has axes of any size")
@@ -76,12 +79,13 @@ def compare(file: Path, region: Region, program: str, module: Any, batch: int = 
         value = points(region, program, i.name, shape, generator) if kind is None else REPLAYED[kind](shape, generator=generator)
         if i.name == data and hasattr(module, "standard"):  # where the data are
             value = value * module.scale.cpu() + module.mean.cpu()
-        feeds[i.name] = value.to(torch.float64 if double else torch.float32)
+        feeds[i.name] = value.to(torch.int64 if "int64" in i.type else torch.float64 if double else torch.float32)
     found = session.run(None, {k: v.numpy() for k, v in feeds.items()})
+    own = types_of(region, program) if region.kind == "model" else feeds.keys() - {"batch_size"}
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     placed = {k: v.to(device) for k, v in feeds.items()}
     with torch.no_grad(), Replay([placed[k] for k in kinds]):
-        wanted = results(module, region, program, {k: v for k, v in placed.items() if k not in kinds}, batch)
+        wanted = results(module, region, program, {k: v for k, v in placed.items() if k not in kinds and k in own}, batch)
     error = 0.0
     for a, b in zip(found, wanted, strict=True):
         b = b.double().cpu().numpy()
