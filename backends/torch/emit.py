@@ -1314,12 +1314,13 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
     outside = [w.variable(i) if not w.is_number(i) else w.as_tensor(i) for i in others]
     gradient = n.attrs.get("gradient", "through")
     known = outside if gradient == "through" else [w.names.fresh("held") for _ in outside]
-    arguments = ", ".join(["state[0]", *known[:along], "t", *known[along:]])
+    state_, t = (name + "_" * (name in outside) for name in ("state", "t"))  # what is read from outside keeps its name
+    arguments = ", ".join([f"{state_}[0]", *known[:along], t, *known[along:]])
     child = f"self.{w.scope.children[n.attrs['child']]}"
     call = f"{child}{_method(n)}({arguments})"
     start_value = w.variable(x)
     state = f"({start_value}, {start_value}.new_zeros({batch}))" if traced else f"({start_value},)"
-    inputs = ", ".join(["state", "t", *(known if gradient != "through" else [])])
+    inputs = ", ".join([state_, t, *(known if gradient != "through" else [])])
     rates = f"lambda {inputs}: {call}" if traced else f"lambda {inputs}: ({call},)"
     ends = f"{n.attrs['start']!r}, {n.attrs['stop']!r}"
     steps = n.attrs.get("times", n.attrs.get("steps"))
@@ -1329,7 +1330,7 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
         return _trajectory(w, n, text, traced)
     method = w.scope.tableau(n.attrs["solver"], n.attrs["tableau"], dense=timed or "at" in n.attrs)
     if not n.attrs["tableau"].explicit:
-        plain = f"lambda state, t: ({child}({', '.join(['state[0]', 't', *outside[along:]])}),)"
+        plain = f"lambda {state_}, {t}: ({child}({', '.join([f'{state_}[0]', t, *outside[along:]])}),)"
         parts = [rates, plain, state, batch, ends, repr(steps), method]
         return _trajectory(w, n, f"{w.scope.use('ode_implicit')}({', '.join(parts)})", traced)
     at = [f"at={w.tensor(n.inputs[-1])}"] if timed else []

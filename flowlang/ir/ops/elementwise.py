@@ -92,6 +92,7 @@ def flops(weight: int) -> Callable[[Node, Sequence[TensorType]], int]:
 # ---- unary --------------------------------------------------------------------------------------
 
 Unary = Callable[["Builder", int, int], int]  # (b, x, out) -> value
+Slope = Callable[["Builder", int, int], "int | None"]  # None: flat to whoever differentiates
 
 
 def safe(f: Callable[[float], float], at_lo: float, at_hi: float) -> Callable[[float], float]:
@@ -116,7 +117,7 @@ def unary(
     name: str,
     *,
     bounds: Callable[[Interval], Interval],
-    d: Unary | None = None,
+    d: Slope | None = None,
     total: Need | None = None,
     inverse: Callable[[Builder, int, Attrs], int] | None = None,
     needs: Need | None = None,
@@ -132,7 +133,8 @@ def unary(
 ) -> None:
     def jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, tangent: int) -> int | None:
         assert d is not None
-        return b.mul(d(b, args[0], out), tangent)
+        slope = d(b, args[0], out)
+        return None if slope is None else b.mul(slope, tangent)
 
     def invert(b: Builder, node: Node, slot: int, args: Sequence[int | None], out: int) -> int:
         assert inverse is not None
@@ -663,7 +665,10 @@ unary(
     weight=1,
     why="`round` is piecewise constant",
 )
-unary("stop", bounds=lambda a: a, zero=True, weight=0, why="`stop` hides the gradient of its value")
+unary(
+    "stop", bounds=lambda a: a, d=lambda b, x, y: None, zero=True, weight=0,
+    why="`stop` hides the gradient of its value",
+)
 unary(
     "not", bounds=lambda a: closed(0, 1), continuous=False, weight=1, infer=bool_result, why="a condition is no number"
 )
@@ -1053,6 +1058,11 @@ OPS.append(_extremum("min", iv.minimum, "le"))
 OPS.append(_extremum("max", iv.maximum, "ge"))
 
 
+def _mod_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int:
+    """Of x - m·floor(x / m), between its jumps."""
+    return t if slot == 0 else b.mul(t, b.op("div", b.sub(out, args[0]), args[1]))
+
+
 def _mod_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
     top = ivs[1].hi
     return Interval(0.0, top, False, True) if ivs[1].positive else REAL
@@ -1061,7 +1071,7 @@ def _mod_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node
 OPS.append(Op(
     "mod", number_result, depend, elementwise=True, interval=_mod_bounds, continuous=lambda slot: False, cost=flops(4),
     total=lambda node, types: (Need(1, nonzero=True, words="a divisor that is never zero"),),
-    why_not={"invert": "`mod` wraps around", "jvp": "`mod` jumps", "lipschitz": "`mod` jumps"},
+    jvp=_mod_jvp, why_not={"invert": "`mod` wraps around", "lipschitz": "`mod` jumps"},
 ))  # fmt: skip
 
 CIRCLE = Interval(-pi, pi, False, True)
