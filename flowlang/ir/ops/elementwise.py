@@ -1060,7 +1060,10 @@ OPS.append(_extremum("max", iv.maximum, "ge"))
 
 def _mod_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int:
     """Of x - m·floor(x / m), between its jumps."""
-    return t if slot == 0 else b.mul(t, b.op("div", b.sub(out, args[0]), args[1]))
+    found = t if slot == 0 else b.mul(t, b.op("div", b.sub(out, args[0]), args[1]))
+    found = b.expand(found, b.type(out))
+    names = b.type(out).names
+    return found if b.type(found).names == names else b.op("order", found, names=names)
 
 
 def _mod_bounds(ivs: Sequence[Interval], types: Sequence[TensorType], node: Node) -> Interval:
