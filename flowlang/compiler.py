@@ -22,8 +22,9 @@ from flowlang.elaborate.elaborator import WITNESS_SIZES, Elaborator
 from flowlang.elaborate.scope import LATER_ADVICE, LATER_KINDS, ModuleScope
 from flowlang.elaborate.types import is_tensor_type
 from flowlang.elaborate.values import Declared, Instance
+from flowlang.ir.distributions import Distribution
 from flowlang.ir.domains import Domain
-from flowlang.ir.graph import Region
+from flowlang.ir.graph import Emission, Region
 from flowlang.ir.interval import Interval
 from flowlang.library import Folders, standard_library
 from flowlang.source import Loader, Source, Span
@@ -471,16 +472,18 @@ def check_support(comp: Compilation, region: Region, home: Span | None) -> None:
             )
         )
         return
-    domain = region.graph[region.inputs[0]].attrs.get("domain")
-    if isinstance(domain, Domain) and not found.outputs[0].within(domain.interval):
-        comp.report.add(
-            Diagnostic(
-                "FL0408",
-                f"going back from the base, values lie in {found.outputs[0]}, outside the data's domain `{domain}`",
-                where,
-                suggestion="begin with a step that maps the data's domain onto all reals, as `inverse(elementwise(softplus))`",
+    for i, back in zip(region.inputs, found.outputs, strict=False):
+        domain = region.graph[i].attrs.get("domain")
+        if isinstance(domain, Domain) and not back.within(domain.interval):
+            comp.report.add(
+                Diagnostic(
+                    "FL0408",
+                    f"going back from the base, values lie in {back}, outside the data's domain `{domain}`",
+                    where,
+                    suggestion="begin with a step that maps the data's domain onto all reals, as `inverse(elementwise(softplus))`",
+                )
             )
-        )
+            return
 
 
 def advice(image: Interval, support: Interval) -> str:
@@ -586,7 +589,7 @@ def require_log_det(comp: Compilation, statement: tree.Require, condition: tree.
         return
     if isinstance(comp.analyses.plan(region), Failure):
         return
-    data = region.graph[region.inputs[0]].tensor.count
+    data = sum(t.count for t in region.input_types())
     order = {"O(1)": 0, "O(D)": 1, "O(D²)": 2, "O(D³)": 3, "estimator": 4, "ode": 5}
     costliest: tuple[tuple[int, int], Step | None, str] = ((0, 0), None, "0")
     for step in comp.analyses.steps_of(region):
@@ -644,7 +647,7 @@ def size_formula(comp: Compilation, name: str, count: Callable[[Region], int] = 
     The spec is elaborated at several sizes for it; nothing is allocated.
     """
     region = comp.regions[name]
-    sizes = {a.name: a.size for a in region.graph[region.inputs[0]].tensor.axes}
+    sizes = {a.name: a.size for t in region.input_types() for a in t.axes}
 
     def at(given: Mapping[str, int]) -> int:
         made = Elaborator(Report(), comp.elab.loader, comp.elab.library, {**comp.elab.sets, **given})
@@ -697,7 +700,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
         "free_parameters": parameter_count(region, "free"), "flops": flop_count(region),
         "inputs": [str(region.graph[i].type) for i in region.inputs],
         "context": [str(region.graph[i].type) for i in region.context],
-        "outputs": [str(region.graph[o].type) for o in region.outputs],
+        "outputs": [str(region.graph[o].type) for o in (*region.outputs, *based(region))],
     }  # fmt: skip
     if region.kind == "norm" and region.inputs:
         from flowlang.analysis.invariance import report
@@ -713,7 +716,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     entry["invertible"] = isinstance(plan, Plan)
     if isinstance(plan, Failure):
         return entry
-    data = region.graph[region.inputs[0]].tensor.count
+    data = sum(t.count for t in region.input_types())
     found = comp.analyses.region_class(region)
     log_det = shown_class(found, data)
     way = comp.analyses.way(region)
@@ -726,8 +729,23 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
         entry["steps"] = step_count(region)
         entry["chain"] = list(chain_rows(comp, region, data))
     if region.base is not None:
-        entry["base"] = region.base.distribution.name
+        entry["base"] = ", ".join(law.name for law in bases(region))
     return entry
+
+
+def beside(region: Region) -> list[Emission]:
+    """What a flow with several data emits last: the values that have a base of their own."""
+    others = len(region.inputs) - 1 if region.kind == "flow" else 0
+    return region.emissions[-others:] if others else []
+
+
+def based(region: Region) -> list[int]:
+    return [e.value for e in beside(region)]
+
+
+def bases(region: Region) -> list[Distribution]:
+    assert region.base is not None
+    return [region.base.distribution, *(e.distribution for e in beside(region) if e.distribution is not None)]
 
 
 def chain_rows(comp: Compilation, region: Region, data: int) -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from flowlang.compiler import Compilation, describe_region
 from flowlang.ir.domains import Domain
 from flowlang.ir.interval import Interval
+from flowlang.ir.manifolds import on_sphere
 
 if TYPE_CHECKING:
     import torch
 
     from flowlang.backends.torch.runtime import Flow
+    from flowlang.ir.graph import Region
 
 SOLVER_ERROR = 1e-3  # what the solver of a differential equation may leave
 JACOBIAN_LIMIT = 1024  # coordinates; the log-det of larger flows is compared with an estimate
@@ -45,6 +47,8 @@ def probes(domain: Domain | None, n: int, shape: tuple[int, ...], generator: tor
         return torch.randint(low, high + 1, (n, *shape), generator=generator).to(torch.float64)
     z = torch.randn(n, *shape, dtype=torch.float64, generator=generator)
     z[: n // 4] *= 3
+    if domain is not None and domain.structure == "sphere":
+        return torch.nn.functional.normalize(z, dim=-1)
     if n > 4:
         z[0], z[1] = 0.0, 1e-6
     return into(iv, z)
@@ -65,40 +69,70 @@ def perturb(flow: Flow, generator: torch.Generator, size: float = 0.1) -> None:
     flow.certify()
 
 
+@dataclass(frozen=True)
+class Space:
+    """Where a flow's data lie, and which of its results are points of a sphere."""
+
+    domains: tuple[Domain | None, ...] = (None,)
+    spheres: tuple[bool, ...] = (False,)
+
+    @staticmethod
+    def of(region: Region) -> Space:
+        domains = [region.graph[i].attrs.get("domain") for i in region.inputs]
+        leaving = [*region.outputs, *(e.value for e in region.emissions)]
+        return Space(
+            tuple(d if isinstance(d, Domain) else None for d in domains),
+            tuple(on_sphere(region.graph, n, region=region) for n in leaving),
+        )
+
+    @property
+    def on(self) -> tuple[bool, ...]:
+        """Which data are points of a sphere."""
+        return tuple(d is not None and d.structure == "sphere" for d in self.domains)
+
+    @property
+    def flat(self) -> bool:
+        return not any((*self.on, *self.spheres))
+
+
 def verify_flow(
-    flow: Flow, facts: dict[str, Any], domain: Domain | None, *, points: int = 24, seed: int = 0
+    flow: Flow, facts: dict[str, Any], space: Space | None = None, *, points: int = 24, seed: int = 0
 ) -> list[Check]:
     """Checks a compiled flow (made float64 in place)."""
     import torch
 
+    space = space or Space()
     g = torch.Generator().manual_seed(seed)
     flow.double().eval()
-    if math.prod(flow.data_shape) > 128:
+    shapes = list(getattr(flow, "data_shapes", {"data": flow.data_shape}).values())
+    count = sum(math.prod(s) for s in shapes)
+    if count > 128:
         points = min(points, 3)  # a dense Jacobian takes a pass for each coordinate
-    x = probes(domain, points, flow.data_shape, g)
+    xs = [probes(d, points, s, g) for d, s in zip(space.domains, shapes, strict=True)]
     given = {k: torch.randn(points, *s, dtype=torch.float64, generator=g) for k, s in flow.given_shapes.items()}
     estimated = facts.get("exactness") == "unbiased"
     iterative = facts.get("inverse") not in ("analytic",) and not str(facts.get("inverse")).startswith("scan")
     solver = facts.get("inverse") == "integration"  # exact up to the solver's own error
     out: list[Check] = []
+    x = flow._whole(xs)
     with torch.no_grad():
         forward = flow(x, **given)
-        back = flow.inverse(*forward[:-1], **given)
-    count = math.prod(flow.data_shape)
+        found, back_log_det = flow.inverse(*forward[:-1], **given)
+    back = [found] if isinstance(found, torch.Tensor) else list(found)
     condition = torch.ones(points, dtype=torch.float64)
     jacobian = None
     # With draws inside, x alone does not determine what leaves: the Jacobian of x to it is not square.
     drawn = facts.get("exactness") == "lower bound" or facts.get("draws", False) or sum(y[0].numel() for y in forward[:-1]) != count
     ratio = facts.get("exactness") == "ratio"  # right up to a constant
     if count <= JACOBIAN_LIMIT and not drawn:
-        jacobian = dense_jacobian(flow, x, given)
+        jacobian = dense_jacobian(flow, xs, given, space)
         usable = torch.isfinite(jacobian).flatten(1).all(1)  # LAPACK stops at what is not a number
         out.append(Check("Jacobian is finite", float((~usable).sum()), 0.0, "points where it is not"))
-        jacobian = torch.where(usable[:, None, None], jacobian, torch.eye(count, dtype=torch.float64))
+        jacobian = torch.where(usable[:, None, None], jacobian, torch.eye(jacobian.shape[-1], dtype=torch.float64))
         singular = torch.linalg.svdvals(jacobian)
         condition = (singular[:, 0] / singular[:, -1]).clamp_min(1)
-    scale = (1 + x.abs().reshape(points, -1).amax(1)) * condition
-    error = (back[0] - x).abs().reshape(points, -1).amax(1) / scale
+    scale = (1 + torch.stack([v.abs().reshape(points, -1).amax(1) for v in xs]).amax(0)) * condition
+    error = torch.stack([(b - v).abs().reshape(points, -1).amax(1) for b, v in zip(back, xs, strict=True)]).amax(0) / scale
     out.append(
         Check(
             "round trip",
@@ -112,63 +146,81 @@ def verify_flow(
         difference = dense - forward[-1]
         difference = (difference - difference.median() * ratio).abs() / (1 + dense.abs()) / condition.log().clamp_min(1)
         out.append(Check("log-det against slogdet", float(difference.max()), SOLVER_ERROR if solver else 1e-8))
-    elif not (estimated or drawn or ratio):
-        out.append(large_check(flow, x[0], {k: v[:1] for k, v in given.items()}, float(forward[-1][0]), g))
+    elif not (estimated or drawn or ratio) and space.flat:  # the estimate knows no tangent spaces
+        first = [v[0] for v in xs]
+        out.append(large_check(flow, first, {k: v[:1] for k, v in given.items()}, float(forward[-1][0]), g))
     if estimated and jacobian is not None:
-        out.append(estimate_check(flow, x[:4], {k: v[:4] for k, v in given.items()}, jacobian[:4]))
+        out.append(estimate_check(flow, [v[:4] for v in xs], {k: v[:4] for k, v in given.items()}, jacobian[:4]))
     elif not estimated and not drawn:
-        difference = (forward[-1] + back[1]).abs() / (1 + forward[-1].abs()) / condition.log().clamp_min(1)
+        difference = (forward[-1] + back_log_det).abs() / (1 + forward[-1].abs()) / condition.log().clamp_min(1)
         out.append(Check("log-det of the inverse", float(difference.max()), SOLVER_ERROR if solver else 1e-6 if iterative else 1e-8))
     with torch.no_grad():
         finite = flow.log_prob(x, **given)
     out.append(Check("log-density is finite", float((~torch.isfinite(finite)).sum()), 0.0))
     samples = flow.sample((points,), generator=g, **given)
-    out.append(Check("samples are finite", float((~torch.isfinite(samples)).sum()), 0.0))
+    bad = sum(int((~torch.isfinite(s)).sum()) for s in ([samples] if isinstance(samples, torch.Tensor) else samples))
+    out.append(Check("samples are finite", float(bad), 0.0))
     return out
 
 
-def dense_jacobian(flow: Flow, x: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """dz/dx for each point, all parts that leave included."""
+def dense_jacobian(flow: Flow, xs: list[torch.Tensor], given: dict[str, torch.Tensor], space: Space) -> torch.Tensor:
+    """dz/dx for each point, all parts that leave included; between tangent spaces where they are points of spheres."""
     import torch
 
+    from flowlang.backends.torch.explicit import tangential
+
+    sizes = [v[0].numel() for v in xs]
     rows = []
-    for k in range(len(x)):
+    for k in range(len(xs[0])):
         one = {n: c[k : k + 1] for n, c in given.items()}
 
-        def f(v: torch.Tensor, one: dict[str, torch.Tensor] = one) -> torch.Tensor:
-            out = flow(v.unsqueeze(0), **one)[:-1]
-            return torch.cat([o.reshape(-1) for o in out])
+        def apart(v: torch.Tensor, one: dict[str, torch.Tensor] = one) -> list[torch.Tensor]:
+            parts = [p.reshape(1, *x.shape[1:]) for p, x in zip(v.split(sizes), xs, strict=True)]
+            return [o[0] for o in flow(flow._whole(parts), **one)[:-1]]
 
-        j = torch.autograd.functional.jacobian(f, x[k])
+        def f(v: torch.Tensor, apart: Any = apart) -> torch.Tensor:
+            return torch.cat([o.reshape(-1) for o in apart(v)])
+
+        point = torch.cat([v[k].reshape(-1) for v in xs])
+        j = torch.autograd.functional.jacobian(f, point)
         assert isinstance(j, torch.Tensor)
-        rows.append(j.reshape(j.shape[0], -1))
+        j = j.reshape(-1, len(point))
+        if not space.flat:
+            with torch.no_grad():
+                j = tangential(j, [v[k] for v in xs], space.on, apart(point), space.spheres)
+        rows.append(j)
     return torch.stack(rows)
 
 
-def large_check(flow: Flow, x: torch.Tensor, given: dict[str, torch.Tensor], found: float, generator: torch.Generator) -> Check:
+def large_check(
+    flow: Flow, xs: list[torch.Tensor], given: dict[str, torch.Tensor], found: float, generator: torch.Generator
+) -> Check:
     """A log-det beside an estimate of it that needs no dense Jacobian: right to about one part in a thousand."""
     import torch
 
     from flowlang.backends.torch.explicit import estimated_log_det
 
+    sizes = [v.numel() for v in xs]
+
     def f(flat: torch.Tensor) -> torch.Tensor:
         wide = {k: v.expand(len(flat), *v.shape[1:]) for k, v in given.items()}
-        return torch.cat([o.reshape(len(flat), -1) for o in flow(flat.reshape(-1, *x.shape), **wide)[:-1]], 1)
+        parts = [p.reshape(-1, *v.shape) for p, v in zip(flat.split(sizes, 1), xs, strict=True)]
+        return torch.cat([o.reshape(len(flat), -1) for o in flow(flow._whole(parts), **wide)[:-1]], 1)
 
-    mean, error = estimated_log_det(f, x.reshape(-1), generator)
+    mean, error = estimated_log_det(f, torch.cat([v.reshape(-1) for v in xs]), generator)
     off = abs(found - mean) / (error + 2e-4 * (1 + abs(mean)))
     return Check("log-det against an estimate", off, 5.0, "in standard errors")
 
 
 def estimate_check(
-    flow: Flow, x: torch.Tensor, given: dict[str, torch.Tensor], jacobian: torch.Tensor, runs: int = 400
+    flow: Flow, xs: list[torch.Tensor], given: dict[str, torch.Tensor], jacobian: torch.Tensor, runs: int = 400
 ) -> Check:
     """The mean of many estimates lies within four standard errors of the log-det."""
     import torch
 
     torch.manual_seed(0)
     with torch.no_grad():
-        found = torch.stack([flow(x, **given)[-1] for _ in range(runs)])
+        found = torch.stack([flow(flow._whole(xs), **given)[-1] for _ in range(runs)])
     dense = torch.linalg.slogdet(jacobian)[1]
     errors = (found.mean(0) - dense).abs() / (found.std(0) / math.sqrt(runs) + 1e-9)
     return Check("mean of the estimated log-det", float(errors.max()), 4.0, "in standard errors")
@@ -183,6 +235,5 @@ def verify(comp: Compilation, name: str, *, seed: int = 0) -> list[Check]:
     region = comp.regions[name]
     flow = compile_from(comp, name, seed=seed, dtype=torch.float64)
     perturb(flow, torch.Generator().manual_seed(seed))
-    domain = region.graph[region.inputs[0]].attrs.get("domain")
     facts = {**describe_region(comp, region), "draws": any(r.draws for r in region.walk())}
-    return verify_flow(flow, facts, domain if isinstance(domain, Domain) else None, seed=seed)
+    return verify_flow(flow, facts, Space.of(region), seed=seed)

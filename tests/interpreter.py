@@ -291,6 +291,8 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return x[0] * torch.clamp_max(a["bound"] / largest, 1.0)
         case "matrix_solve":
             return matrix_solve(x[0], t[0], x[1], t[1], a["axis"], a["given"], out)
+        case "det":
+            return torch.linalg.det(x[0].movedim((dim(a["row"]), dim(a["col"])), (-2, -1)))
         case "matrix_log_det":
             return torch.linalg.slogdet(x[0])[1]
     raise NotImplementedError(node.op)

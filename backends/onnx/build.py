@@ -155,7 +155,9 @@ class Model:
         mapped = len(program.inputs) - program.context
         for k, i in enumerate(program.inputs):
             node = program.graph[i]
-            default = "z" if self.name == "inverse" and k == 0 else "x"
+            default = "x"
+            if self.name == "inverse" and k < mapped:
+                default = "z" if k == 0 else f"part{k}"
             label = default if self.name == "inverse" and k == 0 else node.label or node.attrs.get("name") or default
             name = self.fresh(label)
             v = self.g.input(name, ("batch", *node.tensor.shape))
@@ -198,7 +200,7 @@ class Model:
         return out
 
     def output_names(self, program: Program) -> list[str]:
-        data = self.region.graph[self.region.inputs[0]].label or "x"
+        data = [self.region.graph[i].label or "x" for i in self.region.inputs]
         if self.region.kind in ("net", "norm"):
             labels = [program.graph[o].label for o in program.outputs]
             given = {program.graph[i].label for i in program.inputs}
@@ -207,10 +209,9 @@ class Model:
             case "log_prob":
                 return [self.fresh("log_prob")]
             case "sample" | "sample_and_log_prob":
-                names = [data, *(f"{data}_{k}" for k in range(2, len(self.region.inputs) + 1))]
-                return [self.fresh(n) for n in [*names, *(["log_prob"] if self.name != "sample" else [])]]
+                return [self.fresh(n) for n in [*data, *(["log_prob"] if self.name != "sample" else [])]]
             case "inverse":
-                return [self.fresh(data), *[self.fresh("log_det")]]
+                return [self.fresh(n) for n in [*data, "log_det"]]
         parts = [self.region.graph[e.value].label or f"part{k}" for k, e in enumerate(self.region.emissions, 1)]
         return [self.fresh(n) for n in ["z", *parts, "log_det"]]
 

@@ -497,6 +497,31 @@ def _matrix_log_det(w: Lowering, n: Node) -> Value:
     return w.g.const(np.linalg.slogdet(constant_matrix(w, n, n.inputs[0]))[1])
 
 
+@emitter("det")
+def _det(w: Lowering, n: Node) -> Value:
+    """Small ones written out: onnxruntime's Det knows float32 alone."""
+    g, i = w.g, n.inputs[0]
+    row, col = n.attrs["row"], n.attrs["col"]
+    names = w.type(i).names
+    m = w.ordered(w.value(i), names, [*(a for a in names if a not in (row, col)), row, col])
+    size = w.type(i).size(row)
+    if size > 3:
+        return g.op("Det", m, shape=m.shape[:-2])
+    a, *others = [g.pick(m, -2, k) for k in range(size)]
+    if size == 1:
+        return g.pick(a, -1, 0)
+    if size == 2:
+        (b,) = others
+        return g.sub(g.mul(g.pick(a, -1, 0), g.pick(b, -1, 1)), g.mul(g.pick(a, -1, 1), g.pick(b, -1, 0)))
+
+    def turned(v: Value, k: int) -> Value:
+        return g.concat([g.slice(v, -1, k, 3), g.slice(v, -1, 0, k)], -1)
+
+    b, c = others
+    cross = g.sub(g.mul(turned(b, 1), turned(c, 2)), g.mul(turned(b, 2), turned(c, 1)))
+    return g.reduce("ReduceSum", g.mul(a, cross), [-1])
+
+
 @emitter("norm_bounded")
 def _norm_bounded(w: Lowering, n: Node) -> Value:
     t, axes = n.tensor, list(n.attrs["axes"])

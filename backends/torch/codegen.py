@@ -198,7 +198,7 @@ class Generator:
                 self.program_face(program),
                 self.write_method(scope, self.program(program, "forward"), f"_run_{ascii_name(program.name)}"),
             ]
-        base = "Flow" if root else "Model" if region.programs else "Net" if alone else "nn.Module"
+        base = ("Flow" if len(region.inputs) == 1 else "RecordFlow") if root else "Model" if region.programs else "Net" if alone else "nn.Module"
         lines = [f"class {name}({base}):"]
         if base != "nn.Module":
             self.helpers.add(base)
@@ -236,11 +236,15 @@ class Generator:
 
     def shapes(self, region: Region) -> list[str]:
         graph = region.graph
-        data, base = graph[region.inputs[0]], graph[region.outputs[0]]
+        data, base = [graph[i] for i in region.inputs], graph[region.outputs[0]]
         given = {graph[c].label or graph[c].attrs["name"]: graph[c].tensor for c in region.context}
-        lines = [f"data_shape = {data.tensor.shape!r}", f"base_shape = {base.tensor.shape!r}"]
-        domain = data.attrs.get("domain")
-        if isinstance(domain, Domain) and (domain.interval != REAL or domain.structure):
+        if len(data) == 1:
+            lines = [f"data_shape = {data[0].tensor.shape!r}"]
+        else:
+            lines = [f"data_shapes = {dictionary({str(n.label): repr(n.tensor.shape) for n in data})}"]
+        lines.append(f"base_shape = {base.tensor.shape!r}")
+        domain = data[0].attrs.get("domain")
+        if len(data) == 1 and isinstance(domain, Domain) and (domain.interval != REAL or domain.structure):
             lines.append(f"data_domain = {data_domain(domain)!r}")
         exactness = self.analyses.exactness(region)
         if exactness != "exact":
@@ -249,7 +253,8 @@ class Generator:
             lines.append(f"emitted_shapes = {tuple(graph[e.value].tensor.shape for e in region.emissions)!r}")
         if given:
             lines.append(f"given_shapes = {dictionary({k: repr(t.shape) for k, t in given.items()})}")
-        types = {"data": data.tensor, "base": base.tensor, **given}
+        own = {"data": data[0].tensor} if len(data) == 1 else {str(n.label): n.tensor for n in data}
+        types = {**own, "base": base.tensor, **given}
         lines.append(f"types = {dictionary({k: string(str(t)) for k, t in types.items()})}")
         return ["", *"\n".join(lines).split("\n")]
 

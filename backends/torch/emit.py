@@ -975,6 +975,16 @@ def _matrix_log_det(w: Writer, n: Node) -> Expr:
     return Expr(f"{w.scope.matrix(matrix)}.log_det()")
 
 
+@emitter("det")
+def _det(w: Writer, n: Node) -> Expr:
+    i = n.inputs[0]
+    row, col = n.attrs["row"], n.attrs["col"]
+    names = w.type(i).names
+    order = [a for a in names if a not in (row, col)] + [row, col]
+    text = moved(w.env[i].at(ATOM) if list(names) != order else argument(w, i), names, order)
+    return Expr(f"{w.scope.use('determinant')}({text})")
+
+
 @emitter("norm_bounded")
 def _norm_bounded(w: Writer, n: Node) -> Expr:
     t = n.tensor

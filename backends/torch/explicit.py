@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from flowlang.backends.torch.codegen import Generator, module_text
@@ -153,8 +153,7 @@ class Probe:
             return j
         shapes = [graph[o].tensor.shape for o in region.outputs]
         parts = [p.reshape(s) for p, s in zip(y.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-        rows = torch.block_diag(*(tangent_basis(p, s) for p, s in zip(parts, out, strict=True)))
-        return rows.mT @ j @ torch.block_diag(*(tangent_basis(p, s) for p, s in zip(x, into_, strict=True)))
+        return tangential(j, x, into_, parts, out)
 
     def check_inverse(self, x: list[Tensor], y: list[Tensor], context: list[Tensor], condition: Tensor) -> None:
         with torch.no_grad():
@@ -216,6 +215,12 @@ class Probe:
                 f"at x = {shown(x, k)} it gives {float(found[k]):.6g}, and log|det J| is{is_at_most} {float(dense[k]):.6g}",
                 "correct it, or delete it and let the compiler derive the log-det",
             )  # fmt: skip
+
+
+def tangential(j: Tensor, x: Sequence[Tensor], from_: Sequence[bool], y: Sequence[Tensor], to: Sequence[bool]) -> Tensor:
+    """A Jacobian from values x to values y between their tangent spaces, where they are points of spheres."""
+    rows = torch.block_diag(*(tangent_basis(p, s) for p, s in zip(y, to, strict=True)))
+    return rows.mT @ j @ torch.block_diag(*(tangent_basis(p, s) for p, s in zip(x, from_, strict=True)))
 
 
 def tangent_basis(p: Tensor, sphere: bool = True) -> Tensor:

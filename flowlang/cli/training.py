@@ -375,7 +375,10 @@ def sample(
     """Draw samples from a trained flow (of its own spec, if none is named)."""
     if count < 1:
         raise FlowError(Diagnostic("FL0804", "--count is at least 1", suggestion="as in `--count 1000`"))
+    from flowlang.train.problem import one_value
+
     flow, meta = trained_flow(spec, sets, weights)
+    one_value(flow)
     context = {}
     for name, numbers in parse_given(given, "NAME=NUMBER,NUMBER").items():
         try:

@@ -31,12 +31,13 @@ from flowlang.derive.plan import (
 )
 from flowlang.derive.programs import Program, build, is_map
 from flowlang.derive.search import Inverter
+from flowlang.derive.surfaces import no_rule, off_the_sphere
 from flowlang.derive.tapped import tapped_program
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update, result_types
 from flowlang.ir.interval import POSITIVE, REAL, Interval
 from flowlang.ir.lipschitz import constant
-from flowlang.ir.manifolds import on_sphere, takes_sphere
+from flowlang.ir.manifolds import all_spheres, on_sphere, takes_sphere
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.tangents import FROZEN, PLUS, Tangents, plain_method
@@ -103,7 +104,7 @@ class Analyses:
         if how is not None:
             operands = [operands[k] for k in how.values(len(inner.inputs), len(operands))]
         elif plain_method(node.attrs) != "forward" and taps_of(inner, plain_method(node.attrs)) is None:
-            operands = [REAL] * len(arguments)
+            operands = [wanted(inner, a) for a in arguments]
         elif node.op == "repeat":
             operands = self.carried_bounds(inner, int(node.attrs["carried"]), operands)[0]
         for a, found in zip(arguments, operands, strict=False):
@@ -117,7 +118,8 @@ class Analyses:
         if now == before:
             return
         self._settled[key] = now
-        region.graph.declare(input, Domain("R", (), now))
+        sphere = input in region.inputs and takes_sphere(region, region.inputs.index(input))
+        region.graph.declare(input, Domain("Sphere", (), now, structure="sphere") if sphere else Domain("R", (), now))
         if key[0] in self._ranges:  # judged for less: judge it again
             del self._ranges[key[0]], self._violations[key[0]]
             self._plans.pop(key[0], None)
@@ -199,6 +201,9 @@ class Analyses:
                 sink.append(Violation(node, Need(k, REAL, words="points of a `Sphere`"), operands[k], graph))
             elif held and not taken and is_map(region):
                 sink.append(Violation(node, Need(k, REAL, words="values of an open set, and no points of a sphere"), operands[k], graph))
+            elif node.op == "repeat" and is_map(region) and taken != on_sphere(region.graph, region.outputs[k], region=region):
+                words = "points of a `Sphere` from each round" if taken else "no points of a sphere from a round"
+                sink.append(Violation(node, Need(k, REAL, words=words), operands[k], graph))
         taps = taps_of(region, method)
         if taps is not None:
             return self.tapped_bounds(graph, node, taps, operands, sink)
@@ -345,7 +350,11 @@ class Analyses:
 
     def plan(self, region: Region) -> Plan | Failure:
         if self.key(region) not in self._plans:
-            found = Plan(region) if len(region.rules) == 2 else explain.off_the_sphere(region) or self.search(region)
+            found = Plan(region) if len(region.rules) == 2 else self.search(region)
+            if isinstance(found, Plan):
+                found = off_the_sphere(region, found) or found
+            elif all_spheres(region) and region.kind == "bijector" and not region.rules:
+                found = no_rule(region, region.span)
             if isinstance(found, Failure) and region.rules:
                 found = explain.one_rule_alone(region, found)
             self._plans[self.key(region)] = found
@@ -558,6 +567,19 @@ def weighed_maps(program: Region) -> Iterator[tuple[Region, str]]:
         call = graph[graph[n].inputs[0]] if graph[n].op == "get" else None
         if call is not None and call.attrs.get("log_det") and graph[n].attrs["index"] == len(result_types(call.type)) - 1:
             yield call.attrs["region"], plain_method(call.attrs)
+
+
+def wanted(region: Region, leaf: int) -> Interval:
+    """Where a chain's value lies by what its first step declares: run backwards, it ends there."""
+    found = REAL
+    for user, slot in region.graph.users(leaf):
+        if user.op in ("call", "repeat") and plain_method(user.attrs) == "forward":
+            inner: Region = user.attrs["region"]
+            own = [*inner.inputs, *inner.context][slot : slot + 1]
+            domain = inner.graph[own[0]].attrs.get("domain") if own else None
+            asked = domain.interval if isinstance(domain, Domain) else wanted(inner, own[0]) if own else REAL
+            found = found.meet(asked) or found
+    return found
 
 
 def equal_forms(region: Region) -> Iterator[Region]:

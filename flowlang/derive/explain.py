@@ -10,7 +10,6 @@ from flowlang.analysis.ranges import Violation
 from flowlang.derive.plan import Failure
 from flowlang.ir.graph import Emission, Node, Region
 from flowlang.ir.interval import Interval
-from flowlang.ir.manifolds import on_sphere, spheres
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.types import TensorType
@@ -25,26 +24,6 @@ def shown(op: str) -> str:
     """An op's name as the spec writes it."""
     signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "neg": "-", "contract": "sum", "square": "^ 2"}
     return signs.get(op, op.removeprefix("reduce_"))
-
-
-def off_the_sphere(region: Region) -> Failure | None:
-    """Derived rules hold for open sets of numbers: a map of a sphere gives its own, and ends in a base on one."""
-    if region.kind == "bijector" and spheres(region):
-        return Failure(
-            "FL0403", f"not invertible: `{region.name}` maps points of a sphere, for which no inverse is derived", region.span,
-            suggestion="give `def inverse` and `def log_det`, which is with respect to the sphere's surface",
-        )  # fmt: skip
-    if region.kind != "flow" or region.base is None:
-        return None
-    ends = all(on_sphere(region.graph, o) for o in region.outputs)
-    if spheres(region) == ends == (region.base.distribution.name == "uniform_sphere"):
-        return None
-    if not spheres(region) and not ends and region.base.distribution.name != "uniform_sphere":
-        return None
-    return Failure(
-        "FL0408", "the data, the last step and the base do not lie on the same manifold", region.span,
-        suggestion="a flow from `Sphere` data keeps the sphere and ends in `base uniform_sphere`",
-    )  # fmt: skip
 
 
 def one_rule_alone(region: Region, f: Failure) -> Failure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from flowlang.compiler import Compilation, chain_rows
+from flowlang.compiler import Compilation, bases, chain_rows
 
 WIDEST = 56  # characters of a step's text
 COLORS = {"O(1)": "#3f8f5f", "O(D)": "#33659b", "O(D²)": "#8a6d1d", "O(D³)": "#a8481f"}
@@ -34,7 +34,7 @@ class Chain:
 
 def chain_of(comp: Compilation, name: str) -> Chain:
     region = comp.regions[name]
-    count = region.graph[region.inputs[0]].tensor.count
+    count = sum(t.count for t in region.input_types())
     blocks: list[Block] = []
     for row in chain_rows(comp, region, count):
         if blocks and blocks[-1].count == row["count"]:
@@ -42,8 +42,8 @@ def chain_of(comp: Compilation, name: str) -> Chain:
         else:
             blocks.append(Block(row["count"], [row]))
     given = tuple(f"{region.graph[c].label}: {region.graph[c].type}" for c in region.context)
-    base = f"base {region.base.distribution}" if region.base is not None else "base"
-    return Chain(f"data {region.graph[region.inputs[0]].type}", given, blocks, base)
+    base = f"base {', '.join(str(law) for law in bases(region))}" if region.base is not None else "base"
+    return Chain(f"data {', '.join(map(str, region.input_types()))}", given, blocks, base)
 
 
 def shortened(text: str) -> str:

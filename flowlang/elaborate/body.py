@@ -100,7 +100,7 @@ class Body:
         self._next_child: dict[str, int] = {}
         self.used: set[str] = set()
         self.bound_spans: dict[str, Span] = {}
-        self.chain_value: Tensor | Poison | None = None  # what the steps of a chain have made so far
+        self.chain_value: Tensor | Tuple | Poison | None = None  # what the steps of a chain have made so far
         self.outer_axes: set[str] | None = None  # shared axes that an enclosing reduction removes; None: no licence
         self.outer_typed = False
         self.data_failed: set[str] = set()  # entries of a model's `data` that are in error

@@ -518,6 +518,22 @@ def reverse(body: Body, args: Arguments) -> Any:
     return body.node("reverse", x, axis=one_axis(body, args, t, "reverse"), span=span(args))
 
 
+def det(body: Body, args: Arguments) -> Any:
+    """`det[D', D](M)`: the determinant of matrices along two axes."""
+    expect(body, args, "det", 1)
+    x = operand(body, args)
+    t, names = body.b.type(x), axis_list(body, args)
+    if not names and t.rank == 2:
+        names = list(t.names)
+    if len(names) != 2:
+        raise body.fail(
+            "FL0307", "`det` is of a matrix, whose two axes must be named", span(args), suggestion="as in `det[D', D](M)`"
+        )
+    for n in names:
+        axis_rules.need_axis(body, t, n, span(args))
+    return body.node("det", x, row=names[0], col=names[1], span=span(args))
+
+
 def shift(body: Body, args: Arguments) -> Any:
     expect(body, args, "shift", 2)
     x = operand(body, args)
@@ -942,6 +958,7 @@ def _table() -> dict[str, Any]:
     put("halves", halves)
     put("join", join)
     put("stack", stack)
+    put("det", det)
     put("reverse", reverse, step=True)
     put("shift", shift)
     put("permute", permute, step=True)
@@ -961,7 +978,7 @@ def _table() -> dict[str, Any]:
     put("running", running)
     put("first_batch", first_batch)
     put("lipschitz", lipschitz)
-    for name in ("grad", "jvp", "vjp", "divergence", "derivative"):
+    for name in ("grad", "jvp", "vjp", "jacobian", "divergence", "derivative"):
         put(name, differentiated(name))
     put("frozen", frozen)
     for kind in ("ema", "copy"):

@@ -688,10 +688,10 @@ def real_value(body: Body, type: tree.Expr | None, id: int) -> int:
 
 def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span: Span) -> Any:
     """A bijector without a tensor parameter: a chain applied to one value, with the context in sight."""
-    if len(extras) != 1:
-        raise body.fail("FL0202", f"`{inst.target.name}` is a chain and maps one value", span, suggestion="give one value; several go in as one after `join`")
-    id = body.tensor(*extras[0])
-    inputs: dict[str, tuple[int, TensorType]] = {"x": (id, body.b.type(id))}
+    if not extras:
+        raise body.fail("FL0202", f"`{inst.target.name}` is a chain and maps a value", span, suggestion="give one, as in `f(x)`")
+    ids = [body.tensor(*e) for e in extras]
+    inputs: dict[str, tuple[int, TensorType]] = {f"x#{k}" if k else "x": (id, body.b.type(id)) for k, id in enumerate(ids)}
     for name, value in body.context_values().items():
         if name != "x":
             inputs[name] = (value.id, value.type)

@@ -1,4 +1,4 @@
-"""`grad(f)`, `jvp`, `vjp`, `divergence`, `derivative`: functions differentiated in their first argument, as calls.
+"""`grad(f)`, `jvp`, `vjp`, `jacobian`, `divergence`, `derivative`: functions differentiated in their first argument, as calls.
 
 The function becomes a region of its own, and the call runs a program of that region that carries tangents
 (forward mode). A gradient is one pass along all unit vectors, so its cost grows with the size of the argument.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FUNCTIONS = (Local, Instance, Declared, Builtin, BuiltinNet, LogProb, PathFunction, Derivative)
 EXAMPLES = {
     "grad": "`grad(f)(x)`", "derivative": "`derivative(f)(t)`", "divergence": "`divergence(v)(x, t)`",
-    "jvp": "`jvp(f, x, v)`", "vjp": "`vjp(f, x, w)`",
+    "jvp": "`jvp(f, x, v)`", "vjp": "`vjp(f, x, w)`", "jacobian": "`jacobian(f)(x)`",
 }  # fmt: skip
 
 
@@ -101,6 +101,8 @@ def call_derivative(body: Body, made: Derivative, args: Arguments) -> Any:
     how = Tangents((0,), t.count) if t.axes else Tangents((0,))
     start = body.b.op("order", basis(body.b, t), names=(DIRECTION, *t.names)) if t.axes else body.b.const(1.0)
     slopes = what.run(how, start, (result, how.type(result)))
+    if kind == "jacobian":
+        return Tensor(with_primes(body, slopes, t, span), body)
     if kind == "vjp":
         assert along is not None
         weights = fit_direction(body, along, result, "vjp", args.spans[1])
@@ -135,6 +137,24 @@ def fit_direction(body: Body, value: int, t: TensorType, name: str, span: Span) 
     if set(have.axes) != set(t.axes):
         raise body.fail("FL0301", f"the direction of `{name}` is `{have}`, and it goes along `{t}`", span, suggestion="give the direction the axes and sizes of the place")
     return body.b.op("order", value, names=t.names) if have.names != t.names else value
+
+
+def with_primes(body: Body, slopes: int, t: TensorType, span: Span) -> int:
+    """Slopes along each entry of the argument, whose axes come last and have a prime: `R[E, D']` for `R[D]` to `R[E]`."""
+    if not t.axes:
+        return slopes
+    into = tuple((f"{a.name}'", a.size) for a in t.axes)
+    taken = next((n for n, _ in into if body.b.type(slopes).has(n)), None)
+    if taken is not None:
+        raise body.fail("FL0307", f"the axis `{taken}` of the derivatives is one of the result's too", span,
+                        suggestion="rename it in the function's result")  # fmt: skip
+    if t.rank == 1:
+        made = body.b.op("rename", slopes, pairs=((DIRECTION, into[0][0]),), span=span)
+    else:
+        made = body.b.op("split", slopes, axis=DIRECTION, into=into, span=span)
+    own = {n for n, _ in into}
+    order = (*(n for n in body.b.type(made).names if n not in own), *(n for n, _ in into))
+    return body.b.op("order", made, names=order, span=span)
 
 
 def shaped(body: Body, slopes: int, t: TensorType, span: Span) -> int:

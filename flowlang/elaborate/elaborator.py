@@ -16,7 +16,7 @@ from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
 from flowlang.elaborate.scope import KINDS, LATER_ADVICE, LATER_KINDS, ModuleScope, did_you_mean, name_help
-from flowlang.elaborate.statements import NOTHING, run_statements
+from flowlang.elaborate.statements import NOTHING, chain_inputs, parts, run_statements
 from flowlang.elaborate.stochastic import NoiseUse
 from flowlang.elaborate.taps import record
 from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type, one_of_words
@@ -694,34 +694,33 @@ class Elaborator:
             run_statements(body, declaration.body or ())
             self.end_chain(body)
             return
-        type_ = inputs.get("x")
-        if type_ is None and declaration.kind in ("net", "norm"):
+        mapped = [t for name, t in inputs.items() if name.split("#")[0] == "x"]
+        if not mapped and declaration.kind in ("net", "norm"):
             raise body.fail(
                 "FL0902", f"a {declaration.kind} of static values alone, as `{declaration.name}`, has no meaning yet",
                 declaration.name_span or span, suggestion=f"give it a tensor, as in `{declaration.kind} {declaration.name}(x: R[D]) {{ .. }}`",
             )  # fmt: skip
-        if type_ is None:
+        if not mapped:
             raise body.fail("FL0203", f"`{declaration.name}` is a chain and needs a value to map", span, suggestion="as in `f(x)`")
-        id_ = body.b.leaf("input", type_, batched=True, span=span, label="x", name="x", role="map")
+        chain_inputs(body, [(t, True) for t in mapped], span)
         for name, given in inputs.items():
-            if name != "x":
+            if name.split("#")[0] != "x":
                 c = body.b.leaf(
                     "input", given, batched=True, span=span, label=name, name=name, role="context", given=True
                 )
                 body.region.context.append(c)
                 body.names[name] = Tensor(c, body)
                 body.used.add(name)
-        body.region.inputs = [id_]
-        for a in type_.axes:
+        for a in (a for t in mapped for a in t.axes):
             body.axes.setdefault(a.name, a.size)
-        body.chain_value = Tensor(id_, body)
         run_statements(body, declaration.body or ())
         chain_without_rules(body)
         self.end_chain(body)
 
     def end_chain(self, body: Body) -> None:
-        if isinstance(body.chain_value, Tensor):
-            body.region.outputs = [body.chain_value.id]
+        if isinstance(body.chain_value, Tensor | Tuple):
+            ids = [v.id for v in parts(body.chain_value)]
+            body.region.outputs = ids[:1] if body.region.kind == "flow" else ids  # the others leave under bases of their own
         elif body.chain_value is not None:
             body.region.broken = True
 

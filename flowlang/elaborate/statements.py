@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,7 +12,7 @@ from flowlang.elaborate.axes import words
 from flowlang.elaborate.calls import apply, instance_of
 from flowlang.elaborate.parts import whole
 from flowlang.elaborate.scope import did_you_mean
-from flowlang.elaborate.types import evaluate_type
+from flowlang.elaborate.types import evaluate_type, is_optional, is_tensor_type
 from flowlang.elaborate.unread import look_up_names
 from flowlang.elaborate.values import (
     ABSENT,
@@ -37,7 +38,7 @@ from flowlang.elaborate.values import (
 from flowlang.elaborate.weights import SCHEMES, Fans, scheme_start
 from flowlang.ir.check import after
 from flowlang.ir.distributions import COMBINED, DISTRIBUTIONS
-from flowlang.ir.domains import Domain
+from flowlang.ir.domains import Domain, domain
 from flowlang.ir.graph import BaseDistribution, Child, Draw, Emission, Graph, Region, Start, Step
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import SCALAR, TensorType, TupleType
@@ -273,9 +274,10 @@ def draw(body: Body, statement: tree.Bind) -> Any:
         bind_name(body, target, noise, "=")
         return noise
     support = dist.law.support({k: body.b.const_value(i) for k, i in arguments})
+    surface = domain("Sphere") if dist.law.name == "uniform_sphere" else None
     value = body.b.leaf(
         "input", type_, batched=True, span=statement.span, label=target.name, name=target.name, role="draw",
-        domain=Domain("R", (), support),
+        domain=surface or Domain("R", (), support),
     )  # fmt: skip
     body.region.draws.append(Draw(value, dist.law, arguments, statement.span))
     result = Tensor(value, body)
@@ -434,8 +436,8 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
             entry.span,
             suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`",
         )
-    if word == "data" and body.region.inputs:
-        raise body.fail("FL0902", "a flow with several `data` has no meaning yet", entry.span, suggestion="join them into one value, or take one as `given`")
+    if word == "data" and body.region.steps:
+        raise body.fail("FL0106", "`data` after a step is never mapped by it", entry.span, suggestion="declare all data before the first step")
     spec = evaluate_type(body, entry.type)
     if isinstance(spec, Static):
         raise body.fail(
@@ -465,7 +467,9 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
     value = Tensor(id, body)
     if word == "data":
         body.region.inputs.append(id)
-        body.chain_value = value
+        before = body.chain_value
+        if not isinstance(before, Poison):
+            body.chain_value = value if before is None else Tuple((*parts(before), value))
         body.names[entry.name] = value
     else:
         body.region.context.append(id)
@@ -704,12 +708,25 @@ def base(body: Body, statement: tree.Base) -> None:
         raise body.fail("FL0204", "a flow has one `base`", statement.span, suggestion="remove the other one")
     if body.chain_value is None:
         raise body.fail("FL0212", "a flow needs `data` before its base", statement.span, suggestion="begin with `data x: R[D = 2]`")
-    dist = distribution(body, statement.value)
-    if dist is None or isinstance(body.chain_value, Poison):
+    found = [distribution(body, v) for v in statement.values]
+    if None in found or isinstance(body.chain_value, Poison):
         raise_poison()
-    arguments = distribution_arguments(body, dist, body.chain_value.type)
-    check_whole(body, dist, body.chain_value.type)
-    body.region.base = BaseDistribution(dist.law, arguments, statement.span)
+    values = parts(body.chain_value)
+    if len(found) != len(values):
+        raise body.fail(
+            "FL0308", f"the chain ends in {len(values)} values, and `base` names {len(found)} distributions", statement.span,
+            suggestion="give one distribution for each of the data, in their order, as in `base normal, uniform_sphere`",
+        )  # fmt: skip
+    laws = []
+    for value, dist in zip(values, found, strict=True):
+        assert dist is not None
+        arguments = distribution_arguments(body, dist, value.type)
+        check_whole(body, dist, value.type)
+        laws.append((value.id, dist.law, arguments))
+    _, law, arguments = laws[0]
+    body.region.base = BaseDistribution(law, arguments, statement.span)
+    # The others leave beside it, each under its own.
+    body.region.emissions += [Emission(id, law, arguments, statement.span) for id, law, arguments in laws[1:]]
 
 
 # ---- chains -------------------------------------------------------------------------------------
@@ -725,15 +742,45 @@ def run_step(body: Body, expr: tree.Expr) -> None:
     if isinstance(fn, Poison) or isinstance(x, Poison):
         step_failed(body)
         return
-    result = apply(body, step_function(body, fn, expr), [x], context_for(body, fn), expr.span, [expr.span])
+    values = parts(x)
+    step = step_function(body, fn, expr)
+    check_arity(body, step, len(values), expr)
+    result = apply(body, step, list(values), context_for(body, fn), expr.span, [expr.span] * len(values))
     if isinstance(result, Poison):
         step_failed(body)
         return
-    if not isinstance(result, Tensor):
-        raise body.fail("FL0211", f"a step gives one value, and this gives {describe(result)}", expr.span, suggestion="name its other values and join what goes on")
-    result = body.capture(result)
-    body.chain_value = result
-    body.region.steps.append(Step(expr.span.text, x.id, result.id, span=expr.span))
+    if not isinstance(result, Tensor | Tuple) or len(parts(result)) != len(values):
+        many = "one value" if len(values) == 1 else f"{len(values)} values"
+        raise body.fail("FL0211", f"a step gives {many}, and this gives {describe(result)}", expr.span, suggestion="name its other values and join what goes on")
+    after = tuple(body.capture(v) for v in parts(result))
+    body.chain_value = after[0] if len(after) == 1 else Tuple(after)
+    body.region.steps.append(Step(expr.span.text, values[0].id, after[0].id, span=expr.span))
+
+
+def parts(value: Tensor | Tuple) -> tuple[Tensor, ...]:
+    """The values that a chain maps: one, or those of a flow with several `data`."""
+    if isinstance(value, Tensor):
+        return (value,)
+    assert all(isinstance(v, Tensor) for v in value.items)
+    return value.items
+
+
+def check_arity(body: Body, step: Any, count: int, expr: tree.Expr) -> None:
+    """A step maps as many values as the chain has."""
+    inner = step.fn if isinstance(step, Bracketed) else step
+    target = inner.target if isinstance(inner, Instance) else inner
+    least = takes = 1
+    if isinstance(target, Declared):
+        if target.declaration.alias is not None:
+            return  # what it stands for is asked when it is called
+        mapped = [p for ps in target.declaration.parameters for p in ps if is_tensor_type(p.type) and not p.given]
+        takes = len(mapped) or count  # a chain maps what it is given
+        least = sum(not is_optional(p.type) for p in mapped) or takes
+    if not least <= count <= takes:
+        raise body.fail(
+            "FL0211", f"`{target.name}` maps {takes} value{'s' * (takes > 1)}, and the chain has {count}", expr.span,
+            suggestion="map all of them, as by `bijector b(x: R[D], y: R[E]) { affine_coupling(x), y }`",
+        )  # fmt: skip
 
 
 def step_failed(body: Body) -> None:
@@ -742,7 +789,8 @@ def step_failed(body: Body) -> None:
     A step on vectors hardly ever changes their type; what one on images would have made, nobody knows.
     """
     body.region.broken = True
-    if isinstance(body.chain_value, Tensor) and body.chain_value.type.rank > 1:
+    value = body.chain_value
+    if isinstance(value, Tuple) or (isinstance(value, Tensor) and value.type.rank > 1):
         body.chain_value = POISON
 
 
@@ -839,25 +887,33 @@ def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
         return
     if count > 1:
         inner = inner_body(body, statement, "chain")
-        inner.chain_value = new_input(inner, "x", x.type, body.graph[x.id].batched, statement.span)
-        inner.region.inputs = [inner.chain_value.id]
+        values = parts(x)
+        chain_inputs(inner, [(v.type, body.graph[v.id].batched) for v in values], statement.span)
         run_statements(inner, statement.body)
         out = inner.chain_value
-        if inner.region.broken or not isinstance(out, Tensor):
+        if inner.region.broken or not isinstance(out, Tensor | Tuple):
             step_failed(body)
             return
-        if out.type == x.type and not inner.region.emissions:
-            inner.region.outputs = [out.id]
-            ids = repeat_node(body, inner, [x.id], count, statement.span)
-            body.chain_value = Tensor(ids[0], body)
+        if [v.type for v in parts(out)] == [v.type for v in values] and not inner.region.emissions:
+            inner.region.outputs = [v.id for v in parts(out)]
+            ids = repeat_node(body, inner, [v.id for v in values], count, statement.span)
+            made = tuple(Tensor(i, body) for i in ids)
+            body.chain_value = made[0] if len(made) == 1 else Tuple(made)
             first = statement.body[0].span.until(statement.body[-1].span)
-            body.region.steps.append(Step(first.text, x.id, ids[0], count, inner.region, statement.span))
+            body.region.steps.append(Step(first.text, values[0].id, ids[0], count, inner.region, statement.span))
             return
     for _ in range(count):
         body.elab.count_round(body, statement.span)
         run_statements(body, statement.body)
         if body.region.broken:
             return
+
+
+def chain_inputs(body: Body, types: Sequence[tuple[TensorType, bool]], span: Span) -> None:
+    """The values that a chain by itself begins with."""
+    made = tuple(new_input(body, "x" if not k else f"x{k + 1}", t, batched, span) for k, (t, batched) in enumerate(types))
+    body.region.inputs = [v.id for v in made]
+    body.chain_value = made[0] if len(made) == 1 else Tuple(made)
 
 
 def new_input(

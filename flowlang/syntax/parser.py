@@ -354,7 +354,7 @@ class _Parser:
                 entries = tuple(self.entry(c) for c in nodes)
                 return tree.Declare(str(parts[0]), entries, span=span)  # type: ignore[arg-type]
             case "base":
-                return tree.Base(self.expr(nodes[0]), span=span)
+                return tree.Base(tuple(self.expr(n) for n in nodes), span=span)
             case "emit":
                 return tree.Emit(self.expr(nodes[0]), self.expr(nodes[1]), span=span)
             case "require":

@@ -292,7 +292,7 @@ def simple(s: tree.Statement) -> str:
         case tree.Declare():
             return f"{s.word} {', '.join(entry(e) for e in s.entries)}"
         case tree.Base():
-            return f"base {expr(s.value)}"
+            return f"base {', '.join(map(expr, s.values))}"
         case tree.Emit():
             return f"emit {expr(s.value)} ~ {expr(s.distribution)}"
         case tree.Require():

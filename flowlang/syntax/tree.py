@@ -200,7 +200,7 @@ class Declare(Node):
 
 @dataclass(frozen=True, slots=True)
 class Base(Node):
-    value: Expr
+    values: tuple[Expr, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from flowlang.backends.torch.store import load_state, read_tensors, write_tensors
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import replace_file
-from flowlang.train.problem import Likelihood, Problem, Variational, seed_of
+from flowlang.train.problem import Likelihood, Problem, Variational, one_value, seed_of
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
@@ -167,6 +167,7 @@ def train_energy(
     `energy` takes [n, *data] and returns [n], differentiably. The reported loss is KL - log Z: minus the evidence
     bound. Files are as for `train`.
     """
+    one_value(flow)
     o = options or Options()
     return run(flow, Variational(flow, energy, batch=o.batch, batches=o.steps, seed=o.seed), out, o, meta)
 

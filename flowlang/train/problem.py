@@ -299,9 +299,20 @@ def check_metrics(model: Any) -> None:
                 )  # fmt: skip
 
 
+def one_value(flow: Any) -> None:
+    """Tables and energies know one value of a sample; a flow with several data is trained as a module (FL0902)."""
+    names = list(getattr(flow, "data_shapes", ()))
+    if names:
+        raise FlowError(
+            Diagnostic("FL0902", f"a flow with several data ({', '.join(f'`{n}`' for n in names)}) has no form as a table yet",
+                       suggestion="use the module: `flow.log_prob((x, y))` and `flow.sample((n,))` give what a loss needs")
+        )  # fmt: skip
+
+
 def scalars(flow: Flow, table: Table) -> Table:
     """One column for a value of one number has no axis; as many columns as a value with several axes has entries are laid
     out in its shape, the last axis fastest."""
+    one_value(flow)
 
     def fitted(x: Array, shape: Any) -> Array:
         if shape is None or x.ndim != 2:

@@ -184,7 +184,7 @@ def simple_statements() -> st.SearchStrategy[tree.Statement]:
             lambda w, es: tree.Declare(w, tuple(es), span=AT),
             st.sampled_from(["param", "state", "data", "given"]), st.lists(entry, min_size=1, max_size=2),
         ),
-        named_first.map(lambda e: tree.Base(e, span=AT)),
+        st.lists(named_first, min_size=1, max_size=3).map(lambda e: tree.Base(tuple(e), span=AT)),
         st.builds(lambda a, b: tree.Emit(a, b, span=AT), named_first, expressions),
         named_first.map(lambda e: tree.Require(e, span=AT)),
     )  # fmt: skip

@@ -308,6 +308,9 @@ def matrix_cases() -> Iterator[Case]:
     square = real(("E", 3), ("D", 4), ("F", 4))
     yield Case("diagonal", (Operand(square),), {"row": "D", "col": "F"})
     yield Case("diagonal", (Operand(real(("D", 4), ("F", 4)), batched=False),), {"row": "D", "col": "F"}, "parameter")
+    for n in (1, 2, 3, 4):
+        yield Case("det", (Operand(real(("D", n), ("E", 2), ("F", n)), edges=False),), {"row": "D", "col": "F"}, str(n))
+    yield Case("det", (Operand(real(("F", 3), ("D", 3)), batched=False),), {"row": "D", "col": "F"}, "turned")
     for name, args in MATRICES:
         found = domain(name, args)
         assert found is not None

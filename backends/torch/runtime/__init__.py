@@ -14,6 +14,7 @@ from flowlang.backends.torch.runtime.flow import (
     Flow,
     FlowDistribution,
     NumericalWarning,
+    RecordFlow,
 )
 from flowlang.backends.torch.runtime.functions import (
     ByHand,
@@ -33,6 +34,7 @@ from flowlang.backends.torch.runtime.functions import (
     convolve_rows,
     convolve_transposed,
     cumsum_along,
+    determinant,
     log_abs,
     log_bessel_i0e,
     log_cosh,
@@ -219,6 +221,7 @@ __all__ = [
     "PluMatrix",
     "Positive",
     "Recalled",
+    "RecordFlow",
     "ReversibleChain",
     "ReversibleSolve",
     "Rotation",
@@ -267,6 +270,7 @@ __all__ = [
     "cubic_unit",
     "cumsum_along",
     "degree_mask",
+    "determinant",
     "estimate_log_det",
     "exact_log_det",
     "expanded",

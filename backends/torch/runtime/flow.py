@@ -40,8 +40,8 @@ class Flow(Face):
 
     def forward(self, x: Tensor, /, **given: Tensor) -> tuple[Tensor, ...]:
         """z and log|det dz/dx|; parts that leave on the way stand between them."""
-        (x,), context = self._fit([("data", x, self.data_shape)], given)
-        return self._program("_forward")(x, *context)
+        values, context = self._fit(self._data(x), given)
+        return self._program("_forward")(*values, *context)
 
     def inverse(self, z: Tensor, /, *parts: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
         """x and log|det dx/dz| from the base's value and the parts that left."""
@@ -52,10 +52,10 @@ class Flow(Face):
             )
         named = [(f"part {k + 1}", p, s) for k, (p, s) in enumerate(zip(parts, self.emitted_shapes, strict=True))]
         values, context = self._fit([("base", z, self.base_shape), *named], given)
-        found = self._program("_inverse")(*values, *context)
+        *found, log_det = self._program("_inverse")(*values, *context)
         if self.check_inverse and not torch.compiler.is_compiling():
-            self._warn(self._doubt(values, context, found[0]))
-        return found
+            self._warn(self._doubt(values, context, found))
+        return self._whole(found), log_det
 
     @torch.no_grad()
     def round_trip(self, x: Tensor, /, **given: Tensor) -> Tensor:
@@ -63,9 +63,14 @@ class Flow(Face):
 
         Infinite where a value on the way is not finite. At most 1e-3 (mostly far less) where the module can invert x.
         """
-        (x,), context = self._fit([("data", x, self.data_shape)], given)
-        back = self._program("_inverse")(*self._program("_forward")(x, *context)[:-1], *context)[0]
-        return self._distance(back, x, len(self.data_shape), "Torus" in self.types.get("data", ""))
+        data = self._data(x)
+        values, context = self._fit(data, given)
+        back = self._program("_inverse")(*self._program("_forward")(*values, *context)[:-1], *context)[:-1]
+        each = [
+            self._distance(b, v, len(shape), "Torus" in self.types.get(name, ""))
+            for (name, _, shape), b, v in zip(data, back, values, strict=True)
+        ]
+        return torch.stack(each).amax(0)
 
     def log_prob(self, x: Tensor, /, **given: Tensor) -> Tensor:
         """log p(x | given), for each sample, in nats, as exact as `exactness` says.
@@ -73,8 +78,8 @@ class Flow(Face):
         Of a flow that draws on its way it is a lower bound: one draw of log w with E[w] = p(x), and so
         E[log w] <= log p(x).
         """
-        (x,), context = self._fit([("data", x, self.data_shape)], given)
-        return self._program("_log_prob")(x, *context)
+        values, context = self._fit(self._data(x), given)
+        return self._program("_log_prob")(*values, *context)
 
     def log_prob_bound(self, x: Tensor, /, samples: int = 1, **given: Tensor) -> Tensor:
         """log of the mean weight of `samples` draws, for each sample: a lower bound of log p(x | given) in the mean.
@@ -89,8 +94,8 @@ class Flow(Face):
             )
         if self.exactness == "exact" or samples == 1:
             return self.log_prob(x, **given)
-        (x,), context = self._fit([("data", x, self.data_shape)], given)
-        values = [v.expand(samples, *v.shape) for v in (x, *context)]
+        data, context = self._fit(self._data(x), given)
+        values = [v.expand(samples, *v.shape) for v in (*data, *context)]
         return self._program("_log_prob")(*values).logsumexp(0) - math.log(samples)
 
     @torch.no_grad()
@@ -114,8 +119,8 @@ class Flow(Face):
         """
         if not self._to_initialise(force):
             return False
-        (x,), context = self._fit([("data", x, self.data_shape)], given)
-        self._initialise(x, *context)
+        values, context = self._fit(self._data(x), given)
+        self._initialise(*values, *context)
         return True
 
     def rsample(self, shape: Any = (), generator: torch.Generator | None = None, **given: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ class Flow(Face):
         Context is broadcast to it; when `shape` is (), the batch shape is the context's.
         """
         batch, context = self._fit_sample(shape, given)
-        found = self._program("_sample", generator)(batch, *context, generator=generator)
+        found = self._whole(self._program("_sample", generator)(batch, *context, generator=generator))
         if self.check_inverse and not torch.compiler.is_compiling():
             self._warn(self.round_trip(found, **given))
         return found
@@ -142,7 +147,8 @@ class Flow(Face):
         Where `log_prob` is a lower bound this is an upper one in the mean: its draws are those that made the sample.
         """
         batch, context = self._fit_sample(shape, given)
-        return self._program("_sample_and_log_prob", generator)(batch, *context, generator=generator)
+        *found, log_p = self._program("_sample_and_log_prob", generator)(batch, *context, generator=generator)
+        return self._whole(found), log_p
 
     def to_distribution(self, **given: Tensor) -> torch.distributions.Distribution:
         """The flow, with its context fixed, as a torch distribution."""
@@ -175,17 +181,17 @@ class Flow(Face):
         return torch.nan_to_num(gap.amax(-1) if gap.shape[-1] else gap.sum(-1), nan=torch.inf)
 
     @torch.no_grad()
-    def _doubt(self, values: list[Tensor], context: list[Tensor], x: Tensor) -> Tensor:
+    def _doubt(self, values: list[Tensor], context: list[Tensor], found: list[Tensor]) -> Tensor:
         """An estimate of how far x may be off, for each sample, from what was inverted alone.
 
         The larger of two signs: the forward map of x misses the values; a change of them by several units in the last
         place, which rounding in the forward map makes, moves x far.
         """
-        event = len(self.data_shape)
-        doubt = x.new_zeros(x.shape[: x.dim() - event])
+        events = [len(shape) for _, _, shape in self._data(self._whole(found))]
+        doubt = found[0].new_zeros(found[0].shape[: found[0].dim() - events[0]])
         unknown = torch.zeros_like(doubt, dtype=torch.bool)
         moved = []
-        for v, again in zip(values, self._program("_forward")(x, *context)[:-1], strict=True):
+        for v, again in zip(values, self._program("_forward")(*found, *context)[:-1], strict=True):
             rest = v.dim() - doubt.dim()
             flat = v.reshape(*doubt.shape, -1)
             unknown = unknown | torch.isnan(flat).any(-1)
@@ -193,9 +199,9 @@ class Flow(Face):
             signs = torch.arange(flat.shape[-1], device=v.device) % 2 * 2 - 1
             step = 8 * torch.finfo(v.dtype).eps * flat.abs().amax(-1, keepdim=True)
             moved.append((flat + signs * step).reshape(v.shape))
-        again = self._program("_inverse")(*moved, *context)[0]
-        # Values at the end of a bounded support may have left it by the step: nothing is learnt from those.
-        doubt = torch.maximum(doubt, self._distance(torch.where(torch.isfinite(again), again, x), x, event))
+        for x, again, event in zip(found, self._program("_inverse")(*moved, *context)[:-1], events, strict=True):
+            # Values at the end of a bounded support may have left it by the step: nothing is learnt from those.
+            doubt = torch.maximum(doubt, self._distance(torch.where(torch.isfinite(again), again, x), x, event))
         return torch.where(unknown, 0.0, doubt)
 
     def _warn(self, doubt: Tensor) -> None:
@@ -213,7 +219,7 @@ class Flow(Face):
     def _forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
-    def _inverse(self, *values: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse(self, *values: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
     def _log_prob(self, *values: Tensor) -> Tensor:
@@ -228,6 +234,14 @@ class Flow(Face):
         raise NotImplementedError
 
     # ---- inputs ---------------------------------------------------------------------------------
+
+    def _data(self, x: Any) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        """The data as given, each value with its name and the shape of one sample."""
+        return [("data", x, self.data_shape)]
+
+    def _whole(self, values: Any) -> Any:
+        """What was found for the data, as users give it: one value is no tuple."""
+        return values if isinstance(values, Tensor) else values[0]
 
     def _fit(
         self, values: list[tuple[str, Tensor, tuple[int, ...]]], given: dict[str, Any]
@@ -276,6 +290,34 @@ class Flow(Face):
                 f"give it by name, as in `{name} = ...`",
             )
         return [(name, self._check(name, given[name], shape), shape) for name, shape in self.given_shapes.items()]
+
+
+class RecordFlow(Flow):
+    """A flow with several data: wherever a flow takes or gives x, this one does a tuple of them, in their order.
+
+    Their bases leave as parts: `z, *parts, log_det = flow((x, y))`, `(x, y), log_det = flow.inverse(z, *parts)`.
+    """
+
+    data_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
+
+    def _data(self, x: Any) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        names = ", ".join(f"`{k}`: {self.types.get(k, s)}" for k, s in self.data_shapes.items())
+        if not isinstance(x, tuple | list) or len(x) != len(self.data_shapes):
+            found = f"{len(x)} values" if isinstance(x, tuple | list) else "one value"
+            raise bad_input(f"the data of this flow are {names}, and it got {found}", "give a tuple of them, in their order")
+        return [(k, v, shape) for (k, shape), v in zip(self.data_shapes.items(), x, strict=True)]
+
+    def _whole(self, values: Any) -> Any:
+        return tuple(values)
+
+    def to_distribution(self, **given: Tensor) -> torch.distributions.Distribution:
+        raise bad_input("a flow with several data is no torch distribution, whose values are one tensor", "use `log_prob` and `sample`")
+
+    def extra_repr(self) -> str:
+        data = ", ".join(f"{k}: {self.types.get(k, s)}" for k, s in self.data_shapes.items())
+        given = ", ".join(f"{k}: {self.types.get(k, v)}" for k, v in self.given_shapes.items())
+        bound = "" if self.exactness == "exact" else f"; log_prob: {self.exactness}"
+        return f"{data} given {given}{bound}" if given else data + bound
 
 
 class FlowDistribution(torch.distributions.Distribution):

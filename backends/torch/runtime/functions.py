@@ -133,6 +133,18 @@ def rotate(x: Tensor, by: Tensor | float) -> Tensor:
     return (torch.remainder(x + by + math.pi, 2 * math.pi) - math.pi).clamp(-top, top - torch.finfo(x.dtype).eps)
 
 
+def determinant(m: Tensor) -> Tensor:
+    """Of matrices in the last two dimensions; small ones are written out, which needs no pivots and no inverse to differentiate."""
+    if m.shape[-1] > 3:
+        return torch.linalg.det(m)
+    if m.shape[-1] == 1:
+        return m[..., 0, 0]
+    a, b = m[..., 0, :], m[..., 1, :]
+    if m.shape[-1] == 2:
+        return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return (a * torch.linalg.cross(b, m[..., 2, :])).sum(-1)
+
+
 def unit_vector(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x over its Euclidean norm along `dims`; where that is 0, the vector of equal entries, without gradient."""
     length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)

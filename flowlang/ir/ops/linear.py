@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from flowlang.ir.domains import Domain
 from flowlang.ir.interval import REAL, point
-from flowlang.ir.ops.base import Attrs, Op
+from flowlang.ir.ops.base import Attrs, Op, OpProblem
 from flowlang.ir.ops.shape import need
 from flowlang.ir.relation import MAX_BITS, Matrix, Relation, Support, compare, matrix
 from flowlang.ir.types import Axis, TensorType, Type
 
 if TYPE_CHECKING:
+    from flowlang.ir.build import Builder
     from flowlang.ir.graph import Node
 
 OPS: list[Op] = []
@@ -136,6 +137,39 @@ OPS.append(Op(
     "matrix_log_det", _det_infer, _by_name, interval=lambda ivs, types, node: REAL,
     cost=lambda node, types: types[0].axes[-1].size,
     why_not={"invert": "a determinant forgets its matrix", "jvp": "parameters only", "lipschitz": "parameters only"},
+))  # fmt: skip
+
+
+# ---- determinants of values ---------------------------------------------------------------------
+
+
+def _values_det_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    row, col = attrs["row"], attrs["col"]
+    need(types[0], row)
+    need(types[0], col)
+    if row == col or types[0].size(row) != types[0].size(col):
+        raise OpProblem("FL0311", f"a determinant is of a square matrix, and `{row}` and `{col}` of `{types[0]}` are not one",
+                        suggestion="name two axes of one size, as in `det[D', D](M)`")  # fmt: skip
+    return types[0].without((row, col))
+
+
+def _values_det_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
+    """A determinant is linear in each column: the sum over columns of that with the tangent's column put there."""
+    row, col = node.attrs["row"], node.attrs["col"]
+    size = b.type(args[0]).size(col)
+    total: int | None = None
+    for k in range(size):
+        here = b.op("eq", b.op("index", axis=col, size=size), b.const(k))
+        part = b.op("det", b.op("where", here, t, args[0]), row=row, col=col)
+        total = part if total is None else b.add(total, part)
+    return total
+
+
+# det(M; row, col): of matrices that are values, such as small Jacobians.
+OPS.append(Op(
+    "det", _values_det_infer, _by_name, interval=lambda ivs, types, node: REAL, jvp=_values_det_jvp,
+    cost=lambda node, types: types[0].count * types[0].size(node.attrs["col"]),
+    why_not={"invert": "a determinant forgets its matrix", "lipschitz": "its slope grows with the entries"},
 ))  # fmt: skip
 
 
