@@ -197,6 +197,9 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
             region = build_program(body, d, inputs)
             body.region.programs[d.name] = region
             body.region.broken = body.region.broken or region.broken
+    read = {p.graph[i].label for p in body.region.programs.values() for i in p.inputs}
+    first = next(iter(body.region.data), None)  # what a static choice leaves unread is not asked for
+    body.region.data = {n: d for n, d in body.region.data.items() if n == first or n in read}
     if not body.region.programs and not body.region.broken:
         body.report(
             body.diagnostic(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import flowlang as fl
 from flowlang.verify import perturb
@@ -266,9 +266,48 @@ def test_sizes_of_the_published_preset() -> None:
         width = 2 * (2 + cond)
         gaussian = 2 * (linear(2 + cond, width) + linear(width, width) + linear(width, cond))
         total += 3 * (coupling + 4) + 2 * gaussian
-    total += linear(2, 192) + linear(64, 192) + linear(64, 16)  # the stand-in encoder
+    total += linear(6, 512) + linear(12, 512) + 2 * linear(128, 512) + linear(256, 16)  # Trajectron++
     m = fl.compile("model m = flowchain_eth_ucy\n", seed=0)
     assert sum(p.numel() for p in m.parameters()) == total
+
+
+def test_the_encoder_of_trajectron() -> None:
+    """Against torch's LSTMs: own states, and the sums of the neighbours' beside them; without neighbours their end counts nothing."""
+    text = """net n(x: R[T = 8, F = 6], y: R[T = 8, F = 6], e: R) { trajectron_encoder(5, 4)(x, y, e) }\n"""
+    f: Any = fl.compile(text, flow="n", seed=0, dtype=torch.float64).requires_grad_(False)
+    w = dict(f.named_parameters())
+    names = [k.removesuffix("_weight") for k in w if k.endswith("_weight")]
+
+    def lstm(size: int, prefix: str) -> nn.LSTM:
+        made = nn.LSTM(size, 5, batch_first=True, dtype=torch.float64).requires_grad_(False)
+        own = [k for k in names if k.startswith(prefix)]
+        for k, which in zip(own, ("ih", "hh"), strict=True):
+            getattr(made, f"weight_{which}_l0").copy_(w[f"{k}_weight"])
+            getattr(made, f"bias_{which}_l0").copy_(w[f"{k}_bias"])
+        return made
+
+    own, around = lstm(6, "trajectron_encoder.lstm."), lstm(12, "trajectron_encoder.lstm_2.")
+    x, y, e = data(3, 8, 6), data(3, 8, 6, seed=2), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    ends = torch.cat([e[:, None] * around(torch.cat([y, x], -1))[0][:, -1], own(x)[0][:, -1]], -1)
+    k = "trajectron_encoder.linear"
+    wanted = nn.functional.linear(ends, w[f"{k}_weight"], w[f"{k}_bias"])
+    torch.testing.assert_close(f(x, y, e), wanted, rtol=0, atol=1e-12)
+    assert torch.equal(f(x, y, e)[0], f(x, -y, e)[0])
+
+
+def test_the_published_configuration_reads_neighbours() -> None:
+    """A small one with the published encoder: its programs take the states, the others do not; one step of training."""
+    m: Any = fl.compile(
+        "model m = flowchain(2, 4, length = 3, blocks = 1, hidden = 8, social = true, encoder = trajectron_encoder(6, 3))\n", seed=0
+    )
+    assert set(m.programs["loss"]) == {"x", "obs", "history", "neighbours", "edges"}
+    assert set(model().programs["loss"]) == {"x", "obs"}
+    assert not {"history", "neighbours", "edges"} & set(model().given_shapes)
+    g = generator(3)
+    given = [torch.randn(16, *s, generator=g) for s in m.programs["loss"].values()]
+    m.loss(*given, generator=g).backward()
+    found = {n: p.grad for n, p in m.named_parameters() if n.startswith("encoder")}
+    assert all(v is not None and bool((v != 0).any()) for v in found.values())
 
 
 def test_it_says_that_it_is_a_bound() -> None:
