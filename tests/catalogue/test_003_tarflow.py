@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,21 @@ def test_item_4_keys_and_values_are_kept() -> None:
         assert (single.inverse(z.float())[0] - twin.inverse(z.float())[0]).abs().max() <= 1e-5
     assert flops(lambda: cached.inverse(z)) <= 2.2 * flops(lambda: cached(x))  # one pass is the log-det's
     assert flops(lambda: plain.inverse(z)) >= 16 * flops(lambda: cached(x))
+
+
+def test_item_4_guidance_keeps_the_keys_of_both_branches() -> None:
+    """A guided sample costs about two passes, one for each branch; in ONNX each block is one loop whose state has them."""
+    import onnx
+
+    model, y, one = guided(), torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.float64)
+    x = images(3)
+    assert flops(lambda: model.sample(x, y, 2 * one, 0.5 * one)) <= 2.2 * flops(lambda: model.encode(x, y))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = fl.export_onnx(fl.compile(MODEL.format(""), seed=0).eval(), Path(folder) / "m.onnx", programs=["sample"])
+        graph = onnx.load(str(paths["sample"])).graph
+    loops = [n for n in graph.node if n.op_type == "Loop"]
+    assert len(loops) == 2
+    assert all(len(n.output) == 1 + 2 * 2 + 2 * 2 for n in loops)  # x; keys, values, a and b of either branch
 
 
 def test_item_5_denoising_is_tweedie_s_mean() -> None:
