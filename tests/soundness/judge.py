@@ -209,9 +209,21 @@ class Judge:
             if solved:
                 if not missed:
                     return ""
-            elif missed and not self.has_preimage(goal):
+            elif missed and not self.has_preimage(goal) and not self.beyond(point):
                 return missed
         return missed if solved else ""
+
+    def beyond(self, point: Tensor) -> bool:
+        """Whether float64 cannot hold what was found: it went to infinity, or the map is nearly singular there.
+
+        Products of many small factors do so. A value that the map does not take at all is not a number, or small.
+        """
+        if point.isnan().any():
+            return False
+        if point.isinf().any():
+            return True
+        values = torch.linalg.svdvals(torch.autograd.functional.jacobian(self.forward, point))
+        return bool(values[-1] <= 1e-12 * values[0])
 
     def coordinates(self, flat: Tensor) -> Iterator[tuple[Tensor, Domain]]:
         return zip(self.cut(flat, self.shapes), self.domains, strict=True)
