@@ -7,7 +7,7 @@ vectors it gives the Jacobian, and its trace is the exact divergence. Calls beco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flowlang.derive.jvp import NoDerivative
@@ -30,6 +30,8 @@ class DirectionalBuilder(Builder):
         return self.directions is not None and self.type(id).has(DIRECTION)
 
     def op(self, name: str, *inputs: int, **attrs: Any) -> int:
+        if name in ("mul", "add") and self.directional(inputs[1]) and not self.directional(inputs[0]):
+            inputs = (inputs[1], inputs[0])  # directions stay in front, where a product with a matrix wants them
         if name in ("order", "expand", "join", "stack") and any(self.directional(i) for i in inputs):
             match name:
                 case "order" if DIRECTION not in attrs["names"]:
@@ -54,6 +56,14 @@ class DirectionalBuilder(Builder):
             assert self.directions is not None
             type = TensorType((Axis(DIRECTION, self.directions), *type.axes))
         return super().expand(id, type)
+
+
+# Slopes by the function's value, which is there: fewer passes than the ops' own slopes, whose digits in the tails (for logarithms)
+# a tangent does not need.
+BY_VALUE: dict[str, Callable[[Builder, int], int]] = {
+    "tanh": lambda b, y: b.sub(b.const(1.0), b.op("square", y)),
+    "sigmoid": lambda b, y: b.sub(y, b.op("square", y)),
+}
 
 
 class ForwardMode:
@@ -116,7 +126,10 @@ class ForwardMode:
             rule = OPS[node.op].jvp
             if rule is None:
                 raise NoDerivative(node.id)
-            part = rule(self.b, node, args, out, slot, self.tangents[i])
+            if node.op in BY_VALUE:
+                part: int | None = self.b.mul(self.tangents[i], BY_VALUE[node.op](self.b, out))
+            else:
+                part = rule(self.b, node, args, out, slot, self.tangents[i])
             if part is not None:
                 total = part if total is None else self.b.add(total, part)
         if total is not None:

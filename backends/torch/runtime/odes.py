@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -388,10 +389,13 @@ def ode_adaptive(
     """
     first = state[0]
     size = tuple(batch)
+    alone = at is None and taken is None and math.prod(size) == 1 and not torch.compiler.is_compiling()
+    if alone and not isinstance(start, Tensor) and not isinstance(stop, Tensor):
+        return one_adaptive(rates, state, size, start, stop, rtol, atol, method, max_steps)
     rank = len(size)
     rates = counted(rates)
-    alone = first.new_zeros(size)
-    begin = alone + start
+    zero = first.new_zeros(size)
+    begin = zero + start
     with torch.no_grad():
         ahead = stop - begin
         sign, span = torch.sign(ahead), ahead.abs()
@@ -408,7 +412,7 @@ def ode_adaptive(
             lost, some_lost = lost | bad, True
         h = first_step(rates, state, slope, begin, sign, span, rtol, atol, method.order, rank)
         h = torch.where(lost, span, h)
-        done = torch.where(lost, span, alone)  # time passed since the start, for each sample
+        done = torch.where(lost, span, zero)  # time passed since the start, for each sample
         before = torch.ones_like(h)
         power = 1 / method.order
         accepts, rejects = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
@@ -471,6 +475,57 @@ def ode_adaptive(
     if not some_lost:
         return results
     return tuple(torch.where(expanded(lost, s), torch.full_like(s, float("nan")), s) for s in results)
+
+
+def one_adaptive(
+    rates: Rates, state: State, size: tuple[int, ...], start: float, stop: float, rtol: float, atol: float,
+    method: RungeKutta, max_steps: int,
+) -> State:  # fmt: skip
+    """The same for a single sample, whose time and step are numbers: most calls of a small step are those of control."""
+    first, rank = state[0], len(size)
+    inner = counted(rates)
+
+    def each(state: State, t: Any) -> State:
+        return inner(state, t if isinstance(t, Tensor) else first.new_full(size, t))
+
+    sign, span = (1.0 if stop > start else -1.0), abs(stop - start)
+    smallest = 16 * torch.finfo(first.dtype).eps * span
+    slope = each(state, start)
+    with torch.no_grad():
+        if not bool(finite((*state, *slope), rank).all()):
+            return tuple(torch.full_like(s, float("nan")) for s in state)
+        like = first.new_ones(size)
+        h = float(first_step(inner, state, slope, start * like, sign * like, span * like, rtol, atol, method.order, rank))
+    done, before, power, accepts, rejects = 0.0, 1.0, 1 / method.order, 0, 0
+    for _ in range(max_steps):
+        if done >= span:
+            break
+        h = min(h, span - done)
+        t = start + sign * done
+        slopes = stages(each, state, t, sign * h, sign * h, method, slope)
+        new = combined(state, method.b, slopes, sign * h)
+        with torch.no_grad():
+            ratio = float(scaled_norm(combined(None, method.error, slopes, sign * h), state, new, rtol, atol, rank))
+        known = math.isfinite(ratio)
+        factor = SHRINK
+        if known:
+            factor = SAFETY * max(ratio, 1e-10) ** (-0.7 * power) * max(before, 1e-10) ** (0.4 * power)
+            factor = min(max(factor, SHRINK), GROW)
+        if not known or ratio > 1:
+            if h <= smallest:
+                raise no_solution(t)
+            rejects, h = rejects + 1, h * min(factor, 1.0)
+            continue
+        accepts, before = accepts + 1, ratio
+        done = span if span - (done + h) <= smallest else done + h
+        h *= factor
+        state = new
+        slope = slopes[-1] if last_is_first(method) else each(new, start + sign * done)
+    else:
+        raise too_many_steps(max_steps, start + sign * done)
+    if _COUNTS:
+        note_steps(torch.full(size, accepts), torch.full(size, rejects))
+    return state
 
 
 def chosen(condition: Tensor, new: State, old: State) -> State:
