@@ -138,6 +138,15 @@ def peers(field: Field, tol: float) -> dict[str, Solve]:
     return out
 
 
+def solved(solve: Solve, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: solve(x)
+
+
+def evaluated(field: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    t = torch.zeros(len(x))
+    return lambda: field(x, t)
+
+
 def turns(work: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """The least processor time of each, in ms; those at work take turns."""
     best = dict.fromkeys(work, math.inf)
@@ -174,8 +183,7 @@ def precision(batches: list[int], targets: list[float], seconds: float) -> dict[
         with torch.no_grad():
             truth = exact(x.double())
             one = compiled("end", size, "euler(steps = 1)", field).field
-            t = torch.zeros(batch)
-            field_time = min(turns({"theirs": lambda x=x, t=t: field(x, t), "ours": lambda x=x, t=t, one=one: one(x, t)}, seconds).values())
+            field_time = min(turns({"theirs": evaluated(field, x), "ours": evaluated(one, x)}, seconds).values())
             curves: dict[str, list[tuple[float, float, float]]] = {}
             for tol in TOLERANCES:
                 solves: dict[str, Solve] = {}
@@ -191,7 +199,7 @@ def precision(batches: list[int], targets: list[float], seconds: float) -> dict[
                         print(f"{name} left out: {type(e).__name__}: {str(e)[:80]}")
                         continue
                     solves[name], counts[name] = solve, field.calls
-                times = turns({k: (lambda s=s, x=x: s(x)) for k, s in solves.items()}, seconds)
+                times = turns({k: solved(s, x) for k, s in solves.items()}, seconds)
                 for k, s in solves.items():
                     error = float((s(x).double() - truth).square().mean().sqrt())
                     curves.setdefault(k, []).append((error, counts[k], times[k]))
@@ -219,8 +227,7 @@ def likelihood(batches: list[int], seconds: float) -> dict[str, Any]:
                 return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
             runs: dict[str, Callable[[], Tensor]] = {
-                "flowlang midpoint 20": lambda mid=mid, x=x: mid.log_prob(x),
-                "flowlang dopri5 1e-5": lambda adaptive=adaptive, x=x: adaptive.log_prob(x),
+                "flowlang midpoint 20": solved(mid.log_prob, x), "flowlang dopri5 1e-5": solved(adaptive.log_prob, x),
             }
             try:
                 from flow_matching.solver import ODESolver
@@ -234,9 +241,12 @@ def likelihood(batches: list[int], seconds: float) -> dict[str, Any]:
                         return self.field(x, t)
 
                 solver = ODESolver(velocity_model=Wrapped(field))
-                runs["flow_matching midpoint 20"] = lambda solver=solver, x=x: solver.compute_likelihood(
-                    x, log_p0, step_size=0.05, method="midpoint", exact_divergence=True
-                )[1]
+
+                def flow_matching(x: Tensor, solver: Any = solver) -> Tensor:
+                    found: Tensor = solver.compute_likelihood(x, log_p0, step_size=0.05, method="midpoint", exact_divergence=True)[1]
+                    return found
+
+                runs["flow_matching midpoint 20"] = solved(flow_matching, x)
             except ImportError:
                 pass
             try:
