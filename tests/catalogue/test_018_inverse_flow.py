@@ -244,3 +244,16 @@ def test_onnx(tmp_path: Path) -> None:
     flow = step("inverse_flow_steps(2, 1, 3, 8)", 3, 4, 4, size=0.2, dtype=torch.float32).eval()
     x = images(5, 3, 4, 4, dtype=torch.float32)
     same_in_onnx(flow, x, tmp_path)
+
+
+def test_the_layer_alone() -> None:
+    """`inv_conv_layer`, a net: the same solve as the bijector's, and its own gradient by finite differences."""
+    layer: Any = fl.compile("net n(x: R[C = 2, H = 4, W = 4]) { inv_conv_layer(x) }\n", flow="n", seed=0, dtype=torch.float64)
+    flow: Any = fl.compile("flow f {\n data x: R[C = 2, H = 4, W = 4]\n inv_conv\n base normal\n}\n", seed=0, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(layer.parameters(), flow.parameters(), strict=True):
+            a.copy_(b + 0.1)
+            b.copy_(a)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.testing.assert_close(layer(x), flow(x)[0], rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(layer, x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,3 +238,18 @@ def test_onnx_of_density_and_inverse(tmp_path: Path) -> None:
     session = ort.InferenceSession(str(paths["inverse"]))
     back = session.run(None, dict(zip([i.name for i in session.get_inputs()], (z.numpy(), c.numpy()), strict=True)))[0]
     assert np.allclose(back, x.numpy(), atol=1e-3)
+
+
+def test_the_probe_of_exploding_inverses() -> None:
+    """`exploding_inverse_probe`: the largest number after 8 inverses of one coupling under conditions 100 times too large."""
+    found = {}
+    for step in ("cond_affine_coupling", "modified_rq_spline_coupling"):
+        text = f"net n(z: R[C = 4, H = 1, W = 1], c: R[E = 3, H = 1, W = 1]) {{ exploding_inverse_probe({step}())(z, c) }}\n"
+        f: Any = fl.compile(text, flow="n", seed=0, dtype=torch.float64).requires_grad_(False)
+        g = torch.Generator().manual_seed(0)
+        for p in f.parameters():
+            p += 0.3 * torch.randn(p.shape, dtype=p.dtype, generator=g)
+        z, c = (torch.randn(16, n, 1, 1, dtype=torch.float64, generator=g) for n in (4, 3))
+        found[step] = f(z, c)
+    assert float(found["cond_affine_coupling"].max()) > 1e4
+    assert float(found["modified_rq_spline_coupling"].max()) < 1e-3 * float(found["cond_affine_coupling"].max())
