@@ -190,8 +190,23 @@ def digits_labelled(rng: np.random.Generator) -> Dataset:
     return Dataset({**pixels, "label": found.target}, "`--given label=label` for a classifier")
 
 
+LETTERS = " abcdefghijklmnopqrstuvwxyz.,'"  # the tokens of `topics`, by their number
+
+
+def topics(rng: np.random.Generator, window: int = 32) -> Dataset:
+    """Windows of 32 letters of Python's own help texts (`pydoc_data.topics`), as numbers: lower case, what is no letter a space."""
+    from pydoc_data.topics import topics as texts
+
+    whole = " ".join("".join(c if c in LETTERS else " " for c in text.lower()) for _, text in sorted(texts.items()))
+    letters = np.array([LETTERS.index(c) for c in " ".join(whole.split())])
+    starts = rng.permutation(np.arange(0, len(letters) - window, 8))
+    rows = letters[starts[:, None] + np.arange(window)]
+    return Dataset({f"c{k}": rows[:, k] for k in range(window)}, f"each a letter of {LETTERS!r}; windows overlap, so held-out ones are near to others")
+
+
 DATASETS: dict[str, Callable[..., Dataset]] = {
-    f.__name__: f for f in (moons, spirals, checkerboard, weather, diamonds, flights, delays, cells, digits, digits_flat, digits_labelled)
+    f.__name__: f
+    for f in (moons, spirals, checkerboard, weather, diamonds, flights, delays, cells, digits, digits_flat, digits_labelled, topics)
 }
 
 
