@@ -216,6 +216,19 @@ CONVOLUTIONS = {
       reverse[H](u * exp(tanh(m)) + m)
     }
     flow f { data x: R[C = 1, H = 4, W = 5]; step; base normal }""",
+    "two rows at once": """bijector step(x: R[C, H, W]) {
+      h = tanh(conv(shift[H](x, 2), 3, kernel = 3, causal = "H"))
+      m = conv(h, 1, kernel = [2, 3], causal = "H")
+      x * exp(tanh(m)) + m
+    }
+    flow f { data x: R[C = 1, H = 5, W = 3]; step; base normal }""",
+    "with attention and a running sum": """bijector step(x: R[T, C]) {
+      h = conv[C, T](shift[T](x, 2), 4, kernel = 3, causal = "T")
+      h := h + attention[T](h, 2, true)
+      m: R[T, C] = linear[C](cumsum[T](h))
+      x * exp(tanh(m)) + m
+    }
+    flow f { data x: R[T = 7, C = 2]; step; base normal }""",
     "one axis, groups": """bijector step(x: R[T, C]) {
       h = conv[C, T](shift[T](x, 1), 4, kernel = 3, causal = "T", groups = 2)
       m = conv[C, T](silu(h), 2, kernel = 2, causal = "T", bias = false)
