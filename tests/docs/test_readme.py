@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import flowlang as fl
+from flowlang.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+SERVING = (ROOT / "docs" / "onnx.md").read_text("utf-8")
 GUIDE = (ROOT / "docs" / "bijectors.md").read_text("utf-8")
 
 
@@ -44,6 +47,30 @@ def test_python_blocks_run() -> None:
     scope: dict[str, object] = {}
     for block in blocks(README, "python"):
         exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_the_guide_to_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Export, and a server of onnxruntime and numpy alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs" / "moons.flow").write_text((ROOT / "specs" / "moons.flow").read_text("utf-8"), "utf-8")
+    fl.save(fl.compile("specs/moons.flow", seed=0), "moons.safetensors")
+    export, serve = blocks(SERVING, "python")
+    scope: dict[str, object] = {}
+    exec(compile(export, "onnx.md", "exec"), scope)
+    assert all(c.error is not None and c.error <= 1e-5 for c in scope["compared"].values())  # type: ignore[attr-defined]
+    assert "flowlang" not in serve
+    scope = {}
+    exec(compile(serve, "onnx.md", "exec"), scope)
+    assert scope["log_prob"].shape == (2,)  # type: ignore[attr-defined]
+    assert scope["samples"].shape == (1000, 2)  # type: ignore[attr-defined]
+    commands = [line for block in blocks(SERVING, "sh") for line in block.splitlines() if " export " in line]
+    assert commands
+    for line in commands:
+        words = line.split()
+        words[words.index("run")] = "moons.safetensors"
+        done = CliRunner().invoke(cli, words[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
 
 
 def test_links_lead_somewhere() -> None:
