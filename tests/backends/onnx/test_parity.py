@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from flowlang.backends.onnx.build import HIGHEST_OPSET, Options, export
 
 import flowlang as fl
 from flowlang.api import Compilation, analyse
 from flowlang.catalogue import entries, entry_text
-from tests.backends.onnx.support import PROGRAMS, parity
+from tests.backends.onnx.support import PROGRAMS, flow_of, parity, session
 
 ROOT = Path(__file__).parents[3]
 SPECS = sorted([*(ROOT / "tests" / "acceptance" / "good").glob("*.flow"), *(ROOT / "specs").glob("**/*.flow")])
@@ -164,6 +165,16 @@ def test_library_bijector_at_every_batch_and_precision(name: str, dtype: torch.d
     comp = compiled(step_flow(name))
     for program in PROGRAMS:
         check(comp, program, dtype, (1, 7, 1000), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", BIJECTORS)
+def test_the_highest_opset_has_kernels(name: str, program: str) -> None:
+    """The lowest is what all other tests use."""
+    comp = compiled(step_flow(name))
+    (flow,) = comp.flows()
+    session(export(comp.regions[flow], comp.analyses, flow_of(comp, flow, torch.float32), program, Options(opset=HIGHEST_OPSET)))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda p: p.stem)
