@@ -364,6 +364,22 @@ def test_a_written_model_is_compared_on_its_own_noise_and_in_the_datas_units(tmp
     assert fl.compare_onnx(flow, seeded)["sample"].reason == "it draws its own noise"
 
 
+SEVERAL = """
+bijector mixed(x: R[D], y: R[E]) { t: R[x.D] = mlp(8)(y);  x + t, y }
+flow several { data x: R[D = 3], y: R[E = 2]
+  mixed
+  base normal, normal }
+"""
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flows_of_several_data_are_compared_too(program: str, tmp_path: Path) -> None:
+    flow = fl.compile(SEVERAL, seed=0)
+    found = fl.compare_onnx(flow, fl.export_onnx(flow, tmp_path / "s.onnx", [program]))[program]
+    assert found.error is not None, found.reason
+    assert found.error <= 1e-5
+
+
 def test_nothing_is_written_unless_everything_can_be(tmp_path: Path) -> None:
     text = "flow f { data x: Torus[D = 2]\n periodic_shift\n base von_mises(concentration = 2) }"
     with pytest.raises(fl.FlowError) as e:
