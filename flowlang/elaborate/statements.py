@@ -268,7 +268,7 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     spec = evaluate_type(body, target.type) if target.type is not None else None
     arguments = distribution_arguments(body, dist)
     type_ = draw_type(body, spec, arguments, statement.span, dist.law.event_axes)
-    if body.region.kind in ("net", "norm"):  # noise that nothing is weighed by
+    if is_network(body):  # noise that nothing is weighed by
         body.b.span = statement.span
         noise = Tensor(dist.law.draw(body.b, type_, dict(arguments)), body)
         bind_name(body, target, noise, "=")
@@ -283,6 +283,15 @@ def draw(body: Body, statement: tree.Bind) -> Any:
     result = Tensor(value, body)
     bind_name(body, target, result, "=")
     return result
+
+
+def is_network(body: Body | None) -> bool:
+    """Whether a body is a net's or a norm's: a loop inside a bijector is the bijector's."""
+    kinds = []
+    while body is not None:
+        kinds.append(body.region.kind)
+        body = body.scope
+    return kinds[0] in ("net", "norm") and not {"bijector", "chain", "flow"} & set(kinds)
 
 
 def draw_type(
