@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,17 @@ class Standard:
 
 @dataclass(frozen=True)
 class Options:
-    """What a model is made for. `seed` None: noise is an input; else a seeded random op draws it."""
+    """What a model is made for. `seed` None: noise is an input; else a seeded random op draws it.
+
+    Without `incremental` each round of an inverse's loop computes the whole body again.
+    """
 
     opset: int = DEFAULT_OPSET
     seed: int | None = None
     standard: Standard | None = None
     given_standard: Mapping[str, Standard] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    incremental: bool = True
 
 
 class ModuleWeights:
@@ -124,7 +128,7 @@ class Model:
     def lowered(self) -> dict[str, Value]:
         """The graph of the program in the builder; gives the outputs by name."""
         g, program = self.g, self.program
-        shared = Shared(self.analyses.program, self.draw)
+        shared = Shared(self.analyses.program, self.draw, incremental=self.options.incremental)
         if not program.inputs and (self.options.seed is not None or not self.noisy()):
             g.batch = g.input(self.fresh("batch_size"), (1,), INT)
         arguments = self.inputs(program)
@@ -367,13 +371,16 @@ At = Callable[[Mapping[str, int]], Instance | None]  # the same flow at other si
 def export_open(at: At, multiples: Mapping[str, int], program: str, options: Options) -> onnx.ModelProto:
     """The model of one program with axes of any size (multiples of the given numbers)."""
     points = points_of(multiples)
-    for small in small_points(multiples):
-        # Small sizes may meet other rules (a shift beyond the axis). The smallest that does not is what is promised.
+    # Small sizes may meet other rules (a shift beyond the axis). The smallest that does not is what is promised.
+    # What an incremental loop keeps may depend on the size; then rounds of the whole body, which do not, take its place.
+    ways = [(small, incremental) for incremental in (True, False) for small in (*small_points(multiples), None)]
+    for small, incremental in ways[:-1]:
         try:
-            return _open(at, [*points, small], multiples, program, options)
+            every = points if small is None else [*points, small]
+            return _open(at, every, multiples, program, replace(options, incremental=incremental))
         except Unlowered:
             continue
-    return _open(at, points, multiples, program, options)
+    return _open(at, points, multiples, program, replace(options, incremental=False))
 
 
 def allowed(at: At, point: Mapping[str, int]) -> Instance | None:

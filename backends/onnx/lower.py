@@ -70,6 +70,7 @@ class Shared:
     splines: dict[tuple[Any, ...], tuple[Value, Value]] = field(default_factory=dict)  # by ids of values in `kept`
     kept: list[Any] = field(default_factory=list)
     groups: int = 0
+    incremental: bool = True
 
 
 class Lowering:

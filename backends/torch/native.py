@@ -562,14 +562,25 @@ def follows(r: Reader, node: Node, op: str, x: int, ddof: int) -> tuple[int, flo
 # ---- what is written ----------------------------------------------------------------------------
 
 
-TITLES = {"native_layer_norm": "layer norm", "native_group_norm": "group norm",
-          "native_batch_norm": "batch norm", "native_gated_norm": "gated norm", "native_attention": "attention", "native_mean_square": "mean square",
-          "native_batch_mean_square": "mean square over the batch"}  # fmt: skip
+TITLES = {  # torch's own kernels
+    "native_layer_norm": "layer norm",
+    "native_group_norm": "group norm",
+    "native_batch_norm": "batch norm",
+    "native_attention": "scaled_dot_product_attention",
+}
+BY_HAND = (  # functions of the runtime that take the place of several ops
+    "native_rms_norm", "native_over_larger", "native_gated_norm", "native_unbiased", "native_mean_square",
+    "native_batch_mean_square",
+)  # fmt: skip
+
+
+def title(w: Writer, n: Node) -> None:
+    w.lines.append(f"# torch's own {TITLES[n.op]}: the spec's formula is its pattern")
 
 
 def operands(w: Writer, n: Node, count: int) -> tuple[list[str], str, str]:
     """The values, then the gain and the offset or `None`."""
-    w.lines.append(f"# torch's own {TITLES[n.op]}: the spec's formula is its pattern")
+    title(w, n)
     texts = [argument(w, i) for i in n.inputs]
     values, rest = texts[:count], texts[count:]
     gain = rest.pop(0) if n.attrs["gain"] else "None"
@@ -629,7 +640,7 @@ def _batch_mean_square(w: Writer, n: Node) -> Expr:
 
 @emitter("native_attention")
 def _attention(w: Writer, n: Node) -> Expr:
-    w.lines.append("# torch's own scaled_dot_product_attention: the spec's formula is its pattern")
+    title(w, n)
     causal = ", True" if n.attrs["causal"] else ""
     return Expr(f"{w.scope.use('attend')}({', '.join(argument(w, i) for i in n.inputs)}, {n.attrs['scale']!r}{causal})")
 

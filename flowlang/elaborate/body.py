@@ -723,6 +723,7 @@ class Body:
             return axis_rules.index_tensor(self, self.capture(value), expr.items)
         if isinstance(value, list):
             return self.index_list(value, expr)
+        self.check_distinct(expr)
         if isinstance(value, Builtin) and value.name in ("zeros", "ones", "checker"):
             return value.fn(self, Arguments(axes=expr.items, span=expr.span))
         if isinstance(value, Declared | Instance | Builtin | BuiltinNet | AppliedBuiltin):
@@ -733,6 +734,15 @@ class Body:
             expr.span,
             suggestion="brackets belong to tensors, lists, and to functions whose axes they name",
         )
+
+    def check_distinct(self, expr: tree.Brackets) -> None:
+        """Axes that the brackets of a function name by themselves stand there once."""
+        seen: set[str] = set()
+        for item in expr.items:
+            if isinstance(item.left, tree.Name) and item.eq is None:
+                if item.left.id in seen:
+                    raise self.fail("FL0307", f"`{item.left.id}` stands twice in these brackets", item.span, suggestion="name each axis once")
+                seen.add(item.left.id)
 
     def index_list(self, values: list[Any], expr: tree.Brackets) -> Any:
         if len(expr.items) != 1 or expr.items[0].left is None:

@@ -103,6 +103,7 @@ def called(body: Body, expr: tree.Expr) -> Any:
     if isinstance(expr, tree.Brackets) and isinstance(expr.value, tree.Name):
         fn = body.ev(expr.value)
         if isinstance(fn, Builtin):
+            body.check_distinct(expr)
             return Bracketed(fn, expr.items, expr.span)
     return body.ev(expr)
 

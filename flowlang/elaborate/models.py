@@ -263,10 +263,27 @@ def build_program(model: Body, d: tree.Declaration, inputs: list[DataInput]) -> 
         body.report(e.diagnostic)
     except Poisoned:
         region.broken = True
+    keep_parameters(model, body)
     needed = region.graph.reachable(list(region.outputs))
     named = {p.name for ps in d.parameters for p in ps}
     region.inputs = [i for i in region.inputs if i in needed or region.graph[i].label in named]
     return region
+
+
+def keep_parameters(model: Body, program: ProgramBody) -> None:
+    """Parameters and states that a program declares, or a `linear` in it, belong to the model, whose module holds them."""
+    held = {n.attrs["name"] for n in model.graph if n.op in ("param", "state")}
+    for node in list(program.graph):
+        if node.op not in ("param", "state") or node.id in program._copies.values():
+            continue
+        if node.attrs["name"] in held:
+            where = node.span or program.region.span
+            assert where is not None
+            program.report(
+                program.diagnostic("FL0204", f"`{node.attrs['name']}` is declared in another program of the model too", where,
+                                   suggestion="declare it once, in the model, or choose another name"))  # fmt: skip
+            continue
+        model.b.copy(node, ())
 
 
 def feed(body: ProgramBody, d: tree.Declaration, inputs: list[DataInput]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate.scope import name_help
-from flowlang.elaborate.values import Instance, Poison, RangeValue, TapRequest, Tensor, describe
+from flowlang.elaborate.values import Declared, Instance, Poison, RangeValue, TapRequest, Tensor, describe
 from flowlang.ir.graph import Region
 from flowlang.ir.taps import Place, Taps, place_type
 from flowlang.source import Span
@@ -33,6 +33,8 @@ def tapped(body: Body, value: Any, word: str, items: tuple[tree.Item, ...], span
     """The network with what a call of it is to read or replace besides."""
     if isinstance(value, Poison):
         return value
+    if word == "with" and isinstance(value, Instance | Declared) and value.kind in ("flow", "bijector"):
+        raise body.fail("FL0902", f"another part in {describe(value)} has no meaning yet", span, suggestion="make the part a parameter, and give it there")
     if not isinstance(value, Instance) or value.kind not in ("net", "norm"):
         raise body.fail("FL0211", f"`{word}` belongs to a network, and this is {describe(value)}", span, suggestion=f"as in {EXAMPLES[word]}")
     if value.owner is None and not value.shared:
@@ -40,6 +42,9 @@ def tapped(body: Body, value: Any, word: str, items: tuple[tree.Item, ...], span
     reads: list[tree.Expr] = []
     writes: list[tuple[tree.Expr, Any]] = []
     for item in items:
+        if word == "with" and isinstance(item.left, tree.Name) and item.left.id == "parameters" and item.eq is not None:
+            raise body.fail("FL0902", "a network with parameters that are given has no meaning yet", item.span,
+                            suggestion="write the network as a `net` that takes its weights as tensors")  # fmt: skip
         fits = item.left is not None and item.arrow is None and item.type is None and (item.eq is not None) == (word == "with")
         if not fits or item.left is None:
             what = "places" if word == "tap" else "places with their values"

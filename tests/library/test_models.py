@@ -158,3 +158,26 @@ def test_programs_may_have_the_names_of_what_modules_keep_to_themselves(name: st
     assert torch.equal(getattr(model, name)(torch.ones(3, 2)), torch.ones(3))
     (error,) = fl.check("model m { data x: R[D = 2]\n def _mine(x) { mean(x) } }").errors
     assert error.code == "FL0204"
+
+
+@pytest.mark.parametrize("value", ["linear[D -> D](x)", "conv[D, S](x[D -> (D, S = 1)], 2)[(D, S) -> D]", "s * x"])
+def test_weights_in_a_program_belong_to_the_model(value: str) -> None:
+    declared = "param s: R[D] = 2\n" if value.startswith("s") else ""
+    model = fl.compile(f"model m {{ data x: R[D = 2]\n def loss(x) {{ {declared}y: R[D] = {value}\n mean((y - x) ^ 2) }}\n def plain(x) {{ mean(x) }} }}", seed=0)
+    assert len(list(model.parameters())) >= 1
+    model.loss(torch.ones(3, 2)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == fl.info(model.origin["spec"])[-1]["parameters"]
+
+
+def test_a_parameter_of_two_programs_is_refused() -> None:
+    one = "param s: R[D] = 1\n mean((s * x) ^ 2)"
+    (error,) = fl.check(f"model m {{ data x: R[D = 2]\n def loss(x) {{ {one} }}\n def other(x) {{ {one} }} }}").errors
+    assert error.code == "FL0204"
+
+
+@pytest.mark.parametrize("call", ["conv[D, D](x, 4)", "sum[D, D](x)", "max_pool[C, D, D](x, 1)"])
+def test_an_axis_twice_in_brackets_is_refused(call: str) -> None:
+    (error,) = fl.check(f"net f(x: R[C = 2, D = 4]) {{ {call} }}").errors
+    assert error.code == "FL0307"
+    assert "twice" in error.message
