@@ -132,7 +132,9 @@ def main() -> None:
             for name, options in norms.items():
                 results[spec][name].append(run(spec, name, options, seed, args.epochs, args.lr, args.batch))
                 print(f"{spec} {name} seed {seed}: {results[spec][name][-1]}", flush=True)
-    (args.out / "classifiers.json").write_text(json.dumps({"options": {k: str(v) for k, v in vars(args).items()}, "runs": results}, indent=1))
+    (args.out / "classifiers.json").write_text(
+        json.dumps({"options": {k: str(v) for k, v in vars(args).items()}, "runs": results}, indent=1)
+    )
     (args.out / "classifiers.md").write_text(table(results, args))
     plot(results, args.out / "classifiers.png")
     print(table(results, args))

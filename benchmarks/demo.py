@@ -309,8 +309,12 @@ def exported(out: Path, folder: Path, csv: Path) -> dict[str, Any]:
         own = trained.log_prob(x).numpy()
     theirs = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     error = np.abs(own - theirs)
-    print(f"  {file}: {file.stat().st_size / 1e3:.0f} kB; log-densities of {len(x):,} rows differ by at most {error.max():.1e},")
-    print(f"  their mean is {theirs.mean(dtype=np.float64):.5f} in onnxruntime, {own.mean(dtype=np.float64):.5f} in torch")
+    print(
+        f"  {file}: {file.stat().st_size / 1e3:.0f} kB; log-densities of {len(x):,} rows differ by at most {error.max():.1e},"
+    )
+    print(
+        f"  their mean is {theirs.mean(dtype=np.float64):.5f} in onnxruntime, {own.mean(dtype=np.float64):.5f} in torch"
+    )
     return {"rows": len(x), "max_error": float(error.max()), "mean_error": float(error.mean())}
 
 

@@ -110,7 +110,12 @@ def main() -> None:
         whole = torch.as_tensor(np.stack(list(columns.values()), 1), dtype=torch.float32)
         whole = (whole - whole.mean(0)) / whole.std(0)
         held, data = whole[: 2 * POINTS], whole[2 * POINTS :]
-        floor = {"target": target, "method": "data", "w2": wasserstein(held[:POINTS], held[POINTS:]), "mmd": mmd(held[:POINTS], held[POINTS:])}
+        floor = {
+            "target": target,
+            "method": "data",
+            "w2": wasserstein(held[:POINTS], held[POINTS:]),
+            "mmd": mmd(held[:POINTS], held[POINTS:]),
+        }
         rows.append(floor)
         print(json.dumps(floor), flush=True)
         for name, make in METHODS.items():
@@ -121,7 +126,14 @@ def main() -> None:
                     drawn = model.sample((POINTS,), generator=torch.Generator().manual_seed(100))
                 found.append((wasserstein(drawn, held[:POINTS]), mmd(drawn, held[:POINTS]), seconds / o.steps * 1e3))
             w2, distance, cost = (float(np.mean(v)) for v in zip(*found, strict=True))
-            row = {"target": target, "method": name, "w2": w2, "w2_seeds": [f[0] for f in found], "mmd": distance, "ms_per_step": cost}
+            row = {
+                "target": target,
+                "method": name,
+                "w2": w2,
+                "w2_seeds": [f[0] for f in found],
+                "mmd": distance,
+                "ms_per_step": cost,
+            }
             rows.append(row)
             print(json.dumps(row), flush=True)
     if o.out:

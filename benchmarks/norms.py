@@ -102,7 +102,9 @@ def timed(run: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return time.process_time() - start
 
 
-def compare(mine: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor, rounds: int) -> tuple[float, float]:
+def compare(
+    mine: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor, rounds: int
+) -> tuple[float, float]:
     """Median seconds of each, forward and backward."""
     torch.testing.assert_close(mine(x), other(x), rtol=1e-3, atol=1e-4)
     found: tuple[list[float], list[float]] = ([], [])

@@ -41,7 +41,9 @@ class Field(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(size + 1, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, size))
+        self.layers = nn.Sequential(
+            nn.Linear(size + 1, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, size)
+        )
         self.calls = 0
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -95,7 +97,9 @@ def peers(field: Field, tol: float) -> dict[str, Solve]:
     try:
         from torchdiffeq import odeint
 
-        out["torchdiffeq"] = lambda x: odeint(lambda t, y: field(y, t), x, ends, rtol=tol, atol=tol, method="dopri5")[-1]
+        out["torchdiffeq"] = lambda x: odeint(lambda t, y: field(y, t), x, ends, rtol=tol, atol=tol, method="dopri5")[
+            -1
+        ]
     except ImportError:
         pass
     try:
@@ -115,7 +119,9 @@ def peers(field: Field, tol: float) -> dict[str, Solve]:
     try:
         from torchdyn.numerics import odeint as dyn
 
-        out["torchdyn"] = lambda x: dyn(lambda t, y, args=None: field(y, t), x, ends, "dopri5", atol=tol, rtol=tol)[1][-1]
+        out["torchdyn"] = lambda x: dyn(lambda t, y, args=None: field(y, t), x, ends, "dopri5", atol=tol, rtol=tol)[1][
+            -1
+        ]
     except ImportError:
         pass
     try:
@@ -208,7 +214,10 @@ def precision(batches: list[int], targets: list[float], seconds: float) -> dict[
             found = {k: v for k, p in curves.items() if (v := at_error(p, target)) is not None}
             print(f"\nbatch {batch}, error {target:g}, one evaluation {field_time:.3f} ms")
             for k, (n, ms) in sorted(found.items(), key=lambda kv: kv[1][1]):
-                print(f"  {k:<18}{n:>8.1f} evaluations{ms:>10.3f} ms{100 * (ms / (n * field_time) - 1):>8.0f} % over the limit", flush=True)
+                print(
+                    f"  {k:<18}{n:>8.1f} evaluations{ms:>10.3f} ms{100 * (ms / (n * field_time) - 1):>8.0f} % over the limit",
+                    flush=True,
+                )
     return out
 
 
@@ -219,7 +228,9 @@ def likelihood(batches: list[int], seconds: float) -> dict[str, Any]:
         for batch in batches:
             x = torch.randn(batch, size, generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
-                truth = compiled("likelihood", size, "dopri5(rtol = 1e-10, atol = 1e-10)", field, torch.float64).log_prob(x.double())
+                truth = compiled(
+                    "likelihood", size, "dopri5(rtol = 1e-10, atol = 1e-10)", field, torch.float64
+                ).log_prob(x.double())
             mid = compiled("likelihood", size, "midpoint(steps = 20)", field)
             adaptive = compiled("likelihood", size, "dopri5(rtol = 1e-5, atol = 1e-5)", field)
 
@@ -227,7 +238,8 @@ def likelihood(batches: list[int], seconds: float) -> dict[str, Any]:
                 return -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
 
             runs: dict[str, Callable[[], Tensor]] = {
-                "flowlang midpoint 20": solved(mid.log_prob, x), "flowlang dopri5 1e-5": solved(adaptive.log_prob, x),
+                "flowlang midpoint 20": solved(mid.log_prob, x),
+                "flowlang dopri5 1e-5": solved(adaptive.log_prob, x),
             }
             try:
                 from flow_matching.solver import ODESolver
@@ -243,7 +255,9 @@ def likelihood(batches: list[int], seconds: float) -> dict[str, Any]:
                 solver = ODESolver(velocity_model=Wrapped(field))
 
                 def flow_matching(x: Tensor, solver: Any = solver) -> Tensor:
-                    found: Tensor = solver.compute_likelihood(x, log_p0, step_size=0.05, method="midpoint", exact_divergence=True)[1]
+                    found: Tensor = solver.compute_likelihood(
+                        x, log_p0, step_size=0.05, method="midpoint", exact_divergence=True
+                    )[1]
                     return found
 
                 runs["flow_matching midpoint 20"] = solved(flow_matching, x)
@@ -252,7 +266,15 @@ def likelihood(batches: list[int], seconds: float) -> dict[str, Any]:
             try:
                 from zuko.transforms import FreeFormJacobianTransform
 
-                transform = FreeFormJacobianTransform(lambda t, y, field=field: field(y, t), 1.0, 0.0, phi=tuple(field.parameters()), atol=1e-5, rtol=1e-5, exact=True)
+                transform = FreeFormJacobianTransform(
+                    lambda t, y, field=field: field(y, t),
+                    1.0,
+                    0.0,
+                    phi=tuple(field.parameters()),
+                    atol=1e-5,
+                    rtol=1e-5,
+                    exact=True,
+                )
 
                 def zuko(transform: Any = transform, x: Tensor = x) -> Tensor:
                     z, log_det = transform.call_and_ladj(x)

@@ -242,7 +242,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--kinds", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: the thread's own time, where other work shares the machine"
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the thread's own time, where other work shares the machine",
     )
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
     parser.add_argument(

@@ -16,7 +16,18 @@ __all__ = [
 
 # Where each name comes from: importing the package loads none of it, and torch least of all.
 HOMES = {
-    "flowlang.api": ("analyse", "check", "compare_onnx", "compile", "export_onnx", "folded", "generate", "info", "load", "save"),
+    "flowlang.api": (
+        "analyse",
+        "check",
+        "compare_onnx",
+        "compile",
+        "export_onnx",
+        "folded",
+        "generate",
+        "info",
+        "load",
+        "save",
+    ),
     "flowlang.library": ("library_folders",),
     "flowlang.diagnostics": ("Diagnostic", "FlowError", "Report"),
     "flowlang.backends.torch.runtime": ("NumericalWarning", "count_steps"),

@@ -203,7 +203,13 @@ def compile(
     by `torch.compile`, each when it is first called: True for its own backend, which needs a C++ compiler, or another's name.
     """
     if jit and memory == "reversible":
-        raise FlowError(Diagnostic("FL0804", "a program that torch compiles keeps its own activations", suggestion="choose one of `jit` and `memory=\"reversible\"`"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                "a program that torch compiles keeps its own activations",
+                suggestion='choose one of `jit` and `memory="reversible"`',
+            )
+        )
     comp = analyse(spec, sets, sized=True, build=flow)
     if not comp.ok:
         raise FlowError(comp.report.errors)
@@ -224,9 +230,21 @@ def compilable(jit: bool | str) -> bool | str:
         try:
             cpp_builder.get_cpp_compiler()
         except exc.InvalidCxxCompiler:
-            raise FlowError(Diagnostic("FL0805", "`jit` needs a C++ compiler, and none is found", suggestion="install g++ or clang, name one in the variable CXX, or leave `jit` out")) from None
+            raise FlowError(
+                Diagnostic(
+                    "FL0805",
+                    "`jit` needs a C++ compiler, and none is found",
+                    suggestion="install g++ or clang, name one in the variable CXX, or leave `jit` out",
+                )
+            ) from None
     if isinstance(jit, str) and jit not in torch.compiler.list_backends(None):
-        raise FlowError(Diagnostic("FL0804", f"torch has no backend {jit!r}", suggestion=did_you_mean(jit, torch.compiler.list_backends(None)) or "use `jit=True`"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                f"torch has no backend {jit!r}",
+                suggestion=did_you_mean(jit, torch.compiler.list_backends(None)) or "use `jit=True`",
+            )
+        )
     return jit
 
 
@@ -251,7 +269,9 @@ def folding(comp: Compilation, name: str, *, norms_only: bool = False) -> Folded
 def origin_of(module: Any) -> tuple[Compilation, str]:
     if type(module) not in origins:
         raise FlowError(
-            Diagnostic("FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec")
+            Diagnostic(
+                "FL0804", "this is no flow that `flowlang.compile` made here", suggestion="compile it from its spec"
+            )
         )
     return origins[type(module)]
 
@@ -335,7 +355,12 @@ def compile_function(comp: Compilation, name: str, like: str) -> Any:
     span = declaration.name_span or declaration.span
     if len(tensors) != 1:
         raise FlowError(
-            Diagnostic("FL0804", f"`{name}` takes {len(tensors)} values, and one is needed: a sample of the flow", span, suggestion="name one tensor, as in `flow.log_prob(x)`")
+            Diagnostic(
+                "FL0804",
+                f"`{name}` takes {len(tensors)} values, and one is needed: a sample of the flow",
+                span,
+                suggestion="name one tensor, as in `flow.log_prob(x)`",
+            )
         )
     flow = comp.regions[like]
     region = comp.elab.instance_region(target, {tensors[0].name: flow.graph[flow.inputs[0]].tensor}, span)
@@ -344,7 +369,14 @@ def compile_function(comp: Compilation, name: str, like: str) -> Any:
     try:
         made = Generator(region, comp.analyses, comp.source.name).generate()
     except Unlowered as e:
-        raise FlowError(Diagnostic("FL0701", f"`{e.node.op}` has no PyTorch form yet", e.node.span, suggestion="write the map with other functions, or report the missing one")) from None
+        raise FlowError(
+            Diagnostic(
+                "FL0701",
+                f"`{e.node.op}` has no PyTorch form yet",
+                e.node.span,
+                suggestion="write the map with other functions, or report the missing one",
+            )
+        ) from None
     text = module_text(made, standalone=False, title=f"net {name}", origin=Path(comp.source.name).name)
     return fresh(text, made.root, 0, None)
 
@@ -356,10 +388,16 @@ def fresh(text: str, cls: str, seed: int | None, dtype: Any) -> Any:
     from flowlang.backends.torch.load import instantiate
 
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise FlowError(Diagnostic("FL0804", f"`seed` is a whole number, and this is {seed!r}", suggestion="as in `seed=0`"))
+        raise FlowError(
+            Diagnostic("FL0804", f"`seed` is a whole number, and this is {seed!r}", suggestion="as in `seed=0`")
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise FlowError(
-            Diagnostic("FL0804", f"`dtype` is a floating type of torch, and this is {dtype!r}", suggestion="as in `dtype=torch.float64`")
+            Diagnostic(
+                "FL0804",
+                f"`dtype` is a floating type of torch, and this is {dtype!r}",
+                suggestion="as in `dtype=torch.float64`",
+            )
         )
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -437,7 +475,9 @@ class Resized:
         key = tuple(sorted(sizes.items()))
         if key not in self.known:
             elab = self.comp.elab
-            comp = compile_source(self.comp.source, loader=elab.loader, sets={**elab.sets, **sizes}, sized=True, build=self.name)
+            comp = compile_source(
+                self.comp.source, loader=elab.loader, sets={**elab.sets, **sizes}, sized=True, build=self.name
+            )
             self.known[key] = None
             if comp.ok:
                 if self.folds:
@@ -481,7 +521,11 @@ def load(path: str | Path, spec: str | Path | None = None, *, dtype: Any = None,
     from flowlang.backends.torch.store import load_state, read_tensors
 
     if not isinstance(path, str | Path):
-        raise FlowError(Diagnostic("FL0801", f"weights are read from a path, and this is {path!r}", suggestion='as in `fl.load("run")`'))
+        raise FlowError(
+            Diagnostic(
+                "FL0801", f"weights are read from a path, and this is {path!r}", suggestion='as in `fl.load("run")`'
+            )
+        )
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     tensors, meta = read_tensors(file)
     comp = recompile(file, meta, spec, sets)

@@ -187,7 +187,9 @@ def at_home(found: Iterable[Diagnostic], target: Declared) -> Iterator[Diagnosti
         if d.span is None or not d.span.source.library or home.source.library:
             yield d
         else:
-            yield replace(d, span=home, labels=(), notes=(*d.notes, f"this arose inside `{d.span.source.name}` of the library"))
+            yield replace(
+                d, span=home, labels=(), notes=(*d.notes, f"this arose inside `{d.span.source.name}` of the library")
+            )
 
 
 def check_flow(comp: Compilation, target: Declared) -> None:
@@ -621,7 +623,12 @@ def require_parameters(comp: Compilation, statement: tree.Require, condition: tr
         return
     if region is None or not isinstance(condition.right, tree.Number):
         comp.report.add(
-            Diagnostic("FL0306", "`parameters` takes a flow of this file, compared with a number", left.span, suggestion="as in `require parameters(my_flow) == 1_000`")
+            Diagnostic(
+                "FL0306",
+                "`parameters` takes a flow of this file, compared with a number",
+                left.span,
+                suggestion="as in `require parameters(my_flow) == 1_000`",
+            )
         )
         return
     have = parameter_count(region)
@@ -634,7 +641,9 @@ def require_parameters(comp: Compilation, statement: tree.Require, condition: tr
             Diagnostic(
                 "FL0502",
                 f"`{region.name}` has {have:,} parameters, and {condition.op} {want:,} is required",
-                condition.span, suggestion=f"write `{condition.op} {have}` if the count is right, or change the sizes of its networks")
+                condition.span,
+                suggestion=f"write `{condition.op} {have}` if the count is right, or change the sizes of its networks",
+            )
         )
 
 

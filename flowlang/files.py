@@ -16,7 +16,9 @@ def replace_file(path: Path, blob: bytes) -> None:
     try:
         if not path.name or path.is_dir():
             raise FlowError(
-                Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name")
+                Diagnostic(
+                    "FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name"
+                )
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():

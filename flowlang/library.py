@@ -86,7 +86,13 @@ def library_folders(*folders: str | Path) -> Iterator[None]:
     """
     for folder in folders:
         if not Path(folder).is_dir():
-            raise FlowError(Diagnostic("FL0801", f"`{folder}` is no folder", suggestion="name a folder that holds the `.flow` files to import"))
+            raise FlowError(
+                Diagnostic(
+                    "FL0801",
+                    f"`{folder}` is no folder",
+                    suggestion="name a folder that holds the `.flow` files to import",
+                )
+            )
     token = GIVEN.set((*GIVEN.get(), *(Path(f) for f in folders)))
     try:
         yield

@@ -122,7 +122,11 @@ def verify_flow(
     condition = torch.ones(points, dtype=torch.float64)
     jacobian = None
     # With draws inside, x alone does not determine what leaves: the Jacobian of x to it is not square.
-    drawn = facts.get("exactness") == "lower bound" or facts.get("draws", False) or sum(y[0].numel() for y in forward[:-1]) != count
+    drawn = (
+        facts.get("exactness") == "lower bound"
+        or facts.get("draws", False)
+        or sum(y[0].numel() for y in forward[:-1]) != count
+    )
     ratio = facts.get("exactness") == "ratio"  # right up to a constant
     if count <= JACOBIAN_LIMIT and not drawn:
         jacobian = dense_jacobian(flow, xs, given, space)
@@ -132,7 +136,9 @@ def verify_flow(
         singular = torch.linalg.svdvals(jacobian)
         condition = (singular[:, 0] / singular[:, -1]).clamp_min(1)
     scale = (1 + torch.stack([v.abs().reshape(points, -1).amax(1) for v in xs]).amax(0)) * condition
-    error = torch.stack([(b - v).abs().reshape(points, -1).amax(1) for b, v in zip(back, xs, strict=True)]).amax(0) / scale
+    error = (
+        torch.stack([(b - v).abs().reshape(points, -1).amax(1) for b, v in zip(back, xs, strict=True)]).amax(0) / scale
+    )
     out.append(
         Check(
             "round trip",
@@ -153,7 +159,13 @@ def verify_flow(
         out.append(estimate_check(flow, [v[:4] for v in xs], {k: v[:4] for k, v in given.items()}, jacobian[:4]))
     elif not estimated and not drawn:
         difference = (forward[-1] + back_log_det).abs() / (1 + forward[-1].abs()) / condition.log().clamp_min(1)
-        out.append(Check("log-det of the inverse", float(difference.max()), SOLVER_ERROR if solver else 1e-6 if iterative else 1e-8))
+        out.append(
+            Check(
+                "log-det of the inverse",
+                float(difference.max()),
+                SOLVER_ERROR if solver else 1e-6 if iterative else 1e-8,
+            )
+        )
     with torch.no_grad():
         finite = flow.log_prob(x, **given)
     out.append(Check("log-density is finite", float((~torch.isfinite(finite)).sum()), 0.0))

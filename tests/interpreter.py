@@ -103,7 +103,11 @@ def align(x: Tensor, have: TensorType, want: TensorType) -> Tensor:
 
 
 def evaluate(
-    graph: Graph, values: Mapping[int, Tensor], parameters: Parameters, wanted: Sequence[int], analyses: Analyses | None = None
+    graph: Graph,
+    values: Mapping[int, Tensor],
+    parameters: Parameters,
+    wanted: Sequence[int],
+    analyses: Analyses | None = None,
 ) -> list[Tensor]:
     """Values of nodes for one sample (no batch dims). `analyses` gives the programs of called maps."""
     env: dict[int, Any] = dict(values)
@@ -115,7 +119,11 @@ def evaluate(
 
 
 def run(
-    program: Program, inputs: Sequence[Tensor], parameters: Parameters, analyses: Analyses, noise: Mapping[int, Tensor] | None = None
+    program: Program,
+    inputs: Sequence[Tensor],
+    parameters: Parameters,
+    analyses: Analyses,
+    noise: Mapping[int, Tensor] | None = None,
 ) -> list[Tensor]:
     """The results of a program of `flowlang.derive.programs`."""
     values = {**dict(zip(program.inputs, inputs, strict=True)), **(noise or {})}
@@ -163,7 +171,9 @@ def one(graph: Graph, node: Node, env: Mapping[int, Any], parameters: Parameters
     if base in CURVES:
         function = {base: spline, f"{base}_inverse": spline_inverse, f"{base}_log_slope": spline_log_slope}[node.op]
         bins = [bin_axis(t[0], s, a) for s in t[1:]]
-        wide = [align(v, s, TensorType((*out.axes, k))) for v, s, k in zip(x[1:], t[1:], bins, strict=True) if k is not None]
+        wide = [
+            align(v, s, TensorType((*out.axes, k))) for v, s, k in zip(x[1:], t[1:], bins, strict=True) if k is not None
+        ]
         return function(base, align(x[0], t[0], out).expand(out.shape), wide, numbers_of(node))
     return shaped(node, t, x)
 
@@ -197,7 +207,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return getattr(torch, node.op)(flat, -1)
         case "length":
             squares = x[0].square().sum([dim(n) for n in a["axes"]])
-            some = squares > 0  # at 0 the slope of the square root is no number, and that of what it is multiplied with is
+            some = (
+                squares > 0
+            )  # at 0 the slope of the square root is no number, and that of what it is multiplied with is
             return torch.where(some, torch.where(some, squares, 1).sqrt(), 0)
         case "normalize":
             return x[0] / x[0].square().sum([dim(n) for n in a["axes"]], keepdim=True).sqrt()
@@ -261,7 +273,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
         case "order":
             return x[0].permute([t[0].position(n) for n in a["names"]])
         case "split":
-            shape = [s for axis in t[0].axes for s in ([v for _, v in a["into"]] if axis.name == a["axis"] else [axis.size])]
+            shape = [
+                s for axis in t[0].axes for s in ([v for _, v in a["into"]] if axis.name == a["axis"] else [axis.size])
+            ]
             return x[0].reshape(shape)
         case "merge":
             return x[0].reshape(out.shape)
@@ -271,7 +285,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return torch.arange(a["size"], dtype=torch.float64)
         case "diagonal":
             made = torch.diagonal(x[0], dim1=dim(a["row"]), dim2=dim(a["col"]))
-            have = TensorType.of(*((n, t[0].size(n)) for n in t[0].names if n not in (a["row"], a["col"])), (a["row"], made.shape[-1]))
+            have = TensorType.of(
+                *((n, t[0].size(n)) for n in t[0].names if n not in (a["row"], a["col"])), (a["row"], made.shape[-1])
+            )
             return align(made, have, out)
         case "masked":
             rows, cols = torch.tensor(a["row_degrees"]).double(), torch.tensor(a["col_degrees"]).double()
@@ -286,7 +302,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return pool(node, t[0], x[0])
         case "norm_bounded":
             front = [n for n in t[0].names if n not in a["axes"]]
-            flat = x[0].permute([dim(n) for n in (*front, *a["axes"])]).reshape(math.prod(t[0].size(n) for n in front), -1)
+            flat = (
+                x[0].permute([dim(n) for n in (*front, *a["axes"])]).reshape(math.prod(t[0].size(n) for n in front), -1)
+            )
             largest = torch.linalg.eigvalsh(flat @ flat.mT)[-1].clamp_min(0).sqrt()
             return x[0] * torch.clamp_max(a["bound"] / largest, 1.0)
         case "matrix_solve":
@@ -308,7 +326,9 @@ def gather(x: Tensor, tx: TensorType, index: Tensor, ti: TensorType, axis: str, 
     return found
 
 
-def matrix_solve(w: Tensor, tw: TensorType, y: Tensor, ty: TensorType, axis: str, given: str, out: TensorType) -> Tensor:
+def matrix_solve(
+    w: Tensor, tw: TensorType, y: Tensor, ty: TensorType, axis: str, given: str, out: TensorType
+) -> Tensor:
     """x with sum over `axis` of W * x = y, for each index of the other axes."""
     front = [n for n in ty.names if n != given]
     batch = [n for n in tw.names if n not in (axis, given)]
@@ -336,12 +356,19 @@ def conv(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
         weight = x[1].reshape(groups, per, *x[1].shape[1:])
     into = weight.shape[2]
     few = value.shape[-n:] if transposed else made.shape[-n:]
-    for g, place, tap in itertools.product(range(groups), itertools.product(*map(range, few)), itertools.product(*map(range, x[1].shape[2:]))):
-        other = [p * s + k * d - b for p, s, k, d, (b, _) in zip(place, a["stride"], tap, a["dilation"], a["padding"], strict=True)]
+    for g, place, tap in itertools.product(
+        range(groups), itertools.product(*map(range, few)), itertools.product(*map(range, x[1].shape[2:]))
+    ):
+        other = [
+            p * s + k * d - b
+            for p, s, k, d, (b, _) in zip(place, a["stride"], tap, a["dilation"], a["padding"], strict=True)
+        ]
         limit = made.shape[-n:] if transposed else value.shape[-n:]
         if all(0 <= j < m for j, m in zip(other, limit, strict=True)):
             source, target = (place, tuple(other)) if transposed else (tuple(other), place)
-            part = torch.einsum("...c,kc->...k", value[(..., slice(g * into, (g + 1) * into), *source)], weight[(g, ..., *tap)])
+            part = torch.einsum(
+                "...c,kc->...k", value[(..., slice(g * into, (g + 1) * into), *source)], weight[(g, ..., *tap)]
+            )
             made[(..., slice(g * per, (g + 1) * per), *target)] += part
     if len(x) > 2:
         made = made + x[2].reshape(-1, *[1] * n)
@@ -365,7 +392,9 @@ def pool(node: Node, t: TensorType, x: Tensor) -> Tensor:
 # ---- calls --------------------------------------------------------------------------------------
 
 
-def call(node: Node, types: Sequence[TensorType], x: Sequence[Tensor], parameters: Parameters, analyses: Analyses) -> Any:
+def call(
+    node: Node, types: Sequence[TensorType], x: Sequence[Tensor], parameters: Parameters, analyses: Analyses
+) -> Any:
     """A call, index by index of its lifted axes; a repeat, copy by copy."""
     a = node.attrs
     region: Region = a["region"]
@@ -404,7 +433,9 @@ def repeat(node: Node, region: Region, x: Sequence[Tensor], held: Any, method: s
     return out if len(out) > 1 else out[0]
 
 
-def invoke(region: Region, method: str, inputs: list[Tensor], parameters: Parameters, analyses: Analyses, *, log_det: bool) -> list[Tensor]:
+def invoke(
+    region: Region, method: str, inputs: list[Tensor], parameters: Parameters, analyses: Analyses, *, log_det: bool
+) -> list[Tensor]:
     found = run(analyses.program(region, method), inputs, parameters, analyses)
     return found[:-1] if is_map(region) and not log_det else found
 

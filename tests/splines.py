@@ -123,7 +123,9 @@ def each(kind: str, x: Tensor, params: list[Tensor], n: Numbers, read: Callable[
     """Entry by entry: every entry of x has its own row of parameters."""
     wide = [p.expand(*x.shape, p.shape[-1]).reshape(-1, p.shape[-1]) for p in params]
     flat = x.reshape(-1)
-    return torch.stack([read(CURVES[kind]([p[i] for p in wide], n), flat[i]) for i in range(len(flat))]).reshape(x.shape)
+    return torch.stack([read(CURVES[kind]([p[i] for p in wide], n), flat[i]) for i in range(len(flat))]).reshape(
+        x.shape
+    )
 
 
 def inside(kind: str, v: Tensor, n: Numbers) -> bool:

@@ -81,7 +81,11 @@ def compare(file: Path, region: Region, program: str, module: Any, batch: int = 
         if None in shape:
             return Comparison(None, "its noise has axes of any size")
         kind = kinds.get(i.name, {}).get("kind")
-        value = points(region, program, i.name, shape, generator) if kind is None else REPLAYED[kind](shape, generator=generator)
+        value = (
+            points(region, program, i.name, shape, generator)
+            if kind is None
+            else REPLAYED[kind](shape, generator=generator)
+        )
         if i.name == data and hasattr(module, "standard"):  # where the data are
             value = value * module.scale.cpu() + module.mean.cpu()
         feeds[i.name] = value.to(torch.int64 if "int64" in i.type else torch.float64 if double else torch.float32)
@@ -91,7 +95,9 @@ def compare(file: Path, region: Region, program: str, module: Any, batch: int = 
     placed = {k: v.to(device) for k, v in feeds.items()}
     try:
         with torch.no_grad(), Replay([(v["kind"], placed[k]) for k, v in kinds.items()]):
-            wanted = results(module, region, program, {k: v for k, v in placed.items() if k not in kinds and k in own}, batch)
+            wanted = results(
+                module, region, program, {k: v for k, v in placed.items() if k not in kinds and k in own}, batch
+            )
     except OtherDraws:
         return Comparison(None, "the module draws in another way")
     error = 0.0
@@ -110,7 +116,9 @@ def types_of(region: Region, program: str) -> dict[str, TensorType]:
     return {own.graph[i].label or "x": own.graph[i].tensor for i in (*own.inputs, *own.context)}
 
 
-def points(region: Region, program: str, name: str, shape: Sequence[int | None], generator: torch.Generator) -> torch.Tensor:
+def points(
+    region: Region, program: str, name: str, shape: Sequence[int | None], generator: torch.Generator
+) -> torch.Tensor:
     """Values of an input's domain."""
     from flowlang.backends.torch.explicit import into
 
@@ -126,7 +134,9 @@ def points(region: Region, program: str, name: str, shape: Sequence[int | None],
     return into(domain.interval, torch.randn(size, generator=generator))
 
 
-def results(module: Any, region: Region, program: str, values: dict[str, torch.Tensor], batch: int) -> list[torch.Tensor]:
+def results(
+    module: Any, region: Region, program: str, values: dict[str, torch.Tensor], batch: int
+) -> list[torch.Tensor]:
     if region.kind == "model":
         found = module.run(program, tuple(values[k] for k in module.programs[program]), (batch,), None)
     elif region.kind in ("net", "norm"):

@@ -652,7 +652,9 @@ def _choose(w: Lowering, n: Node) -> Result:
 def _scan(w: Lowering, n: Node) -> Result:
     g, axis, count, reverse = w.g, n.attrs["axis"], int(n.attrs["count"]), bool(n.attrs["reverse"])
     if axis == "B":
-        raise Unlowered(n, "a scan over the batch is no function of a sample", "write what inference does under `if not training`")
+        raise Unlowered(
+            n, "a scan over the batch is no function of a sample", "write what inference does under `if not training`"
+        )
     carried, sliced = int(n.attrs["carried"]), int(n.attrs["sliced"])
     child, weights = n.attrs["child"], w.weights.child(n.attrs["child"])
     start = [w.full(w.number(w.value(i)), w.type(i).rank) for i in n.inputs[:carried]]

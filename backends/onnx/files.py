@@ -53,9 +53,7 @@ def check_programs(region: Region, programs: Sequence[str]) -> None:
     if unknown or not programs:
         kind = "network" if region.kind in ("net", "norm") else region.kind
         message = f"`{unknown[0]}` is no program of a {kind}" if unknown else "no program is named"
-        raise FlowError(
-            Diagnostic("FL0804", message, suggestion=f"choose from {', '.join(f'`{p}`' for p in have)}")
-        )
+        raise FlowError(Diagnostic("FL0804", message, suggestion=f"choose from {', '.join(f'`{p}`' for p in have)}"))
 
 
 def check_opset(opset: int | None) -> None:
@@ -83,7 +81,9 @@ def check_weights(module: Any) -> None:
 def file_of(path: Path, program: str, several: bool) -> Path:
     """FILE.onnx for one program; FILE.PROGRAM.onnx for each of several."""
     if not path.name:
-        raise FlowError(Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name"))
+        raise FlowError(
+            Diagnostic("FL0801", f"`{path}` is a folder, and a file is to be written", suggestion="add a file's name")
+        )
     stem = path.with_suffix("") if path.suffix == ".onnx" else path
     return stem.with_name(f"{stem.name}.{program}.onnx") if several else stem.with_name(f"{stem.name}.onnx")
 
@@ -200,7 +200,12 @@ def export_files(
                 model = export(comp.regions[name], comp.analyses, module, program, options)
         except Unlowered as e:
             raise FlowError(
-                Diagnostic("FL0701", f"cannot be exported to ONNX: {e.reason}", e.node.span or place_of(comp.regions[name]), suggestion=e.suggestion)
+                Diagnostic(
+                    "FL0701",
+                    f"cannot be exported to ONNX: {e.reason}",
+                    e.node.span or place_of(comp.regions[name]),
+                    suggestion=e.suggestion,
+                )
             ) from None
         out[program] = file_of(Path(path), program, len(set(programs)) > 1)
         made[out[program]] = model.SerializeToString()

@@ -37,7 +37,9 @@ def fold_affine(part: Body, uses: Counter[int]) -> None:
         if node.op == "MatMul" and (weight.rank != 2 or node.outputs[0].rank < 2):
             continue
         found = chain(node, axis, readers, uses)
-        if found is not None and any(n.op in ("Mul", "Div") for n in found.nodes if node.op == "MatMul") | (node.op != "MatMul"):
+        if found is not None and any(n.op in ("Mul", "Div") for n in found.nodes if node.op == "MatMul") | (
+            node.op != "MatMul"
+        ):
             gone |= fold(node, weight, found)
     part.nodes = [n for n in part.nodes if id(n) not in gone]
 

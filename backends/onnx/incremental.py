@@ -205,7 +205,9 @@ class Incremental:
         place = self.places[i].place_of()
         wanted = own.index - (node.attrs["k"] if read.shift is not None else 0)
         # Beyond the ends a shift reads zeros; there the table holds negative numbers.
-        table = np.vectorize(lambda index: place.get(int(index), 0) if 0 <= index < t.size(axis) else -abs(index))(wanted)
+        table = np.vectorize(lambda index: place.get(int(index), 0) if 0 <= index < t.size(axis) else -abs(index))(
+            wanted
+        )
         picked = self.at_stage(stored, table, t.position(axis) - t.rank)
         return self.leaf(picked, t.resized(axis, own.rows))
 

@@ -291,9 +291,7 @@ class RqsTable:
         return found[:, 1:-1] if self.circular else found
 
 
-def rqs_bin(
-    g: Builder, table: RqsTable, raw: Sequence[Value], x: Value, row: int, names: Sequence[str]
-) -> Value:
+def rqs_bin(g: Builder, table: RqsTable, raw: Sequence[Value], x: Value, row: int, names: Sequence[str]) -> Value:
     """The named parts of the bin of x (of y: row 1), `[.., M, names]`."""
     whole = assemble(g, table.rows(*raw))
     logits, rest = g.split(whole, whole.rank - 2, [2, 1])

@@ -123,7 +123,10 @@ class Generator:
         plain_call = called(n)[1] == "forward" and not is_map(region) and not self.noisy(*called(n))
         if self.memory != "reversible" or not plain_call or not is_map(scope) or scope is self.root:
             return False
-        tensors = all(region.graph[i].tensor.kind == "real" and region.graph[i].attrs.get("role") != "field" for i in (*region.inputs, *region.context))
+        tensors = all(
+            region.graph[i].tensor.kind == "real" and region.graph[i].attrs.get("role") != "field"
+            for i in (*region.inputs, *region.context)
+        )
         return tensors and not any(m.op in ("state", "running") for r in region.walk() for m in r.graph)
 
     def keeps(self, region: Region) -> str:
@@ -198,7 +201,15 @@ class Generator:
                 self.program_face(program),
                 self.write_method(scope, self.program(program, "forward"), f"_run_{ascii_name(program.name)}"),
             ]
-        base = ("Flow" if len(region.inputs) == 1 else "RecordFlow") if root else "Model" if region.programs else "Net" if alone else "nn.Module"
+        base = (
+            ("Flow" if len(region.inputs) == 1 else "RecordFlow")
+            if root
+            else "Model"
+            if region.programs
+            else "Net"
+            if alone
+            else "nn.Module"
+        )
         lines = [f"class {name}({base}):"]
         if base != "nn.Module":
             self.helpers.add(base)
@@ -274,7 +285,9 @@ class Generator:
             types |= {str(n.label): string(str(n.tensor)) for n in nodes}
         types |= {name: string(str(t)) for name, (_, t) in region.data.items()}
         lines = [f"programs = {dictionary(table)}", f"types = {dictionary(types)}"]
-        exactness = {ascii_name(n): found for n, p in region.programs.items() if (found := self.analyses.exactness(p)) != "exact"}
+        exactness = {
+            ascii_name(n): found for n, p in region.programs.items() if (found := self.analyses.exactness(p)) != "exact"
+        }
         if exactness:
             lines.append(f"exactness = {dictionary({k: string(v) for k, v in exactness.items()})}")
         first = next((n for n, (word, _) in region.data.items() if word == "data"), None)
@@ -330,7 +343,11 @@ class Generator:
             rank = program.graph[program.inputs[0]].tensor.rank
             writer.batch = f"{names[0]}.shape[:-{rank}]" if rank else f"{names[0]}.shape"
             writer.reference = names[0]
-        signature = ["self", *(["batch: tuple[int, ...]"] if sampling else []), *(f"{n}: {annotation(program.graph[i])}" for n, i in zip(names, program.inputs, strict=True))]
+        signature = [
+            "self",
+            *(["batch: tuple[int, ...]"] if sampling else []),
+            *(f"{n}: {annotation(program.graph[i])}" for n, i in zip(names, program.inputs, strict=True)),
+        ]
         value_only = is_map(region) and not program.log_det and not sampling
         if sampling or named or self.noisy(region, program.name, value_only):
             signature.append("generator: torch.Generator | None = None")

@@ -1466,7 +1466,9 @@ def _estimate(w: Writer, n: Node) -> Expr:
     series: Series = n.attrs["series"]
     if series.law == "exact":
         return Expr(f"{w.scope.use('exact_log_det')}({g}, {w.tensor(x)}, {event})")
-    terms = str(series.terms) if series.later == series.terms else f"{series.terms} if self.training else {series.later}"
+    terms = (
+        str(series.terms) if series.later == series.terms else f"{series.terms} if self.training else {series.later}"
+    )
     told = "" if (series.law, series.rate) == ("geometric", 0.5) else f', law="{series.law}", rate={series.rate!r}'
     told += "" if terms == "10" else f", exact={terms}"
     told += f", samples={series.samples}" if series.samples > 1 else ""

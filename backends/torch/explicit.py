@@ -217,7 +217,9 @@ class Probe:
             )  # fmt: skip
 
 
-def tangential(j: Tensor, x: Sequence[Tensor], from_: Sequence[bool], y: Sequence[Tensor], to: Sequence[bool]) -> Tensor:
+def tangential(
+    j: Tensor, x: Sequence[Tensor], from_: Sequence[bool], y: Sequence[Tensor], to: Sequence[bool]
+) -> Tensor:
     """A Jacobian from values x to values y between their tangent spaces, where they are points of spheres."""
     rows = torch.block_diag(*(tangent_basis(p, s) for p, s in zip(y, to, strict=True)))
     return rows.mT @ j @ torch.block_diag(*(tangent_basis(p, s) for p, s in zip(x, from_, strict=True)))
@@ -250,7 +252,9 @@ def estimated_log_det(f: Callable[[Tensor], Tensor], x: Tensor, random: torch.Ge
     v = torch.randint(0, 2, (DIRECTIONS, n), generator=random).to(x) * 2 - 1
     basis = [v / math.sqrt(n)]
     steps = min(LANCZOS, n)
-    inner = torch.eye(steps, dtype=x.dtype).repeat(DIRECTIONS, 1, 1)  # what a basis that ends early leaves counts as log 1
+    inner = torch.eye(steps, dtype=x.dtype).repeat(
+        DIRECTIONS, 1, 1
+    )  # what a basis that ends early leaves counts as log 1
     for k in range(steps):
         w = normal(basis[k])
         inner[:, k, k] = torch.where(basis[k].square().sum(1) > 0.5, (w * basis[k]).sum(1), 1.0)

@@ -11,7 +11,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 RUNTIME = "flowlang.backends.torch.runtime"
-MODULES = ("parameters", "functions", "norms", "attention", "splines", "solvers", "errors", "odes", "ode_gradients", "reversible", "noise", "face", "flow", "model")
+MODULES = (
+    "parameters",
+    "functions",
+    "norms",
+    "attention",
+    "splines",
+    "solvers",
+    "errors",
+    "odes",
+    "ode_gradients",
+    "reversible",
+    "noise",
+    "face",
+    "flow",
+    "model",
+)
 STANDALONE = {"errors": "errors_standalone"}  # what stands in for a module in a file that needs torch alone
 
 FUTURE = "from __future__ import annotations"

@@ -15,7 +15,9 @@ from flowlang.derive.folding import Folded
 def folded_source(folded: Folded, analyses: Analyses, origin: str, *, standalone: bool) -> tuple[str, str]:
     """The text of a folded network and the name of its class."""
     made = Generator(folded.region, analyses, origin).generate()
-    return module_text(made, standalone=standalone, title=f"net {folded.region.name}, folded for inference", origin=origin), made.root
+    return module_text(
+        made, standalone=standalone, title=f"net {folded.region.name}, folded for inference", origin=origin
+    ), made.root
 
 
 def folded_module(folded: Folded, old: Any, root: Any, analyses: Analyses, origin: str) -> Any:
@@ -25,7 +27,9 @@ def folded_module(folded: Folded, old: Any, root: Any, analyses: Analyses, origi
     if kept is not None:
         module.to(device=kept.device, dtype=kept.dtype)
     with torch.no_grad():
-        Fill(folded, analyses, Generator(root, analyses, origin), Generator(folded.region, analyses, origin)).put(root, old, module)
+        Fill(folded, analyses, Generator(root, analyses, origin), Generator(folded.region, analyses, origin)).put(
+            root, old, module
+        )
     return module.eval()
 
 

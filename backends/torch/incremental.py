@@ -129,7 +129,9 @@ class _Loop:
         (first, last), end = self.bound(rows), self.bound(keys)[1]
         name = self.w.scope.buffer("seen", text)
         graph = self.inner.graph
-        mask = self.leaf(TensorType((Axis(rows.axis, size), Axis(column.axis, size)), "bool"), f"{name}[{first}:{last}, :{end}]")
+        mask = self.leaf(
+            TensorType((Axis(rows.axis, size), Axis(column.axis, size)), "bool"), f"{name}[{first}:{last}, :{end}]"
+        )
         least = graph.add("const", (), TensorType(()), {"value": -math.inf}, batched=False).id
         return graph.add("where", (mask, value, least), self.type(node.id), {}, batched=False).id
 

@@ -90,10 +90,20 @@ def attention(graph: Graph, n: int) -> Attended | None:
     lead = names[1] - {s, d}
     own, result = names[0] - lead - {d}, names[2] - lead - {s}
     fits = s in names[1] and d in names[0] & names[1] and lead < names[0] and lead < names[2]
-    if not fits or len(own) != 1 or len(result) != 1 or own == {s} or own & result or set(root.tensor.names) != lead | own | result:
+    if (
+        not fits
+        or len(own) != 1
+        or len(result) != 1
+        or own == {s}
+        or own & result
+        or set(root.tensor.names) != lead | own | result
+    ):
         return None
     (t,), (e,) = own, result
-    if not all(graph[i].batched and graph[i].tensor.kind == "real" for i in (q, k, v)) or weights.attrs.get("causal", t) != t:
+    if (
+        not all(graph[i].batched and graph[i].tensor.kind == "real" for i in (q, k, v))
+        or weights.attrs.get("causal", t) != t
+    ):
         return None
     order = tuple(x for x in root.tensor.names if x in lead)
     return Attended(q, k, v, order, (t, s, d, e), scale, "causal" in weights.attrs, frozenset(r.taken))
@@ -123,14 +133,24 @@ def with_attention(program: Program) -> Program:
         node, a = graph[n], found.get(n)
         if a is None:
             ids[n] = b.graph.add(
-                node.op, tuple(ids[i] for i in node.inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+                node.op,
+                tuple(ids[i] for i in node.inputs),
+                node.type,
+                node.attrs,
+                span=node.span,
+                label=node.label,
+                batched=node.batched,
             ).id
             continue
         t, s, d, e = a.axes
         wanted = ((a.q, (*a.lead, t, d)), (a.k, (*a.lead, s, d)), (a.v, (*a.lead, s, e)))
-        parts = [b.op("order", ids[i], names=names) if graph[i].tensor.names != names else ids[i] for i, names in wanted]
+        parts = [
+            b.op("order", ids[i], names=names) if graph[i].tensor.names != names else ids[i] for i, names in wanted
+        ]
         laid = TensorType(tuple(Axis(x, node.tensor.size(x)) for x in (*a.lead, t, e)), "real")
-        made = b.graph.add("native_attention", tuple(parts), laid, {"scale": a.scale, "causal": a.causal}, span=node.span, batched=True).id
+        made = b.graph.add(
+            "native_attention", tuple(parts), laid, {"scale": a.scale, "causal": a.causal}, span=node.span, batched=True
+        ).id
         ids[n] = made if laid.names == node.tensor.names else b.op("order", made, names=node.tensor.names)
         if node.label:
             b.graph.relabel(ids[n], node.label)
@@ -158,7 +178,9 @@ def with_patterns(program: Program) -> Program:
     keep = wanted(graph, roots, found) | set(program.inputs)
     for n in sorted(keep):
         node, native = graph[n], found.get(n)
-        op, inputs, attrs = (node.op, node.inputs, node.attrs) if native is None else (native.op, native.inputs, native.attrs)
+        op, inputs, attrs = (
+            (node.op, node.inputs, node.attrs) if native is None else (native.op, native.inputs, native.attrs)
+        )
         ids[n] = made.add(
             op, tuple(ids[i] for i in inputs), node.type, attrs, span=node.span, label=node.label, batched=node.batched
         ).id
@@ -214,7 +236,13 @@ def regrouped(program: Program) -> Program:
             continue
         if n not in chains:
             ids[n] = b.graph.add(
-                node.op, tuple(ids[i] for i in node.inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+                node.op,
+                tuple(ids[i] for i in node.inputs),
+                node.type,
+                node.attrs,
+                span=node.span,
+                label=node.label,
+                batched=node.batched,
             ).id
             continue
         x, factors = chains[n]
@@ -223,7 +251,9 @@ def regrouped(program: Program) -> Program:
         if below:
             scale = b.div(scale, reduce(b.mul, below))
         made = b.op("mul", ids[x], scale, span=node.span)
-        ids[n] = b.graph.add("mul", b.graph[made].inputs, node.type, {}, span=node.span, label=node.label, batched=node.batched).id
+        ids[n] = b.graph.add(
+            "mul", b.graph[made].inputs, node.type, {}, span=node.span, label=node.label, batched=node.batched
+        ).id
     return replace(
         program, graph=b.graph, inputs=[ids[i] for i in program.inputs], outputs=[ids[o] for o in program.outputs],
         effects=[(name, ids[n]) for name, n in program.effects],
@@ -245,7 +275,8 @@ def closed(graph: Graph, native: Native, root: int, needed: set[int], roots: lis
     """Whether what a pattern computes on its way is read by nothing else (running values are written once)."""
     own = native.inside | {root}
     return all(
-        n not in roots and all(user.id in own or user.id not in needed for user, _ in graph.users(n)) for n in native.inside
+        n not in roots and all(user.id in own or user.id not in needed for user, _ in graph.users(n))
+        for n in native.inside
     )
 
 
@@ -270,7 +301,12 @@ class Reader:
         """(the other operand, the parameter over these axes) of a sum or product."""
         for k in (1, 0):
             other = self.graph[node.inputs[k]]
-            if not other.batched and other.op in ("param", "expand", "input") and other.tensor.names == names and other.op == "param":
+            if (
+                not other.batched
+                and other.op in ("param", "expand", "input")
+                and other.tensor.names == names
+                and other.op == "param"
+            ):
                 return node.inputs[1 - k], other.id
         return None
 
@@ -361,9 +397,13 @@ def read(graph: Graph, root: Node, axes: tuple[str, ...]) -> Native | None:
     return None
 
 
-def made(r: Reader, op: str, x: int, gain: int | None, offset: int | None, more: tuple[int, ...] = (), **attrs: object) -> Native:
+def made(
+    r: Reader, op: str, x: int, gain: int | None, offset: int | None, more: tuple[int, ...] = (), **attrs: object
+) -> Native:
     given = tuple(p for p in (gain, offset) if p is not None)
-    return Native(op, (x, *more, *given), {**attrs, "gain": gain is not None, "offset": offset is not None}, frozenset(r.taken))
+    return Native(
+        op, (x, *more, *given), {**attrs, "gain": gain is not None, "offset": offset is not None}, frozenset(r.taken)
+    )
 
 
 def statistic(r: Reader, n: int, op: str, x: int) -> tuple[tuple[str, ...], str, int] | None:
@@ -382,7 +422,11 @@ def statistic(r: Reader, n: int, op: str, x: int) -> tuple[tuple[str, ...], str,
         return None
     (outer, groups), (within, _) = split.attrs["into"]
     channel = split.attrs["axis"]
-    if merge.attrs["into"] != channel or tuple(merge.attrs["axes"]) != (outer, within) or within not in inner.attrs["axes"]:
+    if (
+        merge.attrs["into"] != channel
+        or tuple(merge.attrs["axes"]) != (outer, within)
+        or within not in inner.attrs["axes"]
+    ):
         return None
     return tuple(sorted(a for a in inner.attrs["axes"] if a != within)), channel, groups
 
@@ -450,7 +494,14 @@ def over(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offset
     """x/max(floor, slope · x + spread), floor by channel, the others by sample and channel: EvoNorm's batch norms."""
     x, larger = ratio.inputs[0], r.take(ratio.inputs[1], "max")
     names = r.graph[x].tensor.names
-    if larger is None or gain is None or offset is None or len(names) < 2 or axes != names[:1] or ratio.tensor.names != names:
+    if (
+        larger is None
+        or gain is None
+        or offset is None
+        or len(names) < 2
+        or axes != names[:1]
+        or ratio.tensor.names != names
+    ):
         return None
     floor, line = (r.graph[i] for i in larger.inputs)
     if floor.tensor.names == names:
@@ -517,7 +568,19 @@ def gated(r: Reader, ratio: Node, axes: tuple[str, ...], gain: int | None, offse
                 return None
             if of != x:
                 r.taken.add(of)
-            return made(r, "native_gated_norm", x, gain, offset, v, eps=under[1], groups=groups, rank=len(names), centred=op == "var", gated=bool(v))
+            return made(
+                r,
+                "native_gated_norm",
+                x,
+                gain,
+                offset,
+                v,
+                eps=under[1],
+                groups=groups,
+                rank=len(names),
+                centred=op == "var",
+                gated=bool(v),
+            )
     return None
 
 
@@ -545,16 +608,32 @@ def follows(r: Reader, node: Node, op: str, x: int, ddof: int) -> tuple[int, flo
     space = sorted(r.graph[x].tensor.names[1:])
     batch = r.take(live, op)
     total = r.take(new, "add")
-    if batch is None or total is None or batch.inputs != (x,) or batch.attrs.get("ddof", 0) or sorted(batch.attrs["axes"]) != space:
+    if (
+        batch is None
+        or total is None
+        or batch.inputs != (x,)
+        or batch.attrs.get("ddof", 0)
+        or sorted(batch.attrs["axes"]) != space
+    ):
         return None
     kept, added = (r.take(i, "mul") for i in total.inputs)
     if kept is None or added is None:
         return None
     state, statistic_ = r.graph[kept.inputs[0]], r.take(added.inputs[0], op)
     rest, momentum = r.number(kept.inputs[1]), r.number(added.inputs[1])
-    if state.op != "state" or statistic_ is None or rest is None or momentum is None or abs(rest + momentum - 1) > 1e-12:
+    if (
+        state.op != "state"
+        or statistic_ is None
+        or rest is None
+        or momentum is None
+        or abs(rest + momentum - 1) > 1e-12
+    ):
         return None
-    if statistic_.inputs != (x,) or statistic_.attrs.get("ddof", 0) != ddof or sorted(statistic_.attrs["axes"]) != space:
+    if (
+        statistic_.inputs != (x,)
+        or statistic_.attrs.get("ddof", 0) != ddof
+        or sorted(statistic_.attrs["axes"]) != space
+    ):
         return None
     return state.id, momentum
 
@@ -618,7 +697,9 @@ def _over_larger(w: Writer, n: Node) -> Expr:
 @emitter("native_group_norm")
 def _group_norm(w: Writer, n: Node) -> Expr:
     (x,), gain, offset = operands(w, n, 1)
-    return Expr(f"{w.scope.use('grouped_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {gain}, {offset}, {n.attrs['eps']!r})")
+    return Expr(
+        f"{w.scope.use('grouped_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {gain}, {offset}, {n.attrs['eps']!r})"
+    )
 
 
 @emitter("native_unbiased")
@@ -651,14 +732,18 @@ def _gated_norm(w: Writer, n: Node) -> Expr:
     x, *rest = (argument(w, i) for i in n.inputs)
     v = rest.pop(0) if n.attrs["gated"] else "None"
     numbers = f"{n.attrs['centred']}, {n.attrs['eps']!r}"
-    return Expr(f"{w.scope.use('gated_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {v}, {', '.join(rest)}, {numbers})")
+    return Expr(
+        f"{w.scope.use('gated_norm')}({x}, {n.attrs['rank']}, {n.attrs['groups']}, {v}, {', '.join(rest)}, {numbers})"
+    )
 
 
 @emitter("native_batch_norm")
 def _batch_norm(w: Writer, n: Node) -> Expr:
     (x, mean, var), gain, offset = operands(w, n, 3)
     numbers = f"{n.attrs['momentum']!r}, {n.attrs['eps']!r}"
-    return Expr(f"{w.scope.use('batched_norm')}({x}, {n.attrs['rank']}, {mean}, {var}, {gain}, {offset}, self.training, {numbers})")
+    return Expr(
+        f"{w.scope.use('batched_norm')}({x}, {n.attrs['rank']}, {mean}, {var}, {gain}, {offset}, self.training, {numbers})"
+    )
 
 
 __all__ = ["with_native_norms"]

@@ -65,7 +65,11 @@ class Scales:
 
 def statistics_of(meta: Mapping[str, Any]) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
     own = meta["standardiser"]
-    return own["mean"], own["scale"], {k: (v["mean"], v["scale"]) for k, v in meta.get("given_standardiser", {}).items()}
+    return (
+        own["mean"],
+        own["scale"],
+        {k: (v["mean"], v["scale"]) for k, v in meta.get("given_standardiser", {}).items()},
+    )
 
 
 class Standardised(Scales, Flow):
@@ -134,7 +138,12 @@ class StandardisedModel(Scales, Model):
     def __init__(self, flow: Model, mean: Any, scale: Any, given: Mapping[str, tuple[Any, Any]] | None = None) -> None:
         super().__init__()
         self.flow = flow
-        self.programs, self.types, self.context, self.exactness = flow.programs, flow.types, flow.context, flow.exactness  # type: ignore[misc]
+        self.programs, self.types, self.context, self.exactness = (
+            flow.programs,
+            flow.types,
+            flow.context,
+            flow.exactness,
+        )  # type: ignore[misc]
         self.data_name, self.data_shape, self.given_shapes = flow.data_name, flow.data_shape, flow.given_shapes  # type: ignore[misc]
         self._keep(mean, scale, given)
         self.origin = getattr(flow, "origin", None)

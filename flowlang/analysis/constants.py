@@ -67,7 +67,10 @@ class Constants:
         if not tables or len(tables) < len(operands) or (node.op not in FOLD and node.op not in MOVES):
             return None
         try:
-            return Table(axes, tuple(self.entry(node, tables, dict(zip(node.tensor.names, i, strict=True))) for i in places(axes)))
+            return Table(
+                axes,
+                tuple(self.entry(node, tables, dict(zip(node.tensor.names, i, strict=True))) for i in places(axes)),
+            )
         except ZeroDivisionError:
             return None
 

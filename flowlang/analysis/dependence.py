@@ -59,7 +59,6 @@ class Supports:
         types = [self.graph[i].tensor for i in node.inputs]
         return op.support(node, types, [self._known[i] for i in node.inputs])
 
-
     def chosen(self, node: Node) -> Support | None:
         """A choice by a constant condition: what may be other than 0 in either branch, where that branch is taken."""
         condition, *branches = node.inputs
@@ -72,7 +71,9 @@ class Supports:
         if any(zeros):
             k = zeros.index(False) if False in zeros else 0
             return support_of(table.axes, taken[k] if False in zeros else [False] * len(taken[0])).meet(inner[k])
-        held = [[x and y for x, y in zip(t, holds(s, table.axes), strict=True)] for t, s in zip(taken, inner, strict=True)]
+        held = [
+            [x and y for x, y in zip(t, holds(s, table.axes), strict=True)] for t, s in zip(taken, inner, strict=True)
+        ]
         either = [x or y for x, y in zip(*held, strict=True)]
         return None if all(either) else support_of(table.axes, either)
 

@@ -67,7 +67,9 @@ class Ranges:
         if node.id in self.inputs:
             return self.inputs[node.id]
         match node.op:
-            case "input" | "param" | "state" | "running":  # the domain of a running value holds the batch's statistic too
+            case (
+                "input" | "param" | "state" | "running"
+            ):  # the domain of a running value holds the batch's statistic too
                 return leaf_bounds(node)
             case "const":
                 values = list(number(node.attrs["value"]))

@@ -194,9 +194,7 @@ def _stream(seed: int) -> Callable[[], Fraction]:
 def generic_field(seed: int) -> Callable[[Any, Any], Vector]:
     """v(x, t): a dense polynomial of degree 4 in two coordinates and time, its coefficients fixed by the seed."""
     draw = _stream(seed)
-    powers = [
-        (i, j, k) for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i) for k in range(DEGREE + 1 - i - j)
-    ]
+    powers = [(i, j, k) for i in range(DEGREE + 1) for j in range(DEGREE + 1 - i) for k in range(DEGREE + 1 - i - j)]
     coefficients = [[draw() for _ in powers] for _ in range(DIM)]
 
     def field(x: Any, t: Any) -> Vector:

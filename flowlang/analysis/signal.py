@@ -92,7 +92,12 @@ def run(region: Region, inputs: Sequence[Known], tell: Callable[[str, Known], No
 
 def fresh(results: list[Known], mark: Any) -> list[Known]:
     """Sources inside a region have other names outside: nodes of different regions share numbers."""
-    return [None if m is None else Moments(m.mean, m.var, frozenset((mark, s) if isinstance(s, tuple) else s for s in m.sources)) for m in results]
+    return [
+        None
+        if m is None
+        else Moments(m.mean, m.var, frozenset((mark, s) if isinstance(s, tuple) else s for s in m.sources))
+        for m in results
+    ]
 
 
 def repeated(node: Node, operands: list[Known], tell: Callable[[str, Known], None] | None) -> list[Known]:
@@ -107,7 +112,20 @@ def repeated(node: Node, operands: list[Known], tell: Callable[[str, Known], Non
 
 # ---- rules --------------------------------------------------------------------------------------
 
-MOVES = ("rename", "order", "split", "merge", "expand", "slice", "pick", "reverse", "permute", "identity", "stop", "within")
+MOVES = (
+    "rename",
+    "order",
+    "split",
+    "merge",
+    "expand",
+    "slice",
+    "pick",
+    "reverse",
+    "permute",
+    "identity",
+    "stop",
+    "within",
+)
 STATISTICS = ("mean", "batch_mean")
 VARIANCES = ("var", "batch_var")
 
@@ -146,7 +164,11 @@ def moments(graph: Graph, node: Node, operands: list[Known]) -> Known:
             return x
         case op if op in STATISTICS:
             n = math.prod(types[0].size(a) for a in node.attrs["axes"])
-            return Moments(x.mean, 0.0 if op.startswith("batch") else x.var / n, x.sources if n < 16 and op == "mean" else frozenset())
+            return Moments(
+                x.mean,
+                0.0 if op.startswith("batch") else x.var / n,
+                x.sources if n < 16 and op == "mean" else frozenset(),
+            )
         case op if op in VARIANCES:
             return Moments(x.var, 0.0)
         case "sub" if (count := own_mean(graph, node)) is not None:

@@ -31,7 +31,9 @@ def parameter_count(region: Region, mode: str = "declared") -> int:
     def count(r: Region) -> int:
         if id(r) not in known:
             own = sum(COUNTS[mode](r.graph, n) for n in r.graph if n.op == "param" and not n.attrs.get("again"))
-            known[id(r)] = own + sum(c.count * count(c.region) for c in r.children.values() if not c.shared and c.follows is None)
+            known[id(r)] = own + sum(
+                c.count * count(c.region) for c in r.children.values() if not c.shared and c.follows is None
+            )
         return known[id(r)]
 
     return count(region)
@@ -187,7 +189,9 @@ def lagrange(points: list[int], k: int) -> list[Fraction]:
 
 
 def value(polynomial: Polynomial, at: tuple[int, ...]) -> Fraction:
-    return sum((c * prod(x**e for x, e in zip(at, powers, strict=True)) for powers, c in polynomial.items()), Fraction(0))
+    return sum(
+        (c * prod(x**e for x, e in zip(at, powers, strict=True)) for powers, c in polynomial.items()), Fraction(0)
+    )
 
 
 def polynomial_text(polynomial: Polynomial, names: list[str]) -> str:

@@ -165,7 +165,11 @@ def generic(seed: int, additive: bool) -> Equation:
     draw = _stream(seed)
 
     def poly(variables: Sequence[int]) -> Poly:
-        powers = [p for p in product(range(DEGREE + 1), repeat=DIM + 1) if sum(p) <= DEGREE and all(not e or k in variables for k, e in enumerate(p))]
+        powers = [
+            p
+            for p in product(range(DEGREE + 1), repeat=DIM + 1)
+            if sum(p) <= DEGREE and all(not e or k in variables for k, e in enumerate(p))
+        ]
         return Poly({p: c for p in powers if (c := draw())})
 
     drift = poly((0, 1, 2)), poly((0, 1, 2))
@@ -198,7 +202,9 @@ def one_step(rule: Rule, e: Equation) -> Pair:
         return found if increment is None else found * increment
 
     slopes = field([g.slope(i) for i, g in enumerate(e.noise)])
-    found = rule(field(e.drift), noise, lambda value, along, time: slopes(value, time) * along, x, series({one: TIME}), s2, dw)
+    found = rule(
+        field(e.drift), noise, lambda value, along, time: slopes(value, time) * along, x, series({one: TIME}), s2, dw
+    )
     if not isinstance(found, Pair):
         raise TypeError
     return found
@@ -271,8 +277,12 @@ def strong_order(step: Pair, e: Equation, sense: str) -> Fraction:
         noise = tuple(int(k == i) for k in range(DIM))
         want = {(1, *noise): g, (2, 0, 0): v - g * slope / 2, (2, *(2 * n for n in noise)): g * slope / 2}
         have = x.terms
-        first = first and {k: c for k, c in have.items() if k[0] == 1} == {k: c for k, c in want.items() if k[0] == 1 and c}
-        second = second and {k: c for k, c in have.items() if k[0] == 2} == {k: c for k, c in want.items() if k[0] == 2 and c}
+        first = first and {k: c for k, c in have.items() if k[0] == 1} == {
+            k: c for k, c in want.items() if k[0] == 1 and c
+        }
+        second = second and {k: c for k, c in have.items() if k[0] == 2} == {
+            k: c for k, c in want.items() if k[0] == 2 and c
+        }
         centred = centred and expected(x).get(2, Fraction(0)) == v
     if not (first and centred):
         return Fraction(0)
@@ -283,11 +293,26 @@ def stochastic_orders(rule: Rule, seeds: Sequence[int] = (1, 2)) -> dict[str, An
     """Weak and strong orders in the sense in which the rule converges, and those for noise that does not depend on x."""
     found: dict[str, dict[str, Any]] = {}
     for sense in ("ito", "stratonovich"):
-        orders = [(weak_order(s, e, sense), strong_order(s, e, sense)) for seed in seeds for e in [generic(seed, False)] for s in [one_step(rule, e)]]
+        orders = [
+            (weak_order(s, e, sense), strong_order(s, e, sense))
+            for seed in seeds
+            for e in [generic(seed, False)]
+            for s in [one_step(rule, e)]
+        ]
         found[sense] = {"weak": min(w for w, _ in orders), "strong": min(s for _, s in orders)}
     sense = max(found, key=lambda k: (found[k]["weak"], found[k]["strong"]))
-    still = [(weak_order(s, e, "ito"), strong_order(s, e, "ito")) for seed in seeds for e in [generic(seed, True)] for s in [one_step(rule, e)]]
-    return {**found[sense], "sense": sense, "additive_weak": min(w for w, _ in still), "additive_strong": min(s for _, s in still)}
+    still = [
+        (weak_order(s, e, "ito"), strong_order(s, e, "ito"))
+        for seed in seeds
+        for e in [generic(seed, True)]
+        for s in [one_step(rule, e)]
+    ]
+    return {
+        **found[sense],
+        "sense": sense,
+        "additive_weak": min(w for w, _ in still),
+        "additive_strong": min(s for _, s in still),
+    }
 
 
 __all__ = ["stochastic_orders"]

@@ -31,10 +31,7 @@ class Claims:
 
     def judge(self, e: tree.Expr) -> None:
         if not (
-            isinstance(e, tree.Binary)
-            and e.op in COMPARE
-            and isinstance(e.left, tree.Name)
-            and e.left.id in self.facts
+            isinstance(e, tree.Binary) and e.op in COMPARE and isinstance(e.left, tree.Name) and e.left.id in self.facts
         ):
             self.unknown(e)
             return

@@ -64,7 +64,9 @@ def slip(graph: Graph, call: Node, other: Node, velocities: set[str]) -> tuple[s
     if other.attrs.get("path") == "velocity":
         read = graph.reachable(list(call.inputs))
         if not any(p in read for p in places):
-            what = next((f"`{graph[i].label}`" for i in call.inputs if graph[i].label and graph[i].tensor.axes), "its input")
+            what = next(
+                (f"`{graph[i].label}`" for i in call.inputs if graph[i].label and graph[i].tensor.axes), "its input"
+            )
             return (
                 f"`{name}` is compared with the velocity of a path at x_t, and reads {what}, not x_t",
                 "give it the place on the path, as in `v(path.at(t, x0, x1), t)`",
@@ -86,7 +88,13 @@ def slip(graph: Graph, call: Node, other: Node, velocities: set[str]) -> tuple[s
 def times(graph: Graph, place: Node) -> list[int]:
     """The numbers of which a place on a path is made, but constants."""
     read = graph.reachable([place.id])
-    return [i for i in read if graph[i].op in ("input", "random_like") and isinstance(graph[i].type, TensorType) and not graph[i].tensor.axes]
+    return [
+        i
+        for i in read
+        if graph[i].op in ("input", "random_like")
+        and isinstance(graph[i].type, TensorType)
+        and not graph[i].tensor.axes
+    ]
 
 
 def beside(graph: Graph, call: Node, places: set[int], time: set[int]) -> bool:

@@ -21,10 +21,14 @@ SERIES = Algebra(lambda n: Fraction(n.text.replace("_", "")), FUNCTIONS)
 RULE_PARAMETERS = ("v", "x", "t", "h")
 
 
-def check_solver(declaration: tree.Declaration, report: Report, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def check_solver(
+    declaration: tree.Declaration, report: Report, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Reports what is wrong with a solver; returns its facts (order, stages, embedded order, ...)."""
     try:
-        facts = tableau_facts(declaration, report, given) if tableau_of(declaration) else rule_facts(declaration, report)
+        facts = (
+            tableau_facts(declaration, report, given) if tableau_of(declaration) else rule_facts(declaration, report)
+        )
     except FlowError as e:
         report.extend(e.diagnostics)
         return {}
@@ -127,7 +131,11 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
     if is_stochastic(declaration):
         return stochastic_facts(declaration, report)
     try:
-        return {"order": rule_order(lambda: step_rule(declaration), steps=max(STEPS, asked_index(declaration.body or ()) + 3))}
+        return {
+            "order": rule_order(
+                lambda: step_rule(declaration), steps=max(STEPS, asked_index(declaration.body or ()) + 3)
+            )
+        }
     except NotPlain as stop:
         return not_shown(declaration, stop, report)
 
@@ -156,7 +164,9 @@ def stochastic_facts(declaration: tree.Declaration, report: Report) -> dict[str,
 
         algebra = Algebra(SERIES.number, {"jvp": jvp, "abs": lambda value: value if value is h else abs(value)})
         names = static_names(algebra, declaration, {})
-        return Evaluator(algebra, {**names, "v": v, "g": g, "x": x, "t": t, "h": h, "dw": dw}).run(declaration.body or ())
+        return Evaluator(algebra, {**names, "v": v, "g": g, "x": x, "t": t, "h": h, "dw": dw}).run(
+            declaration.body or ()
+        )
 
     try:
         found = stochastic_orders(rule)

@@ -74,7 +74,11 @@ def read_source(spec: str) -> tuple[Source, Path | None]:
     try:
         return Source.of("<stdin>", sys.stdin.read()), Path.cwd()
     except UnicodeDecodeError as e:
-        raise FlowError(Diagnostic("FL0801", f"standard input is not UTF-8 text (byte {e.start})", suggestion="save the text as UTF-8")) from None
+        raise FlowError(
+            Diagnostic(
+                "FL0801", f"standard input is not UTF-8 text (byte {e.start})", suggestion="save the text as UTF-8"
+            )
+        ) from None
 
 
 def write_text(path: str | Path, text: str) -> None:

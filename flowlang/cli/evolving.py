@@ -21,15 +21,60 @@ DEFAULT = Plan()
 
 @click.command()
 @click.argument("spec", required=False)
-@click.option("-o", "--out", default="evolved", show_default=True, help="Folder for the report and the state of the search.")
-@click.option("--anchors", default=",".join(DEFAULT.trial.anchors), show_default=True, help="Networks with a parameter `layer: net`.")
-@click.option("--population", type=click.IntRange(2), default=DEFAULT.population, show_default=True, help="Layers that live at a time.")
-@click.option("--generations", type=click.IntRange(0), default=DEFAULT.generations, show_default=True, help="Times as many children.")
-@click.option("--nodes", type=click.IntRange(1, 64), default=DEFAULT.nodes, show_default=True, help="Nodes of a layer's graph.")
-@click.option("--tournament", type=click.IntRange(1), default=DEFAULT.tournament, show_default=True, help="Layers in a tournament.")
-@click.option("--steps", type=click.IntRange(1), default=DEFAULT.trial.steps, show_default=True, help="Steps of training on each network.")
-@click.option("--quality", type=click.FloatRange(0, 1), default=DEFAULT.trial.quality, show_default=True, help="Accuracy below which a layer is rejected.")
-@click.option("--ascent", type=click.IntRange(0), default=DEFAULT.trial.ascent, show_default=True, help="Steps of ascent on the gradient's norm.")
+@click.option(
+    "-o", "--out", default="evolved", show_default=True, help="Folder for the report and the state of the search."
+)
+@click.option(
+    "--anchors",
+    default=",".join(DEFAULT.trial.anchors),
+    show_default=True,
+    help="Networks with a parameter `layer: net`.",
+)
+@click.option(
+    "--population",
+    type=click.IntRange(2),
+    default=DEFAULT.population,
+    show_default=True,
+    help="Layers that live at a time.",
+)
+@click.option(
+    "--generations",
+    type=click.IntRange(0),
+    default=DEFAULT.generations,
+    show_default=True,
+    help="Times as many children.",
+)
+@click.option(
+    "--nodes", type=click.IntRange(1, 64), default=DEFAULT.nodes, show_default=True, help="Nodes of a layer's graph."
+)
+@click.option(
+    "--tournament",
+    type=click.IntRange(1),
+    default=DEFAULT.tournament,
+    show_default=True,
+    help="Layers in a tournament.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=DEFAULT.trial.steps,
+    show_default=True,
+    help="Steps of training on each network.",
+)
+@click.option(
+    "--quality",
+    type=click.FloatRange(0, 1),
+    default=DEFAULT.trial.quality,
+    show_default=True,
+    help="Accuracy below which a layer is rejected.",
+)
+@click.option(
+    "--ascent",
+    type=click.IntRange(0),
+    default=DEFAULT.trial.ascent,
+    show_default=True,
+    help="Steps of ascent on the gradient's norm.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the search in --out; --generations may be larger than before.")
 @seed_option
 @json_option
@@ -66,15 +111,27 @@ def begin(path: Path, plan: Plan, resume: bool) -> State:
     if not resume:
         if path.exists():
             raise FlowError(
-                Diagnostic("FL0804", f"`{path}` holds a search already", suggestion="go on with `--resume`, or choose another --out")
+                Diagnostic(
+                    "FL0804",
+                    f"`{path}` holds a search already",
+                    suggestion="go on with `--resume`, or choose another --out",
+                )
             )
         return State(plan)
     if not path.exists():
-        raise FlowError(Diagnostic("FL0804", f"there is no search in `{path.parent}`", suggestion="begin one without --resume"))
+        raise FlowError(
+            Diagnostic("FL0804", f"there is no search in `{path.parent}`", suggestion="begin one without --resume")
+        )
     try:
         state = State.load(path)
     except (ValueError, KeyError, TypeError) as e:
-        raise FlowError(Diagnostic("FL0804", f"`{path}` is no state of a search: {e}", suggestion="give the folder of an earlier `flowlang evolve`, or begin anew in another one")) from None
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                f"`{path}` is no state of a search: {e}",
+                suggestion="give the folder of an earlier `flowlang evolve`, or begin anew in another one",
+            )
+        ) from None
     state.plan = replace(state.plan, generations=plan.generations)
     return state
 
@@ -83,7 +140,9 @@ def check_anchors(anchors: tuple[str, ...], extra: str) -> None:
     """Each anchor must take a layer that works: its own diagnostics are told, not those of some layer."""
     layer = "norm candidate(x: R[C, H, W]) { relu(x) }\n"
     for anchor in anchors:
-        comp = analyse(f"{extra}\n{layer}net classifier(x: R[C = 3, H = 8, W = 8]) -> R[K = 8] {{ {anchor}(candidate)(x) }}\n")
+        comp = analyse(
+            f"{extra}\n{layer}net classifier(x: R[C = 3, H = 8, W = 8]) -> R[K = 8] {{ {anchor}(candidate)(x) }}\n"
+        )
         if not comp.ok:
             raise FlowError(comp.report.errors)
 
@@ -92,7 +151,9 @@ def run(state: State, path: Path, extra: str) -> None:
     from tqdm import tqdm
 
     total = state.plan.population + state.children
-    done = len(state.members) if not state.best else state.plan.population + state.plan.population * (len(state.best) - 1)
+    done = (
+        len(state.members) if not state.best else state.plan.population + state.plan.population * (len(state.best) - 1)
+    )
     bar = tqdm(total=total, initial=min(done, total), disable=None, unit="layer", dynamic_ncols=True)
     begun = len(state.members)
 
@@ -107,7 +168,9 @@ def run(state: State, path: Path, extra: str) -> None:
     try:
         Search(state, lambda s: s.save(path), told, extra).run()
     except RuntimeError as e:
-        raise FlowError(Diagnostic("FL0804", str(e), suggestion="as by --quality 0.2, --steps 100 or --ascent 0")) from None
+        raise FlowError(
+            Diagnostic("FL0804", str(e), suggestion="as by --quality 0.2, --steps 100 or --ascent 0")
+        ) from None
     finally:
         bar.close()
 

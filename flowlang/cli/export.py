@@ -28,7 +28,9 @@ from flowlang.cli.common import flow_option, spec_options
     "--dynamic", metavar="AXES",
     help="Axes of any size, as H,W; `none` fixes all. [default: those whose size the spec leaves open]",
 )  # fmt: skip
-@click.option("--check/--no-check", default=True, help="Run what was written in onnxruntime beside PyTorch. [default: check]")
+@click.option(
+    "--check/--no-check", default=True, help="Run what was written in onnxruntime beside PyTorch. [default: check]"
+)
 @click.option("--double", is_flag=True, help="float64 instead of float32.")
 def export(
     spec: str, sets: tuple[str, ...], flow: str | None, weights: str | None, programs: tuple[str, ...], out: str,
@@ -61,6 +63,10 @@ def export(
         click.echo(f"  {shown(file)}")
         if program in compared:
             error, reason = compared[program].error, compared[program].reason
-            click.echo(f"  not compared with PyTorch: {reason}" if error is None else f"  in onnxruntime within {error:.1e} of PyTorch")
+            click.echo(
+                f"  not compared with PyTorch: {reason}"
+                if error is None
+                else f"  in onnxruntime within {error:.1e} of PyTorch"
+            )
     if weights is None:
         click.echo("fresh weights: give trained ones with --weights")

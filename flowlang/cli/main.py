@@ -23,11 +23,30 @@ LAZY = {
     "export": ("export", "Write the flow's programs as ONNX models that need no PyTorch."),
     "train": ("training", "Train a flow on a file of samples, or on an energy."),
     "evolve": ("evolving", "Search layers of normalisation and activation by evolution (Liu et al. 2020)."),
-    "rewrite": ("rewriting", "Rewrite a network as an equivalent one: its text and its weights, compared with the original in float64."),
+    "rewrite": (
+        "rewriting",
+        "Rewrite a network as an equivalent one: its text and its weights, compared with the original in float64.",
+    ),
     "sample": ("training", "Draw samples from a trained flow (of its own spec, if none is named)."),
     "score": ("training", "Log-density of each row under a trained flow or model, in the units of the data."),
 }
-ORDER = ("check", "info", "verify", "fmt", "explain", "draw", "build", "export", "train", "sample", "score", "evolve", "rewrite", "std", "new")
+ORDER = (
+    "check",
+    "info",
+    "verify",
+    "fmt",
+    "explain",
+    "draw",
+    "build",
+    "export",
+    "train",
+    "sample",
+    "score",
+    "evolve",
+    "rewrite",
+    "std",
+    "new",
+)
 
 
 class Commands(click.Group):
@@ -44,7 +63,9 @@ class Commands(click.Group):
             return found
         return super().get_command(ctx, name)
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in ORDER:
             close = did_you_mean(args[0], ORDER)
             ctx.fail(f"No such command {args[0]!r}." + (f" {close[0].upper()}{close[1:]}" if close else ""))
@@ -92,7 +113,9 @@ def check(specs: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
 @json_option
 @click.option("--graph", is_flag=True, help="Print the typed graph of each declaration instead.")
 @click.option("--formula", is_flag=True, help="Add parameter and FLOP counts as polynomials in the sizes of the data.")
-@click.option("--max-parameters", type=click.IntRange(min=1), default=limits.PARAMETERS, help="Count flows up to this size.")
+@click.option(
+    "--max-parameters", type=click.IntRange(min=1), default=limits.PARAMETERS, help="Count flows up to this size."
+)
 def info_command(
     spec: str, sets: tuple[str, ...], as_json: bool, graph: bool, formula: bool, max_parameters: int
 ) -> None:
@@ -163,7 +186,12 @@ def explain(code: str) -> None:
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False), help=".svg or .mmd; Mermaid on standard output by default."
 )
-@click.option("--signal", "signal_", is_flag=True, help="The variance of a net's values along its depth at initialisation; -o FILE.png plots it.")
+@click.option(
+    "--signal",
+    "signal_",
+    is_flag=True,
+    help="The variance of a net's values along its depth at initialisation; -o FILE.png plots it.",
+)
 def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, signal_: bool) -> None:
     """Draw a flow's chain as SVG or Mermaid, or how a signal goes through a net."""
     from flowlang.api import pick_flow
@@ -190,14 +218,25 @@ def draw_signal(comp: Any, flow: str | None, out: str | None) -> None:
     nets = [n for n in comp.nets() if n in comp.regions]
     if flow is None and not nets:
         raise FlowError(
-            Diagnostic("FL0804", "this spec has no net whose sizes are known", suggestion="give its sizes, as in `net n(x: R[D = 8])`")
+            Diagnostic(
+                "FL0804",
+                "this spec has no net whose sizes are known",
+                suggestion="give its sizes, as in `net n(x: R[D = 8])`",
+            )
         )
     name = pick_flow(comp, flow) if flow is not None else nets[-1]
     if out is not None and not out.endswith(".png"):
-        raise FlowError(Diagnostic("FL0804", f"`{out}` is no .png", suggestion="a signal is drawn as in `-o signal.png`"))
+        raise FlowError(
+            Diagnostic("FL0804", f"`{out}` is no .png", suggestion="a signal is drawn as in `-o signal.png`")
+        )
     rows = signal(comp, name)
     shown = [
-        [r.name, "" if r.predicted is None else f"{r.predicted:.4g}", f"{r.middle:.4g}", f"{min(r.measured):.4g} .. {max(r.measured):.4g}"]
+        [
+            r.name,
+            "" if r.predicted is None else f"{r.predicted:.4g}",
+            f"{r.middle:.4g}",
+            f"{min(r.measured):.4g} .. {max(r.measured):.4g}",
+        ]
         for r in rows
     ]
     click.echo(table(["part", "closed form", "measured", "over starts"], shown, numbers=(1, 2, 3)))
@@ -252,7 +291,9 @@ def new(file: str, dims: int) -> None:
             Diagnostic("FL0804", f"`{file}` exists already", suggestion="choose another name; nothing was overwritten")
         )
     if dims < 2:
-        raise FlowError(Diagnostic("FL0804", "--dims is at least 2: a coupling needs two halves", suggestion="as in `--dims 2`"))
+        raise FlowError(
+            Diagnostic("FL0804", "--dims is at least 2: a coupling needs two halves", suggestion="as in `--dims 2`")
+        )
     name = "".join(c if c.isalnum() and c.isascii() else "_" for c in path.stem) or "flow"
     if name[0].isdigit():
         name = f"flow_{name}"

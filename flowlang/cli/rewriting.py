@@ -16,13 +16,31 @@ from flowlang.rewrite import TARGETS
 @click.argument("spec")
 @spec_options
 @flow_option
-@click.option("--to", "to", type=click.Choice(list(TARGETS)), required=True, help="; ".join(f"{k}: {v[1]}" for k, v in TARGETS.items()))
+@click.option(
+    "--to",
+    "to",
+    type=click.Choice(list(TARGETS)),
+    required=True,
+    help="; ".join(f"{k}: {v[1]}" for k, v in TARGETS.items()),
+)
 @click.option("-w", "--weights", type=click.Path(), help="A safetensors file of the network; fresh weights by default.")
-@click.option("-o", "--out", type=click.Path(), help="Stem of the files: OUT.flow and OUT.safetensors. [default: NAME of the new network]")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    help="Stem of the files: OUT.flow and OUT.safetensors. [default: NAME of the new network]",
+)
 @seed_option
 @json_option
 def rewrite(
-    spec: str, sets: tuple[str, ...], flow: str | None, to: str, weights: str | None, out: str | None, seed: int, as_json: bool
+    spec: str,
+    sets: tuple[str, ...],
+    flow: str | None,
+    to: str,
+    weights: str | None,
+    out: str | None,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Rewrite a network as an equivalent one: its text and its weights, compared with the original in float64."""
     from flowlang.api import compile_from, pick_flow, save
@@ -45,7 +63,11 @@ def rewrite(
     write_text(text, made.text)
     save(made.module, tensors)
     if as_json:
-        click.echo(json.dumps({"text": str(text), "weights": str(tensors), "net": made.name, "differences": made.checks}, indent=1))
+        click.echo(
+            json.dumps(
+                {"text": str(text), "weights": str(tensors), "net": made.name, "differences": made.checks}, indent=1
+            )
+        )
         return
     click.echo(f"{text}: net {made.name}; {tensors}: its weights{'' if weights else ' (of a fresh start)'}")
     for what, error in made.checks.items():

@@ -57,7 +57,9 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
 @flow_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="File to write; standard output by default.")
 @memory_option
-@click.option("--fold", is_flag=True, help="For inference: norms by running statistics go into the linear maps beside them.")
+@click.option(
+    "--fold", is_flag=True, help="For inference: norms by running statistics go into the linear maps beside them."
+)
 def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, memory: str, fold: bool) -> None:
     """Write the flow as one Python file that needs torch alone."""
     comp = load_ok(spec, sets, False, sized=True)

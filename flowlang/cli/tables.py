@@ -52,7 +52,9 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 for r in d["chain"]
             ]  # fmt: skip
             lines.append("")
-            lines.append(table(["step", "", "shape", "inverse", "log-det", "parameters", "FLOPs"], rows, numbers=(5, 6)))
+            lines.append(
+                table(["step", "", "shape", "inverse", "log-det", "parameters", "FLOPs"], rows, numbers=(5, 6))
+            )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -75,10 +77,16 @@ def norm_facts(found: dict[str, Any]) -> list[str]:
         words = {k: found[mode][k[0]][k[1]] for k in CHANGES}
         kept = [CHANGES[k] + ("" if w == "yes" else " (up to eps)") for k, w in words.items() if w != "not shown"]
         batch = "depends on the batch" if found["batch"][mode] else "each sample by itself"
-        lines.append(f"{mode}: {batch}; unchanged by {'; '.join(kept) if kept else 'no scale or shift that could be shown'}")
+        lines.append(
+            f"{mode}: {batch}; unchanged by {'; '.join(kept) if kept else 'no scale or shift that could be shown'}"
+        )
     lines.append(f"centred over {', '.join(found['centred'])}" if found["centred"] else "not centred")
     if found["modes_differ"]:
         lines.append("training and inference differ")
     folds = found["folds"]
-    lines.append("folds into the linear map beside it at inference" if folds == "yes" else f"does not fold: {folds.removeprefix('no: ')}")
+    lines.append(
+        "folds into the linear map beside it at inference"
+        if folds == "yes"
+        else f"does not fold: {folds.removeprefix('no: ')}"
+    )
     return lines

@@ -112,7 +112,11 @@ def say(text: str, *, err: bool = False) -> None:
 @with_data
 @click.option("--energy", metavar="NET", help="Fit exp(-NET(x)) instead of data; NET is a net of the spec.")
 @click.option(
-    "-o", "--out", default="run", show_default=True, type=click.Path(file_okay=False),
+    "-o",
+    "--out",
+    default="run",
+    show_default=True,
+    type=click.Path(file_okay=False),
     help="Folder for weights, curves, pictures.",
 )
 @click.option("--epochs", default=DEFAULT.epochs, show_default=True)
@@ -135,7 +139,11 @@ def say(text: str, *, err: bool = False) -> None:
 @click.option(
     "--accelerator", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default=DEFAULT.accelerator, show_default=True
 )
-@click.option("--start", type=click.Path(), help="Begin with the weights of a run (or a file) that have the same names and shapes.")
+@click.option(
+    "--start",
+    type=click.Path(),
+    help="Begin with the weights of a run (or a file) that have the same names and shapes.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --out, with its options.")
 @click.option("--no-standardise", is_flag=True, help="Leave the data as it is.")
 @click.pass_context
@@ -265,7 +273,9 @@ def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> 
         if model and not set(module.programs.get("sample", ("",))) <= set(context):
             return  # no program `sample`, or one that needs more than there is
         drawn = draw_samples(trained, n, 0, context)
-        samples_plot(None if table is None else table.x[:n], drawn, folder / "samples.png", table.columns if table else ())
+        samples_plot(
+            None if table is None else table.x[:n], drawn, folder / "samples.png", table.columns if table else ()
+        )
     except FlowError as e:
         if e.diagnostics[0].code != "FL0805":
             raise
@@ -322,7 +332,11 @@ def run_program(flow: Any, name: str, n: int, values: dict[str, Any], generator:
     for wanted in inputs:
         if wanted not in values:
             raise FlowError(
-                Diagnostic("FL0804", f"`{name}` takes `{wanted}`, which is not given", suggestion=f"as in `--given {wanted}=..`")
+                Diagnostic(
+                    "FL0804",
+                    f"`{name}` takes `{wanted}`, which is not given",
+                    suggestion=f"as in `--given {wanted}=..`",
+                )
             )
     found = flow.run(name, tuple(values[k] for k in inputs), (n,), generator)
     return found[0] if isinstance(found, tuple) else found
@@ -364,10 +378,16 @@ weights_option = click.option(
     "-o", "--out", default="samples.npy", show_default=True, type=click.Path(dir_okay=False), help=".npy, .csv or .png"
 )
 @click.option(
-    "--given", "given", multiple=True, metavar="NAME=NUMBERS", help="A value of a context input, the same for all samples."
+    "--given",
+    "given",
+    multiple=True,
+    metavar="NAME=NUMBERS",
+    help="A value of a context input, the same for all samples.",
 )
 @click.option("--raw", is_flag=True, help="Leave dequantised columns as they are, instead of rounding to their steps.")
-@click.option("--program", default="sample", show_default=True, metavar="NAME", help="Which program of a model draws them.")
+@click.option(
+    "--program", default="sample", show_default=True, metavar="NAME", help="Which program of a model draws them."
+)
 def sample(
     spec: str | None, sets: tuple[str, ...], weights: str, count: int, seed: int, out: str, given: tuple[str, ...], raw: bool,
     program: str,
@@ -451,10 +471,18 @@ def printed(x: Any, recipe: Recipe) -> list[list[Any]]:
 @seed_option
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write log p of each row (.npy or .csv).")
 @click.option(
-    "--program", default="log_prob", show_default=True, metavar="NAME", help="What to evaluate, of a model: any program of its data."
+    "--program",
+    default="log_prob",
+    show_default=True,
+    metavar="NAME",
+    help="What to evaluate, of a model: any program of its data.",
 )
 @click.option(
-    "--draws", default=1, show_default=True, type=click.IntRange(1), metavar="N",
+    "--draws",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
     help="Average over N draws where the density is an estimate or a bound, and say how far that mean may be off.",
 )
 @json_option
@@ -487,11 +515,15 @@ def score(
     if draws > 1:  # the spread of the whole run's mean over draws, and that of a row
         facts["draw_error"] = float(runs.mean(1).std(ddof=1) / np.sqrt(draws))
         facts["draw_deviation"] = float(np.sqrt(runs.var(0, ddof=1).mean()))
-        drawn = f"; {draws} draws: the mean ± {facts['draw_error']:.4f}, one draw of a row ± {facts['draw_deviation']:.4f}"
+        drawn = (
+            f"; {draws} draws: the mean ± {facts['draw_error']:.4f}, one draw of a row ± {facts['draw_deviation']:.4f}"
+        )
     click.echo(
-        json.dumps(facts) if as_json else
-        f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats{said}{drawn}" if program == "log_prob" else
-        f"{len(found)} rows: mean {program} {facts['mean']:.4f}" + ("" if averaged else f" ± {error:.4f}") + drawn
+        json.dumps(facts)
+        if as_json
+        else f"{len(found)} rows: mean log p {facts['mean']:.4f} ± {error:.4f} nats{said}{drawn}"
+        if program == "log_prob"
+        else f"{len(found)} rows: mean {program} {facts['mean']:.4f}" + ("" if averaged else f" ± {error:.4f}") + drawn
     )
 
 

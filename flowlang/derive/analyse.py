@@ -200,8 +200,19 @@ class Analyses:
             if taken and not on_sphere(graph, node.inputs[k], assumed=True):
                 sink.append(Violation(node, Need(k, REAL, words="points of a `Sphere`"), operands[k], graph))
             elif held and not taken and is_map(region):
-                sink.append(Violation(node, Need(k, REAL, words="values of an open set, and no points of a sphere"), operands[k], graph))
-            elif node.op == "repeat" and is_map(region) and taken != on_sphere(region.graph, region.outputs[k], region=region):
+                sink.append(
+                    Violation(
+                        node,
+                        Need(k, REAL, words="values of an open set, and no points of a sphere"),
+                        operands[k],
+                        graph,
+                    )
+                )
+            elif (
+                node.op == "repeat"
+                and is_map(region)
+                and taken != on_sphere(region.graph, region.outputs[k], region=region)
+            ):
                 words = "points of a `Sphere` from each round" if taken else "no points of a sphere from a round"
                 sink.append(Violation(node, Need(k, REAL, words=words), operands[k], graph))
         taps = taps_of(region, method)
@@ -281,7 +292,9 @@ class Analyses:
         sink.extend(v if v.graph is not None else Violation(node, v.need, v.found, graph) for v in found.violations)
         for k, domain in enumerate(domains):
             if isinstance(domain, Domain) and not found.outputs[k].within(domain.interval):
-                sink.append(Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), found.outputs[k], graph))
+                sink.append(
+                    Violation(node, Need(k, domain.interval, words=f"values in `{domain}`"), found.outputs[k], graph)
+                )
         return (*now[:carried], *found.outputs[carried:])
 
     def update_violations(self, region: Region, updates: Sequence[Update]) -> list[Violation]:
@@ -404,7 +417,9 @@ class Analyses:
             elif (taps := taps_of(region, name)) is not None:
                 self._programs[key] = tapped_program(region, name, taps)
             else:
-                self._programs[key] = derivative(region, name) or build(region if plan is None else plan.region, plan, name)
+                self._programs[key] = derivative(region, name) or build(
+                    region if plan is None else plan.region, plan, name
+                )
         return self._programs[key]
 
     def rough(self, region: Region, name: str) -> str | None:
@@ -499,8 +514,12 @@ class Analyses:
         graph = self.view(region).graph
         if method == "forward":
             turned = [n for n in graph if n.op in ("call", "repeat") and n.attrs.get("method") == "inverse"]
-            straight = [n for n in graph if n.op in ("call", "repeat") and n.attrs.get("method", "forward") == "forward"]
-            return sum(self.called_rounds(n, "inverse") for n in turned) + sum(self.called_rounds(n, "forward") for n in straight)
+            straight = [
+                n for n in graph if n.op in ("call", "repeat") and n.attrs.get("method", "forward") == "forward"
+            ]
+            return sum(self.called_rounds(n, "inverse") for n in turned) + sum(
+                self.called_rounds(n, "forward") for n in straight
+            )
         total = 0
         for step in self.steps_of(region):
             if isinstance(step, Scan):
@@ -522,9 +541,7 @@ class Analyses:
         A draw inside makes it a lower bound: its mean over draws is log p less a Kullback-Leibler divergence.
         """
         if region.kind == "program":
-            return combined(
-                seen_from(method, self.exactness(inner)) for inner, method in weighed_maps(region)
-            )
+            return combined(seen_from(method, self.exactness(inner)) for inner, method in weighed_maps(region))
         rule = region.rules.get("log_det")
         own = rule.exactness if rule is not None else "lower bound" if region.draws else "exact"
         steps = () if rule is not None else self.steps_of(region)
@@ -565,7 +582,11 @@ def weighed_maps(program: Region) -> Iterator[tuple[Region, str]]:
     graph = program.graph
     for n in graph.reachable(list(program.outputs)):
         call = graph[graph[n].inputs[0]] if graph[n].op == "get" else None
-        if call is not None and call.attrs.get("log_det") and graph[n].attrs["index"] == len(result_types(call.type)) - 1:
+        if (
+            call is not None
+            and call.attrs.get("log_det")
+            and graph[n].attrs["index"] == len(result_types(call.type)) - 1
+        ):
             yield call.attrs["region"], plain_method(call.attrs)
 
 

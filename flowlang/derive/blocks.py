@@ -84,7 +84,9 @@ def affine(inv: Inverter, p: Problem, m: int) -> Form | None:
         if node.op not in LINEAR or not isinstance(node.type, TensorType):
             return False
         slots = [k for k, i in enumerate(node.inputs) if i in p.unknown]
-        local = all(inv.within_slice(p, node.id, k) for k, i in enumerate(node.inputs) if i in p.slice_known or k in slots)
+        local = all(
+            inv.within_slice(p, node.id, k) for k, i in enumerate(node.inputs) if i in p.slice_known or k in slots
+        )
         fits = len(slots) <= 1 if node.op == "mul" else slots in ([], [0]) if node.op == "div" else True
         return bool(slots) and local and fits and all(alike(graph, node.inputs[k], m) for k in slots)
 

@@ -107,7 +107,8 @@ def no_derivative(inv: Inverter, n: int) -> Failure:
     return Failure(
         "FL0404",
         f"not invertible: nothing shows that this is monotone; `{shown(node.op)}` has no derivative rule",
-        node.span, suggestion="write the map with functions whose slope is known, or give `def inverse`"
+        node.span,
+        suggestion="write the map with functions whose slope is known, or give `def inverse`",
     )
 
 
@@ -186,7 +187,8 @@ def leaves_domain(region: Region, n: int, found: Interval, domain: Interval) -> 
     return Failure(
         "FL0414",
         f"not invertible: going back, values may lie in {found}, outside the declared `{declared}`",
-        region.graph[region.outputs[0]].span or region.span, suggestion="bound the parameters, or declare the wider domain"
+        region.graph[region.outputs[0]].span or region.span,
+        suggestion="bound the parameters, or declare the wider domain",
     )
 
 
@@ -211,7 +213,8 @@ def explain(inv: Inverter, p: Problem, wanted: int) -> Failure:
     return Failure(
         "FL0401",
         "not invertible: no way was found to tell the inputs from the result",
-        node.span or result_span(inv), suggestion="give `def inverse`, or write the map as a chain of couplings"
+        node.span or result_span(inv),
+        suggestion="give `def inverse`, or write the map as a chain of couplings",
     )
 
 
@@ -275,7 +278,12 @@ def failed_condition(inv: Inverter, p: Problem) -> Failure | None:
 def other_condition(inv: Inverter, p: Problem) -> Failure | None:
     for cond, _, need in p.conditions:
         if isinstance(need, str):
-            return Failure("FL0403", f"not invertible: {need}", cond.span, suggestion="declare a domain that shows it, as in `param W: Invertible[D', D]`, or `Positive` for a scale")
+            return Failure(
+                "FL0403",
+                f"not invertible: {need}",
+                cond.span,
+                suggestion="declare a domain that shows it, as in `param W: Invertible[D', D]`, or `Positive` for a scale",
+            )
     return None
 
 

@@ -92,7 +92,9 @@ class Coefficients:
 
     def finish(self, outputs: Sequence[int], name: str) -> Region:
         r = self.region
-        return Region(name, "net", self.b.graph, [], [], list(outputs), children=self.children, span=r.span, library=r.library)
+        return Region(
+            name, "net", self.b.graph, [], [], list(outputs), children=self.children, span=r.span, library=r.library
+        )
 
 
 def at_inference(graph: Graph, node: Node) -> tuple[int, ...]:
@@ -198,7 +200,9 @@ class Steps:
             if found is None:
                 return False
             scale, shift = found
-            if (scale is not None and not self.times("mul", scale)) or (shift is not None and not self.plus("add", shift)):
+            if (scale is not None and not self.times("mul", scale)) or (
+                shift is not None and not self.plus("add", shift)
+            ):
                 return False
             if node.attrs["region"].kind == "norm":
                 self.norms.append(node)
@@ -374,7 +378,11 @@ def before(region: Region, node: Node, at: Coefficients, read: dict[int, list[in
     value = node.inputs[0]
     while read.get(value, ()) == [path[-1] if path else node.id] and value not in region.outputs:
         batched = [i for i in at_inference(graph, graph[value]) if graph[i].batched]
-        if len(batched) != 1 or graph[value].op not in (*STEPS, *PASSED, "get", "call") or (norms_only and not is_norm(graph, value, node)):
+        if (
+            len(batched) != 1
+            or graph[value].op not in (*STEPS, *PASSED, "get", "call")
+            or (norms_only and not is_norm(graph, value, node))
+        ):
             break
         path.append(value)
         value = batched[0]
@@ -443,7 +451,11 @@ class Folding:
             children[name] = replace(c, region=self.region(c.region))
         other = {id(c.region): children[n].region for n, c in region.children.items()}
         at = Coefficients(region)
-        sites = [] if region.rules or region.programs or region.kind not in ("net", "norm", "step") else self.sites(region, at)
+        sites = (
+            []
+            if region.rules or region.programs or region.kind not in ("net", "norm", "step")
+            else self.sites(region, at)
+        )
         if region.kind != "norm":
             self.judge(region, sites)
         if not sites and all(children[n].region is c.region for n, c in region.children.items()):
@@ -501,7 +513,14 @@ class Folding:
             return at_inference(graph, node) if sites else node.inputs
 
         wanted: set[int] = {*region.inputs, *region.context}
-        stack = [*region.outputs, *([] if sites else [i for u in region.updates for i in (u.state, u.new, *([u.live] if u.live is not None else []))])]
+        stack = [
+            *region.outputs,
+            *(
+                []
+                if sites
+                else [i for u in region.updates for i in (u.state, u.new, *([u.live] if u.live is not None else []))]
+            ),
+        ]
         while stack:
             n = stack.pop()
             if n not in wanted:
@@ -518,7 +537,13 @@ class Folding:
                 if node.op in RUNS and id(attrs.get("region")) in other:
                     attrs["region"] = other[id(attrs["region"])]
                 env[n] = new.add(
-                    node.op, tuple(env[i] for i in node.inputs), node.type, attrs, span=node.span, label=node.label, batched=node.batched
+                    node.op,
+                    tuple(env[i] for i in node.inputs),
+                    node.type,
+                    attrs,
+                    span=node.span,
+                    label=node.label,
+                    batched=node.batched,
                 ).id
         updates = [] if sites else [
             replace(u, state=env[u.state], new=env[u.new], live=env[u.live] if u.live is not None else None) for u in region.updates
@@ -542,17 +567,23 @@ class Folding:
         if site.before:
             for n in site.steps.nodes:
                 if graph[n].op in PASSED:
-                    x = new.add(graph[n].op, (x,), graph[n].type, dict(graph[n].attrs), span=graph[n].span, batched=True).id
+                    x = new.add(
+                        graph[n].op, (x,), graph[n].type, dict(graph[n].attrs), span=graph[n].span, batched=True
+                    ).id
         inputs = [x, weight]
         if site.bias is not None:
             inputs.append(stored(site.bias, f"{stem}folded_bias"))
         bias = inputs.pop() if node.op == "contract" and len(inputs) == 3 else None
-        made = new.add(node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label, batched=True).id
+        made = new.add(
+            node.op, tuple(inputs), node.type, dict(node.attrs), span=node.span, label=node.label, batched=True
+        ).id
         if bias is not None:
             made = new.add("add", (made, bias), node.type, {}, span=node.span, batched=True).id
         for n in site.steps.nodes if not site.before else ():
             if graph[n].op in PASSED:
-                made = new.add(graph[n].op, (made,), graph[n].type, dict(graph[n].attrs), span=graph[n].span, batched=True).id
+                made = new.add(
+                    graph[n].op, (made,), graph[n].type, dict(graph[n].attrs), span=graph[n].span, batched=True
+                ).id
         if graph[site.end].label:
             new.relabel(made, graph[site.end].label or "")
         return made

@@ -167,7 +167,9 @@ def split_conv(b: Builder, graph: Graph, node: Node, env: dict[int, int]) -> int
     kernel = graph[node.inputs[1]].tensor
     out, channel = kernel.names[:2]
     windows = list(zip(kernel.axes[2:], attrs["padding"], attrs["dilation"], strict=True))
-    moved_by = any(s != 1 for s in attrs["stride"]) or attrs["groups"] != 1 or kernel.axes[0].size != kernel.axes[1].size
+    moved_by = (
+        any(s != 1 for s in attrs["stride"]) or attrs["groups"] != 1 or kernel.axes[0].size != kernel.axes[1].size
+    )
     if moved_by or any(before % d or before // d >= a.size for a, (before, _), d in windows):
         return None
     at = {a.name: before // d for a, (before, _), d in windows}

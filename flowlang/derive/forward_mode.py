@@ -273,7 +273,9 @@ def divergence_plus(region: Region, probes: int) -> Program:
         mode.program.outputs = [mode.values[out], b.const(0.0)]
         return prune(mode.program)
     sketch = b.op("stop", mode.tangent(out, TensorType((Axis(DIRECTION, probes), *t.axes))))
-    sketch = b.op("order", b.expand(sketch, TensorType((Axis(DIRECTION, probes), *t.axes))), names=(DIRECTION, *t.names))
+    sketch = b.op(
+        "order", b.expand(sketch, TensorType((Axis(DIRECTION, probes), *t.axes))), names=(DIRECTION, *t.names)
+    )
 
     def dot(u: int, v: int) -> int:
         return b.op("contract", u, v, axes=t.names) if t.axes else b.mul(u, v)

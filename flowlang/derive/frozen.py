@@ -24,7 +24,9 @@ def frozen(program: Program) -> Program:
         if "region" in attrs and not str(attrs.get("method", "forward")).startswith(FROZEN):
             attrs["method"] = FROZEN + str(attrs.get("method", "forward"))
         if attrs != node.attrs:
-            env[n] = b.graph.add(node.op, tuple(inputs), node.type, attrs, span=node.span, label=node.label, batched=node.batched).id
+            env[n] = b.graph.add(
+                node.op, tuple(inputs), node.type, attrs, span=node.span, label=node.label, batched=node.batched
+            ).id
         else:
             env[n] = b.copy(node, inputs)
         if node.op == "param":

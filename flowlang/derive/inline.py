@@ -49,7 +49,9 @@ class _Inline:
                 inputs = tuple(env[i][0] for i in node.inputs)
                 made = self.graph.add(node.op, inputs, node.type, dict(node.attrs), span=node.span, label=node.label)
                 several = len(result_types(node.type)) > 1
-                env[n] = [self.b.op_get(made.id, k) for k in range(len(result_types(node.type)))] if several else [made.id]
+                env[n] = (
+                    [self.b.op_get(made.id, k) for k in range(len(result_types(node.type)))] if several else [made.id]
+                )
             else:
                 env[n] = self.node(node, source, env, ())
         made_ = Program(p.name, p.region, self.graph, [env[i][0] for i in p.inputs], [env[o][0] for o in p.outputs])
@@ -149,4 +151,3 @@ class _Inline:
         have = self.b.type(value).names
         found: tuple[tuple[str, str], ...] = tuple((o, n) for o, n in pairs.items() if o in have)
         return self.b.op("rename", value, pairs=found) if found else value
-

@@ -55,7 +55,9 @@ class _Splitter:
         region = self.region
         ends = [*region.outputs, *region.inputs, *region.context]
         ends += [s for step in region.steps for s in (step.before, step.after)]
-        for value, arguments in [(x.value, x.arguments) for x in region.emissions] + [(x.value, x.arguments) for x in region.draws]:
+        for value, arguments in [(x.value, x.arguments) for x in region.emissions] + [
+            (x.value, x.arguments) for x in region.draws
+        ]:
             ends += [value, *(i for _, i in arguments)]
         ends += [i for _, i in region.base.arguments] if region.base is not None else []
         return moved(region, self.b.graph, {n: self.joined(n) for n in ends})
@@ -80,7 +82,12 @@ class _Splitter:
                 self.parts[node.id] = (groups[0].pop(), groups[1].pop())
                 return True
         op = OPS.get(node.op)
-        if op is None or not op.elementwise or not self.fits(node.type) or not any(i in self.parts for i in node.inputs):
+        if (
+            op is None
+            or not op.elementwise
+            or not self.fits(node.type)
+            or not any(i in self.parts for i in node.inputs)
+        ):
             return False
         operands = [self.operand(i) for i in node.inputs]
         made = tuple(self.apply(node, [p[k] for p in operands], k) for k in (0, 1))
@@ -99,7 +106,11 @@ class _Splitter:
             return float(FOLD[node.op](*numbers))
         if node.op == "mul" and 0.0 in numbers:
             return 0.0
-        if node.op in ("mul", "add", "sub") and isinstance(args[1], float) and args[1] == (1.0 if node.op == "mul" else 0.0):
+        if (
+            node.op in ("mul", "add", "sub")
+            and isinstance(args[1], float)
+            and args[1] == (1.0 if node.op == "mul" else 0.0)
+        ):
             return self.full(args[0], node, k)
         if node.op in ("mul", "add") and isinstance(args[0], float) and args[0] == (1.0 if node.op == "mul" else 0.0):
             return self.full(args[1], node, k)

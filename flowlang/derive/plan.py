@@ -74,7 +74,9 @@ class Scan:
     domain: Interval
     dropped: tuple[int, ...]  # what reads earlier slices only
     region: tuple[int, ...]  # everything between entry and exits
-    levels: tuple[int, ...]  # for each slice in the order, the round that makes it right: those of one round are independent
+    levels: tuple[
+        int, ...
+    ]  # for each slice in the order, the round that makes it right: those of one round are independent
 
     @property
     def axes(self) -> str:
@@ -161,7 +163,21 @@ class Block:
     determinant: float | None  # where it is a number
 
 
-Step = Block | Solve | Unjoin | Gather | CallInverse | Integrate | Scalar | Scan | FixedPoint | LowRank | Polar | Digits | Bottleneck
+Step = (
+    Block
+    | Solve
+    | Unjoin
+    | Gather
+    | CallInverse
+    | Integrate
+    | Scalar
+    | Scan
+    | FixedPoint
+    | LowRank
+    | Polar
+    | Digits
+    | Bottleneck
+)
 
 
 @dataclass

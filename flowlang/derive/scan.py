@@ -130,7 +130,9 @@ def scan_along(
         p.conditions.extend(inner.conditions)
         p.notes.extend(inner.notes)
         return None
-    levels = rounds(graph[u].tensor, order, [(carriers[n], r) for n in sorted(dropped) if n in carriers and (r := dependence.of(n))])
+    levels = rounds(
+        graph[u].tensor, order, [(carriers[n], r) for n in sorted(dropped) if n in carriers and (r := dependence.of(n))]
+    )
     return Scan(u, exits, order, tuple(inner.steps), inv.interval(u), tuple(sorted(dropped)), tuple(region), levels)
 
 
@@ -161,11 +163,15 @@ def rounds(t: TensorType, order: Order, read: Sequence[tuple[tuple[str, ...], Re
         for part in relation.parts
     }
     direction = [reverse for _, reverse in order]
-    steps = [[m.bits() if m is not None else ((1 << n) - 1,) * n for m, n in zip(kind, sizes, strict=True)] for kind in kinds]
+    steps = [
+        [m.bits() if m is not None else ((1 << n) - 1,) * n for m, n in zip(kind, sizes, strict=True)] for kind in kinds
+    ]
     work = sum(prod(sum(b.bit_count() for b in bits) for bits in kind) for kind in steps)
     if work > MAX_LEVELLED:
         return one_by_one(count, order)
-    places = list(itertools.product(*(range(n)[::-1] if r else range(n) for n, r in zip(sizes, direction, strict=True))))
+    places = list(
+        itertools.product(*(range(n)[::-1] if r else range(n) for n, r in zip(sizes, direction, strict=True)))
+    )
     level: dict[tuple[int, ...], int] = {}
     for place in places:
         here = 0

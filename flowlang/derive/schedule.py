@@ -261,7 +261,9 @@ class _Scheduler:
                     return False
                 if node.tensor.has(column.axis):
                     found[column.axis] = column.rows
-            elif i in made.rows and (axis := made.rows[i].axis) != row and node.tensor.has(axis) and node.tensor.has(row):
+            elif (
+                i in made.rows and (axis := made.rows[i].axis) != row and node.tensor.has(axis) and node.tensor.has(row)
+            ):
                 matrix = self.local(node, slot, axis, axis)
                 if matrix is None or matrix.rows is not None or i == self.entry or not works_on_columns(node, axis):
                     continue  # no column: the ordinary reading tells
@@ -339,7 +341,13 @@ class _Scheduler:
         done = own.order[: own.ends[-1]]
         in_turn = all(j - i == step for i, j in pairwise(done))
         first = len(own.order) - 1 if step < 0 else 0
-        if own != other or node.attrs.get("exclusive") or node.inputs[0] == self.entry or not in_turn or done[:1] != (first,):
+        if (
+            own != other
+            or node.attrs.get("exclusive")
+            or node.inputs[0] == self.entry
+            or not in_turn
+            or done[:1] != (first,)
+        ):
             return None
         made.stored.add(node.id)
         return Read(other, False)

@@ -344,8 +344,18 @@ class Inverter:
             p.lost = node.id
             return False
         if not node.attrs.get("linear", True) or node.attrs.get("indexed"):
-            why = "depend on their index" if node.attrs.get("indexed") else "are no sums of values and slopes times numbers"
-            p.conditions.append((node, 0, f"the steps of `{node.attrs['solver']}` {why}, so they cannot be taken backwards with a log-det"))
+            why = (
+                "depend on their index"
+                if node.attrs.get("indexed")
+                else "are no sums of values and slopes times numbers"
+            )
+            p.conditions.append(
+                (
+                    node,
+                    0,
+                    f"the steps of `{node.attrs['solver']}` {why}, so they cannot be taken backwards with a log-det",
+                )
+            )
             return False
         method = trace_method(node.attrs, node.tensor.count)
         rough = self.analyses.rough(node.attrs["region"], method)

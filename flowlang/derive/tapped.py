@@ -43,7 +43,13 @@ class TappedReplay(Replay):
         node = inner.graph[place[-1]]
         label = node.label or "value"
         new = self.b.leaf(
-            "input", place_type(self.region, place), batched=True, span=node.span, label=label, name=label, role="context"
+            "input",
+            place_type(self.region, place),
+            batched=True,
+            span=node.span,
+            label=label,
+            name=label,
+            role="context",
         )
         self.program.inputs.append(new)
         self.program.context += 1

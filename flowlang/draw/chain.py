@@ -176,7 +176,9 @@ def svg(comp: Compilation, name: str) -> str:
     drawing.y += 22
     x = float(MARGIN + PAD)
     for cost in dict.fromkeys(r["log_det"] for r in rows):
-        drawing.shapes.append(f'<rect x="{x:g}" y="{drawing.y - 9:g}" width="5" height="11" rx="2" fill="{COLORS.get(cost, OTHER)}"/>')
+        drawing.shapes.append(
+            f'<rect x="{x:g}" y="{drawing.y - 9:g}" width="5" height="11" rx="2" fill="{COLORS.get(cost, OTHER)}"/>'
+        )
         drawing.text(x + 11, drawing.y, SUB, "#56606e", f"log-det {cost}")
         x += width_of(f"log-det {cost}", SUB) + 30
     w, h = drawing.width + 2 * (PAD + MARGIN), drawing.y + MARGIN

@@ -33,7 +33,13 @@ def signal(comp: Compilation, name: str, seeds: int = SEEDS, batch: int = BATCH)
     """Variances for standard normal inputs; each seed draws its own weights and inputs."""
     region = comp.regions[name]
     if region.kind not in ("net", "norm"):
-        raise FlowError(Diagnostic("FL0804", f"`{name}` is a {region.kind}, and a signal goes through a net", suggestion="name a net by --flow"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                f"`{name}` is a {region.kind}, and a signal goes through a net",
+                suggestion="name a net by --flow",
+            )
+        )
     predicted = propagate(region)
     runs = [measure(comp, name, seed, batch) for seed in range(seeds)]
     names = [n for n, _ in runs[0]]
@@ -69,7 +75,11 @@ def measure(comp: Compilation, name: str, seed: int, batch: int) -> list[tuple[s
         return hook
 
     for label, part in inside.named_children():
-        parts = [(f"{label}.{k}", p) for k, p in enumerate(part)] if isinstance(part, torch.nn.ModuleList) else [(label, part)]
+        parts = (
+            [(f"{label}.{k}", p) for k, p in enumerate(part)]
+            if isinstance(part, torch.nn.ModuleList)
+            else [(label, part)]
+        )
         for n, p in parts:
             p.register_forward_hook(watch(n))
     g = torch.Generator().manual_seed(1000 + seed)
@@ -101,7 +111,9 @@ def plot(rows: Sequence[Row], title: str, path: str | Path) -> None:
     ax = fig.subplots()
     at = list(range(len(rows)))
     ax.fill_between(at, [min(r.measured) for r in rows], [max(r.measured) for r in rows], color=DATA, alpha=0.25, lw=0)
-    ax.plot(at, [r.middle for r in rows], "-o", ms=3, lw=1.2, color=DATA, label=f"measured, {len(rows[0].measured)} starts")
+    ax.plot(
+        at, [r.middle for r in rows], "-o", ms=3, lw=1.2, color=DATA, label=f"measured, {len(rows[0].measured)} starts"
+    )
     known = [(k, r.predicted) for k, r in enumerate(rows) if r.predicted is not None]
     if known:
         ax.plot([k for k, _ in known], [v for _, v in known], "x", ms=6, color=SAMPLES, label="closed form")

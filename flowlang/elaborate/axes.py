@@ -52,7 +52,12 @@ def index_one(body: Body, x: Tensor, item: tree.Item) -> Any:
             suggestion="write `x[D -> E]`, `x[D -> (h = 4, d)]`, `x[(h, d) -> D]`, `x[T = 0]` or `x[T = 1..]`",
         )
     if item.eq is not None or item.arrow_eq is not None:
-        raise body.fail("FL0307", "a size cannot stand here", item.span, suggestion="sizes stand in a group, as in `x[D -> (h = 2, d)]`")
+        raise body.fail(
+            "FL0307",
+            "a size cannot stand here",
+            item.span,
+            suggestion="sizes stand in a group, as in `x[D -> (h = 2, d)]`",
+        )
     if isinstance(left, tree.Paren):
         if not isinstance(arrow, tree.Name):
             raise body.fail("FL0307", "axes are merged into one name", item.span, suggestion="as in `x[(i, j) -> T]`")
@@ -61,16 +66,31 @@ def index_one(body: Body, x: Tensor, item: tree.Item) -> Any:
         raise body.fail("FL0307", "an axis is a name", item.span, suggestion="as in `x[D -> E]`")
     if isinstance(arrow, tree.Paren):
         if not arrow.items:
-            raise body.fail("FL0307", "an axis cannot be renamed to nothing", item.span, suggestion="as in `x[D -> E]`; a reduction such as `sum[D](x)` takes an axis away")
+            raise body.fail(
+                "FL0307",
+                "an axis cannot be renamed to nothing",
+                item.span,
+                suggestion="as in `x[D -> E]`; a reduction such as `sum[D](x)` takes an axis away",
+            )
         return split(body, x, left.id, arrow.items, item.span)
     if isinstance(arrow, tree.Name):
         need_axis(body, x.type, left.id, item.span)
         if arrow.id == left.id:
             return x
         if x.type.has(arrow.id):
-            raise body.fail("FL0307", f"axis `{arrow.id}` is there already", item.span, suggestion="choose another name, or a prime as in `D'`")
+            raise body.fail(
+                "FL0307",
+                f"axis `{arrow.id}` is there already",
+                item.span,
+                suggestion="choose another name, or a prime as in `D'`",
+            )
         return body.node("rename", body.tensor(x, item.span), pairs=((left.id, arrow.id),), span=item.span)
-    raise body.fail("FL0307", "an axis becomes a name or a group of names", item.span, suggestion="as in `x[D -> E]` or `x[D -> (h = 2, d)]`")
+    raise body.fail(
+        "FL0307",
+        "an axis becomes a name or a group of names",
+        item.span,
+        suggestion="as in `x[D -> E]` or `x[D -> (h = 2, d)]`",
+    )
 
 
 def axis_name(body: Body, item: tree.Item) -> str:
@@ -95,7 +115,12 @@ def split(body: Body, x: Tensor, name: str, parts: tuple[tree.Item, ...], span: 
     if len(open_parts) > 1:
         resolved = [(n, s if s is not None else body.axes.get(n)) for n, s in sizes]
         if sum(s is None for _, s in resolved) > 1:
-            raise body.fail("FL0310", f"the sizes of {', '.join(f'`{n}`' for n in open_parts)} are open", span, suggestion="give all sizes but one, as in `x[D -> (h = 2, d)]`")
+            raise body.fail(
+                "FL0310",
+                f"the sizes of {', '.join(f'`{n}`' for n in open_parts)} are open",
+                span,
+                suggestion="give all sizes but one, as in `x[D -> (h = 2, d)]`",
+            )
         sizes = resolved
         known = 1
         for _, s in sizes:
@@ -125,7 +150,9 @@ def merge(body: Body, x: Tensor, names: list[str], into: str, span: Span) -> Ten
     if len(set(names)) != len(names):
         raise body.fail("FL0307", "an axis stands twice in this group", span, suggestion="give each part its own name")
     if x.type.has(into) and into not in names:
-        raise body.fail("FL0307", f"axis `{into}` is there already", span, suggestion="choose another name for the merged axis")
+        raise body.fail(
+            "FL0307", f"axis `{into}` is there already", span, suggestion="choose another name for the merged axis"
+        )
     if len(names) == 1:
         if names[0] == into:
             return x
@@ -148,7 +175,12 @@ def select(body: Body, x: Tensor, name: str, index: tree.Expr, span: Span) -> An
         start = clip(value.start if value.start is not None else 0, size)
         stop = clip(value.stop if value.stop is not None else size, size)
         if stop < start or (value.stop or 0) > size or start > size:
-            raise body.fail("FL0307", f"{start}..{stop} is outside axis `{name}` of size {size}", span, suggestion=f"indices of `{name}` run from 0 to {size - 1}; `a..b` leaves b out")
+            raise body.fail(
+                "FL0307",
+                f"{start}..{stop} is outside axis `{name}` of size {size}",
+                span,
+                suggestion=f"indices of `{name}` run from 0 to {size - 1}; `a..b` leaves b out",
+            )
         return body.node("slice", id, axis=name, start=start, stop=stop, span=span)
     if isinstance(value, bool):
         raise body.fail("FL0305", "an index is a whole number", span, suggestion="as in `x[T = 0]`")
@@ -156,7 +188,12 @@ def select(body: Body, x: Tensor, name: str, index: tree.Expr, span: Span) -> An
         value = int(value)
     if isinstance(value, int):
         if not -size <= value < size:
-            raise body.fail("FL0307", f"index {value} is outside axis `{name}` of size {size}", span, suggestion=f"indices of `{name}` run from 0 to {size - 1}, and -1 is the last")
+            raise body.fail(
+                "FL0307",
+                f"index {value} is outside axis `{name}` of size {size}",
+                span,
+                suggestion=f"indices of `{name}` run from 0 to {size - 1}, and -1 is the last",
+            )
         return body.node("pick", id, axis=name, index=value % size, span=span)
     if isinstance(value, Tensor):
         return body.node("gather", id, body.tensor(value, span), axis=name, span=span)
@@ -187,14 +224,20 @@ def conform(body: Body, value: Any, spec: TypeSpec, span: Span) -> Any:
         if not t.has(n):
             # A constant or a value that lacks the axis is broadcast along it.
             if size is None:
-                raise body.fail("FL0302", f"the value has no axis `{n}`; its axes are {words(t)}", span, suggestion="name one of its axes, or rename one, as in `x[D -> E]`")
+                raise body.fail(
+                    "FL0302",
+                    f"the value has no axis `{n}`; its axes are {words(t)}",
+                    span,
+                    suggestion="name one of its axes, or rename one, as in `x[D -> E]`",
+                )
             continue
         if size is not None and t.size(n) != size:
             raise body.fail(
                 "FL0301",
                 f"axis `{n}` has size {t.size(n)} here, and {size} in the declared type",
                 span,
-                notes=(f"the value: `{t}`",), suggestion=f"write `{n} = {t.size(n)}`, or change the value"
+                notes=(f"the value: `{t}`",),
+                suggestion=f"write `{n} = {t.size(n)}`, or change the value",
             )
     extra = [n for n in t.names if n not in names]
     if extra and not spec.rest:

@@ -151,9 +151,7 @@ class Body:
         if name in self.elab.report.told:
             return Later()
         self.elab.report.told.add(name)
-        return self.fail(
-            "FL0902", message, span, suggestion=LATER_ADVICE
-        )
+        return self.fail("FL0902", message, span, suggestion=LATER_ADVICE)
 
     def lose(self, node: Any) -> None:
         """The axes that a statement in error would have named have unknown sizes."""
@@ -368,7 +366,12 @@ class Body:
         self.depth += 1
         try:
             if self.depth > limits.EXPRESSION_DEPTH:
-                raise self.fail("FL0901", "expression nested too deeply: limit reached", expr.span, suggestion="name parts of it, as in `a = ...`")
+                raise self.fail(
+                    "FL0901",
+                    "expression nested too deeply: limit reached",
+                    expr.span,
+                    suggestion="name parts of it, as in `a = ...`",
+                )
             return self._ev(expr)
         except Fail as e:
             self.report(e.diagnostic)
@@ -415,7 +418,12 @@ class Body:
                 stop = self.static_int(expr.stop) if expr.stop is not None else None
                 return RangeValue(start, stop)
             case tree.Ellipsis():
-                raise self.fail("FL0307", "`..` stands for axes and has no value here", expr.span, suggestion="it stands in types, as in `x: R[D, ..]`")
+                raise self.fail(
+                    "FL0307",
+                    "`..` stands for axes and has no value here",
+                    expr.span,
+                    suggestion="it stands in types, as in `x: R[D, ..]`",
+                )
             case _:
                 raise self.fail(
                     "FL0306",
@@ -634,7 +642,9 @@ class Body:
                 "FL0305", "division by zero in a constant", expr.span, suggestion="choose another divisor"
             ) from None
         except OverflowError:
-            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span, suggestion="write a smaller number") from None
+            raise self.fail(
+                "FL0901", "this number exceeds the limit of 64 bits", expr.span, suggestion="write a smaller number"
+            ) from None
         if isinstance(value, complex):
             raise self.fail(
                 "FL0305",
@@ -643,9 +653,13 @@ class Body:
                 suggestion="a negative base needs a whole exponent",
             )
         if isinstance(value, int) and abs(value) > limits.INTEGER:
-            raise self.fail("FL0901", "this number exceeds the limit of 64 bits", expr.span, suggestion="write a smaller number")
+            raise self.fail(
+                "FL0901", "this number exceeds the limit of 64 bits", expr.span, suggestion="write a smaller number"
+            )
         if isinstance(value, float) and not math.isfinite(value):
-            raise self.fail("FL0901", "this number exceeds the limit of a float", expr.span, suggestion="write a smaller number")
+            raise self.fail(
+                "FL0901", "this number exceeds the limit of a float", expr.span, suggestion="write a smaller number"
+            )
         return value
 
     def pipe(self, expr: tree.Binary) -> Any:
@@ -741,7 +755,12 @@ class Body:
         for item in expr.items:
             if isinstance(item.left, tree.Name) and item.eq is None:
                 if item.left.id in seen:
-                    raise self.fail("FL0307", f"`{item.left.id}` stands twice in these brackets", item.span, suggestion="name each axis once")
+                    raise self.fail(
+                        "FL0307",
+                        f"`{item.left.id}` stands twice in these brackets",
+                        item.span,
+                        suggestion="name each axis once",
+                    )
                 seen.add(item.left.id)
 
     def index_list(self, values: list[Any], expr: tree.Brackets) -> Any:
@@ -760,14 +779,21 @@ class Body:
                 suggestion="as in `xs[0]` or `xs[i]` with `for i in 0..n`",
             )
         if not -len(values) <= index < len(values):
-            raise self.fail("FL0307", f"index {index} is outside a list of {len(values)}", expr.span, suggestion="indices start at 0, and -1 is the last")
+            raise self.fail(
+                "FL0307",
+                f"index {index} is outside a list of {len(values)}",
+                expr.span,
+                suggestion="indices start at 0, and -1 is the last",
+            )
         return values[index]
 
     def paren(self, expr: tree.Paren) -> Any:
         if len(expr.items) == 1:
             item = expr.items[0]
             if item.left is None or item.eq is not None or item.arrow is not None:
-                raise self.fail("FL0307", "axes have no value here", expr.span, suggestion="`x.D` is the size of an axis")
+                raise self.fail(
+                    "FL0307", "axes have no value here", expr.span, suggestion="`x.D` is the size of an axis"
+                )
             if item.type is not None:
                 return self.typed(item.left, [item.type])[0]
             return self.ev(item.left)
@@ -893,7 +919,12 @@ class Body:
             return value.resolve(list(wanted))
         values = list(value.items) if isinstance(value, Tuple) else [value]
         if len(values) != len(wanted):
-            raise self.fail("FL0308", f"{len(wanted)} types for {len(values)} values", span, suggestion="a type covers every name since the last typed one; give one for each value, or fewer")
+            raise self.fail(
+                "FL0308",
+                f"{len(wanted)} types for {len(values)} values",
+                span,
+                suggestion="a type covers every name since the last typed one; give one for each value, or fewer",
+            )
         return [axis_rules.conform(self, v, w, span) for v, w in zip(values, wanted, strict=True)]
 
     def record_axes(self, spec: TypeSpec) -> None:

@@ -74,7 +74,12 @@ def expect(
     most = least if most is None else most
     if not least <= len(args.positional) <= most:
         wanted = str(least) if least == most else f"{least} to {most}"
-        raise body.fail("FL0203", f"`{name}` takes {wanted} values, and gets {len(args.positional)}", span(args), suggestion="docs/ops.md lists the functions with their arguments")
+        raise body.fail(
+            "FL0203",
+            f"`{name}` takes {wanted} values, and gets {len(args.positional)}",
+            span(args),
+            suggestion="docs/ops.md lists the functions with their arguments",
+        )
 
 
 def axis_list(body: Body, args: Arguments) -> list[str]:
@@ -207,7 +212,12 @@ def surrogate(body: Body, args: Arguments) -> Any:
     expect(body, args, "surrogate", 0, 2, names)
     given = {**dict(zip(names, args.positional, strict=False)), **args.keywords}
     if set(given) != set(names):
-        raise body.fail("FL0203", "`surrogate` takes `value` and `gradient`", span(args), suggestion="as in `surrogate(value = step, gradient = sigmoid(x))`")
+        raise body.fail(
+            "FL0203",
+            "`surrogate` takes `value` and `gradient`",
+            span(args),
+            suggestion="as in `surrogate(value = step, gradient = sigmoid(x))`",
+        )
     return body.node("surrogate", *(body.tensor(given[n], span(args)) for n in names), span=span(args))
 
 
@@ -266,12 +276,20 @@ def reduced_axes(body: Body, args: Arguments, t: TensorType, name: str) -> tuple
             continue
         if not isinstance(item.left, tree.Name):
             raise body.fail(
-                "FL0307", "a reduction names axes, as in `sum[D](x)`, or groups, as in `var[C / 8](x)`", item.span, suggestion="name the axis to reduce in the brackets"
+                "FL0307",
+                "a reduction names axes, as in `sum[D](x)`, or groups, as in `var[C / 8](x)`",
+                item.span,
+                suggestion="name the axis to reduce in the brackets",
             )
         if item.left.id == "B" and name in POOLED:
             continue
         if item.left.id == "B":
-            raise body.fail("FL0902", f"`{name}` over the batch has no meaning yet", item.span, suggestion="reduce with `mean`, `var`, `sum`, `max` or `min`")
+            raise body.fail(
+                "FL0902",
+                f"`{name}` over the batch has no meaning yet",
+                item.span,
+                suggestion="reduce with `mean`, `var`, `sum`, `max` or `min`",
+            )
         names.append(item.left.id)
     for n in names:
         axis_rules.need_axis(body, t, n, span(args))
@@ -323,7 +341,12 @@ def within_groups(body: Body, args: Arguments, x: int, reduce: Callable[[Argumen
             continue
         assert isinstance(item.left, tree.Binary)
         if not isinstance(item.left.left, tree.Name):
-            raise body.fail("FL0307", "groups are those of an axis, as in `C / 8`", item.span, suggestion="write an axis, a slash and a number")
+            raise body.fail(
+                "FL0307",
+                "groups are those of an axis, as in `C / 8`",
+                item.span,
+                suggestion="write an axis, a slash and a number",
+            )
         name, count = item.left.left.id, body.static_int(item.left.right)
         size = axis_rules.need_axis(body, body.b.type(x), name, item.span)
         if count < 1 or size % count:
@@ -423,7 +446,12 @@ def halves(body: Body, args: Arguments) -> Any:
     axis = one_axis(body, args, t, "halves")
     n = t.size(axis)
     if n < 2:
-        raise body.fail("FL0307", f"axis `{axis}` of size {n} has no halves", span(args), suggestion="a coupling needs at least two coordinates; an elementwise step such as `rqs_elementwise` serves one")
+        raise body.fail(
+            "FL0307",
+            f"axis `{axis}` of size {n} has no halves",
+            span(args),
+            suggestion="a coupling needs at least two coordinates; an elementwise step such as `rqs_elementwise` serves one",
+        )
     cut = (n + 1) // 2  # the larger half first
     first = body.node("slice", x, axis=axis, start=0, stop=cut, span=span(args))
     second = body.node("slice", x, axis=axis, start=cut, stop=n, span=span(args))
@@ -466,7 +494,8 @@ def join(body: Body, args: Arguments) -> Any:
                 raise body.fail(
                     "FL0301",
                     f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in the parts of a join",
-                    s, suggestion="parts of a join agree in all other axes; slice or reshape one of them"
+                    s,
+                    suggestion="parts of a join agree in all other axes; slice or reshape one of them",
                 )
     lead = next((t for t in types if t.has(axis)), types[0])
     order = [n for n in lead.names if n == axis or n in frame]
@@ -498,10 +527,18 @@ def stack(body: Body, args: Arguments) -> Any:
         for a in body.b.type(i).axes:
             if frame.setdefault(a.name, a.size) != a.size:
                 raise body.fail(
-                    "FL0301", f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in a stack", span(args), suggestion="parts of a stack have the same axes and sizes"
+                    "FL0301",
+                    f"axis `{a.name}` has sizes {frame[a.name]} and {a.size} in a stack",
+                    span(args),
+                    suggestion="parts of a stack have the same axes and sizes",
                 )
     if names[0] in frame:
-        raise body.fail("FL0307", f"axis `{names[0]}` is there already", span(args), suggestion="choose a new name for the stacked axis")
+        raise body.fail(
+            "FL0307",
+            f"axis `{names[0]}` is there already",
+            span(args),
+            suggestion="choose a new name for the stacked axis",
+        )
     full = tuple(frame.items())
     out = [body.b.op("order", body.b.op("expand", i, axes=full), names=tuple(frame)) for i in ids]
     return body.node("stack", *out, axis=names[0], span=span(args))
@@ -527,7 +564,10 @@ def det(body: Body, args: Arguments) -> Any:
         names = list(t.names)
     if len(names) != 2:
         raise body.fail(
-            "FL0307", "`det` is of a matrix, whose two axes must be named", span(args), suggestion="as in `det[D', D](M)`"
+            "FL0307",
+            "`det` is of a matrix, whose two axes must be named",
+            span(args),
+            suggestion="as in `det[D', D](M)`",
         )
     for n in names:
         axis_rules.need_axis(body, t, n, span(args))
@@ -595,7 +635,12 @@ def constant_like(value: float) -> Fn:
                     raise body.fail("FL0307", "an axis is a name", item.span, suggestion="as in `zeros[D = 2]`")
                 size = static_size(body, item.eq) if item.eq is not None else body.axes.get(item.left.id)
                 if size is None:
-                    raise body.fail("FL0310", f"the size of axis `{item.left.id}` is open", item.span, suggestion="write a number, or a size as `x.D`")
+                    raise body.fail(
+                        "FL0310",
+                        f"the size of axis `{item.left.id}` is open",
+                        item.span,
+                        suggestion="write a number, or a size as `x.D`",
+                    )
                 axes.append((item.left.id, size))
             return body.node("expand", body.b.const(value), axes=tuple(axes), span=span(args))
         expect(body, args, name, 1)
@@ -626,7 +671,9 @@ def checker(body: Body, args: Arguments) -> Any:
         axis = item.left.id
         known = static_size(body, item.eq) if item.eq is not None else body.axes.get(axis)
         if known is None:
-            raise body.fail("FL0310", f"the size of axis `{axis}` is open", item.span, suggestion=f"as in `checker[{axis} = 4]`")
+            raise body.fail(
+                "FL0310", f"the size of axis `{axis}` is open", item.span, suggestion=f"as in `checker[{axis} = 4]`"
+            )
         count = known
     i = body.b.op("index", axis=axis, size=count)
     odd = body.b.op("mod", i, body.b.const(2))
@@ -668,7 +715,10 @@ def spline(op: str) -> Fn:
                 )
         if len(tensors) != 1 + len(kind.raw) or len(tensors) + len(numbers) != len(args.positional) or len(numbers) > 1:
             raise body.fail(
-                "FL0203", f"`{op}` takes x and {len(kind.raw)} parameters: {', '.join(kind.raw)}", span(args), suggestion="give them all, or use `rqs_coupling` and its like, whose networks do"
+                "FL0203",
+                f"`{op}` takes x and {len(kind.raw)} parameters: {', '.join(kind.raw)}",
+                span(args),
+                suggestion="give them all, or use `rqs_coupling` and its like, whose networks do",
             )
         names = axis_list(body, args)
         if len(names) != 1:
@@ -690,7 +740,12 @@ def spline(op: str) -> Fn:
 def rearrange(body: Body, args: Arguments) -> Any:
     tensors = [v for v in args.positional if isinstance(v, Tensor)]
     if len(tensors) != 1 or len(args.positional) != 1:
-        raise body.fail("FL0202", "`rearrange` takes only axes, as in `rearrange[D -> (h = 2, d)]`", span(args), suggestion="give the axes in the brackets and the value after them")
+        raise body.fail(
+            "FL0202",
+            "`rearrange` takes only axes, as in `rearrange[D -> (h = 2, d)]`",
+            span(args),
+            suggestion="give the axes in the brackets and the value after them",
+        )
     return axis_rules.index_tensor(body, tensors[0], args.axes)
 
 
@@ -699,7 +754,12 @@ def elementwise(body: Body, args: Arguments) -> Any:
     tensors = [v for v in args.positional if isinstance(v, Tensor)]
     functions = [v for v in args.positional if not isinstance(v, Tensor)]
     if len(functions) != 1:
-        raise body.fail("FL0203", "`elementwise` takes one function, as in `elementwise(softplus)`", span(args), suggestion="a map of your own is a `bijector`, as in `bijector bend(x: R[D]) { x + tanh(x) / 2 }`")
+        raise body.fail(
+            "FL0203",
+            "`elementwise` takes one function, as in `elementwise(softplus)`",
+            span(args),
+            suggestion="a map of your own is a `bijector`, as in `bijector bend(x: R[D]) { x + tanh(x) / 2 }`",
+        )
     if not tensors:
         return AppliedBuiltin(BUILTINS["elementwise"], tuple(functions), (), args.axes, span(args))
     return apply(body, functions[0], [tensors[0]], {}, span(args))
@@ -724,7 +784,12 @@ def inverse(body: Body, args: Arguments) -> Any:
             value.target, value.arguments, span(args), axes or value.axes, owner=value.owner, name=value.name, label=value.label,
             inverted=not value.inverted,
         )  # fmt: skip
-    raise body.fail("FL0211", f"`inverse` takes a bijector, and this is {describe(value)}", span(args), suggestion="as in `inverse(squeeze(2))`")
+    raise body.fail(
+        "FL0211",
+        f"`inverse` takes a bijector, and this is {describe(value)}",
+        span(args),
+        suggestion="as in `inverse(squeeze(2))`",
+    )
 
 
 def lipschitz(body: Body, args: Arguments) -> Any:
@@ -734,7 +799,12 @@ def lipschitz(body: Body, args: Arguments) -> Any:
     if isinstance(value, Declared):
         value = Instance(value, {}, span(args))
     if not isinstance(value, Instance) or value.kind not in ("net", "norm"):
-        raise body.fail("FL0211", f"`lipschitz` takes a network, and this is {describe(value)}", span(args), suggestion="as in `lipschitz(mlp(64), 0.97)`")
+        raise body.fail(
+            "FL0211",
+            f"`lipschitz` takes a network, and this is {describe(value)}",
+            span(args),
+            suggestion="as in `lipschitz(mlp(64), 0.97)`",
+        )
     if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
         raise body.fail(
             "FL0305",
@@ -759,7 +829,10 @@ def first_batch(body: Body, args: Arguments) -> FirstBatch:
     value, before = args.positional
     if not isinstance(before, int | float) or isinstance(before, bool):
         raise body.fail(
-            "FL0305", f"what holds before the first batch is a number, and this is {describe(before)}", args.spans[1], suggestion="as in `first_batch(1 / std[B](x), 1)`"
+            "FL0305",
+            f"what holds before the first batch is a number, and this is {describe(before)}",
+            args.spans[1],
+            suggestion="as in `first_batch(1 / std[B](x), 1)`",
         )
     return FirstBatch(Tensor(body.tensor(value, args.spans[0]), body), float(before))
 
@@ -864,7 +937,9 @@ def named_arguments(body: Body, args: Arguments, name: str, names: list[str]) ->
 def complete(body: Body, args: Arguments, law: Distribution, values: dict[str, Any]) -> DistributionValue:
     for n, (default, _) in law.parameters.items():
         if default is None and n not in values:
-            raise body.fail("FL0203", f"`{law.name}` needs `{n}`", span(args), suggestion=f"as in `{law.name}({n} = ..)`")
+            raise body.fail(
+                "FL0203", f"`{law.name}` needs `{n}`", span(args), suggestion=f"as in `{law.name}({n} = ..)`"
+            )
     for n in law.matrices:
         node = body.graph[operand_id(body, values[n], span(args))]
         domain = node.attrs.get("domain")
@@ -925,7 +1000,9 @@ def categorical_of(body: Body, args: Arguments) -> Any:
     """`categorical[K](logits = w)`: whole numbers below K's size."""
     values = named_arguments(body, args, "categorical", ["logits"])
     if not isinstance(values.get("logits"), Tensor):
-        raise body.fail("FL0203", "`categorical` needs `logits`, a tensor", span(args), suggestion="as in `categorical(logits = w)`")
+        raise body.fail(
+            "FL0203", "`categorical` needs `logits`, a tensor", span(args), suggestion="as in `categorical(logits = w)`"
+        )
     return complete(body, args, categorical(logits_axis(body, args, values["logits"], "categorical")), values)
 
 

@@ -147,7 +147,12 @@ def evaluate_arguments(body: Body, fn: Any, items: tuple[tree.Item, ...]) -> Arg
                     args.positional.append(body.ev(item.left))
             args.spans.append(item.span)
         else:
-            raise body.fail("FL0202", "an argument is a value or `name = value`", item.span, suggestion="as in `affine_coupling(net = mlp(64))`")
+            raise body.fail(
+                "FL0202",
+                "an argument is a value or `name = value`",
+                item.span,
+                suggestion="as in `affine_coupling(net = mlp(64))`",
+            )
     return args
 
 
@@ -311,7 +316,12 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
         if p is None:
             where = args.keyword_spans[name]
             if name in ARGUMENTS.get(inst.target.name, ()):
-                raise body.fail("FL0902", f"`{name}` of `{inst.target.name}` has no meaning yet", where, suggestion="write that program in the model itself")
+                raise body.fail(
+                    "FL0902",
+                    f"`{name}` of `{inst.target.name}` has no meaning yet",
+                    where,
+                    suggestion="write that program in the model itself",
+                )
             raise body.fail(
                 "FL0202",
                 f"`{inst.target.name}` has no argument `{name}`",
@@ -366,7 +376,12 @@ def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
     values = dict(inst.arguments)
     free = [n for n in known if n not in args.keywords]
     if len(args.positional) > len(free):
-        raise body.fail("FL0202", f"`{inst.target.name}` takes {len(known)} arguments", args.span or inst.span, suggestion="leave out the rest")
+        raise body.fail(
+            "FL0202",
+            f"`{inst.target.name}` takes {len(known)} arguments",
+            args.span or inst.span,
+            suggestion="leave out the rest",
+        )
     given = {**dict(zip(free, args.positional, strict=False)), **args.keywords}
     for name, value in given.items():
         where = args.keyword_spans.get(name, args.span or inst.span)
@@ -445,7 +460,8 @@ def place_argument(
         "FL0202",
         f"`{inst.target.name}` takes no further argument",
         span,
-        notes=(f"this is {describe(value)}",), suggestion="leave it out, or make another instance for other arguments"
+        notes=(f"this is {describe(value)}",),
+        suggestion="leave it out, or make another instance for other arguments",
     )
 
 
@@ -633,7 +649,12 @@ def call_instance(
                     if extras:
                         value, where = extras.pop(0)
                     else:
-                        raise body.fail("FL0309", f"`{target.name}` needs `{p.name}`, which is absent here", where, suggestion="give it, or guard the call with `if present(..)`")
+                        raise body.fail(
+                            "FL0309",
+                            f"`{target.name}` needs `{p.name}`, which is absent here",
+                            where,
+                            suggestion="give it, or guard the call with `if present(..)`",
+                        )
                 else:
                     continue
             values[p.name] = real_value(body, p.type, body.tensor(real_number(p.type, value), where))
@@ -690,9 +711,13 @@ def real_value(body: Body, type: tree.Expr | None, id: int) -> int:
 def call_chain(body: Body, inst: Instance, extras: list[tuple[Any, Span]], span: Span) -> Any:
     """A bijector without a tensor parameter: a chain applied to one value, with the context in sight."""
     if not extras:
-        raise body.fail("FL0202", f"`{inst.target.name}` is a chain and maps a value", span, suggestion="give one, as in `f(x)`")
+        raise body.fail(
+            "FL0202", f"`{inst.target.name}` is a chain and maps a value", span, suggestion="give one, as in `f(x)`"
+        )
     ids = [body.tensor(*e) for e in extras]
-    inputs: dict[str, tuple[int, TensorType]] = {f"x#{k}" if k else "x": (id, body.b.type(id)) for k, id in enumerate(ids)}
+    inputs: dict[str, tuple[int, TensorType]] = {
+        f"x#{k}" if k else "x": (id, body.b.type(id)) for k, id in enumerate(ids)
+    }
     for name, value in body.context_values().items():
         if name != "x":
             inputs[name] = (value.id, value.type)
@@ -755,7 +780,10 @@ def join_inputs(
                 id = body.b.op("expand", id, axes=(*((a.name, a.size) for a in tv.axes), (axis, 1)))
             else:
                 raise body.fail(
-                    "FL0307", f"`{callee}` joins its inputs along `{axis}`, and this one has {axis_rules.words(tv)}", s, suggestion=f"give each input the axis `{axis}`, or name the axis that is meant, as in `{callee}[..](..)`"
+                    "FL0307",
+                    f"`{callee}` joins its inputs along `{axis}`, and this one has {axis_rules.words(tv)}",
+                    s,
+                    suggestion=f"give each input the axis `{axis}`, or name the axis that is meant, as in `{callee}[..](..)`",
                 )
         for a in body.b.type(id).axes:
             if a.name != axis:
@@ -793,13 +821,19 @@ def finish_call(
                     "FL0301",
                     f"axis `{name}` of `{target.name}` would have size {sizes[name]} and size {size}",
                     span,
-                    notes=(f"`{f.name}`: `{t}`",), suggestion="give values whose sizes agree, or name the axes at the call, as in `f[D](x)`"
+                    notes=(f"`{f.name}`: `{t}`",),
+                    suggestion="give values whose sizes agree, or name the axes at the call, as in `f[D](x)`",
                 )
     lifted: dict[str, int] = {}
     for b in bindings.values():
         for n, s in b.lifted:
             if lifted.setdefault(n, s) != s:
-                raise body.fail("FL0301", f"axis `{n}` has sizes {lifted[n]} and {s} in the arguments", span, suggestion="axes that the call lifts over have one size in all arguments")
+                raise body.fail(
+                    "FL0301",
+                    f"axis `{n}` has sizes {lifted[n]} and {s} in the arguments",
+                    span,
+                    suggestion="axes that the call lifts over have one size in all arguments",
+                )
     if lifted and target.kind in ("bijector", "flow"):
         pass  # a bijector may be lifted: it acts on each index of the other axes alike
     inputs: dict[str, tuple[int, TensorType]] = {}

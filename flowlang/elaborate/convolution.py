@@ -27,7 +27,9 @@ def numbers(body: Body, name: str, key: str, value: Any, count: int, least: int,
     good = all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
     if not good or len(values) != count:
         words = f"a whole number from {least} on" + (f", or a list of {count}" if count > 1 else "")
-        raise body.fail("FL0306", f"`{key}` of `{name}` is {words}", span, suggestion="give a whole number in that range")
+        raise body.fail(
+            "FL0306", f"`{key}` of `{name}` is {words}", span, suggestion="give a whole number in that range"
+        )
     return tuple(values)
 
 
@@ -45,7 +47,8 @@ def space_of(
             raise body.fail(
                 "FL0307",
                 f"`{name}` takes channels and axes of space, and this value has {axis_rules.words(t)}",
-                args.span, suggestion="as in `x: R[C, H, W]`"
+                args.span,
+                suggestion="as in `x: R[C, H, W]`",
             )
         channel, *space = t.names[-1 - count :]
     if not 1 <= len(space) <= 3:
@@ -80,7 +83,9 @@ def looking_back(
         raise body.fail("FL0307", "`causal` of `conv` names axes of space", span,
                         suggestion=f'as in `conv(x, causal = "{" ".join(space)}")`')  # fmt: skip
     if "padding" in options:
-        raise body.fail("FL0306", "`causal` says where zeros stand; `padding` says it twice", span, suggestion="leave out `padding`")
+        raise body.fail(
+            "FL0306", "`causal` says where zeros stand; `padding` says it twice", span, suggestion="leave out `padding`"
+        )
     return tuple((sum(p), 0) if s in names else p for s, p in zip(space, padding, strict=True))
 
 
@@ -97,12 +102,22 @@ def convolution(op: str) -> Any:
         options = keywords(body, inst, args, OPTIONS)
         tensors, rest = split_arguments(args)
         if isinstance(args.keywords.get("weight"), Tensor) and not tensors and inst.arguments:
-            raise body.fail("FL0203", f"`{op}` needs the value that it is applied to", span, suggestion="as in `conv(x, 16, kernel = 3)`")
+            raise body.fail(
+                "FL0203",
+                f"`{op}` needs the value that it is applied to",
+                span,
+                suggestion="as in `conv(x, 16, kernel = 3)`",
+            )
         for v, where in rest:
             if isinstance(v, int) and not isinstance(v, bool) and v > 0:
                 options["out"] = v
             else:
-                raise body.fail("FL0306", f"`{op}` takes the number of its output channels", where, suggestion="as in `conv(16, kernel = 3)`")
+                raise body.fail(
+                    "FL0306",
+                    f"`{op}` takes the number of its output channels",
+                    where,
+                    suggestion="as in `conv(16, kernel = 3)`",
+                )
         if not tensors:
             return Instance(inst.target, options, span, args.axes or inst.axes)
         x = body.tensor(*tensors[0])
@@ -124,7 +139,12 @@ def convolution(op: str) -> Any:
             padding = looking_back(body, op, options, space, padding, span)
         size = t.size(channel)
         if size % groups:
-            raise body.fail("FL0301", f"{size} channels do not split into {groups} groups", span, suggestion="choose a number of groups that divides both numbers of channels")
+            raise body.fail(
+                "FL0301",
+                f"{size} channels do not split into {groups} groups",
+                span,
+                suggestion="choose a number of groups that divides both numbers of channels",
+            )
         attrs: dict[str, Any] = {
             "channel": channel,
             "space": tuple(space),
@@ -136,7 +156,12 @@ def convolution(op: str) -> Any:
 
         def build(total: int) -> int:
             if total % groups:
-                raise body.fail("FL0301", f"{total} channels do not split into {groups} groups", span, suggestion="choose a number of groups that divides both numbers of channels")
+                raise body.fail(
+                    "FL0301",
+                    f"{total} channels do not split into {groups} groups",
+                    span,
+                    suggestion="choose a number of groups that divides both numbers of channels",
+                )
             holder = Holder(body, inst, op, span)
             out = free_name(t, f"{channel}^")
             window = tuple(zip(KERNEL_AXES[-n:], kernel, strict=True))
@@ -193,7 +218,8 @@ def weight_given(body: Body, value: Any, transposed: bool, groups: int, span: Sp
         raise body.fail(
             "FL0307",
             f"a kernel has two axes of channels and those of the window, and is one for all samples; this is `{t}`",
-            span, suggestion="as in `param K: R[C', C, h = 3, w = 3]`"
+            span,
+            suggestion="as in `param K: R[C', C, h = 3, w = 3]`",
         )
     return GivenWeight(id, t, transposed, groups)
 

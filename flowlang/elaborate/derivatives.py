@@ -71,7 +71,12 @@ def call_derivative(body: Body, made: Derivative, args: Arguments) -> Any:
     along = rest.pop(0) if least == 2 else None
     t = body.b.type(x)
     if t.kind != "real":
-        raise body.fail("FL0306", f"`{kind}` differentiates in a real value, and this is `{t}`", args.spans[0], suggestion="as in `grad(f)(x)` for `x: R[D]`")
+        raise body.fail(
+            "FL0306",
+            f"`{kind}` differentiates in a real value, and this is `{t}`",
+            args.spans[0],
+            suggestion="as in `grad(f)(x)` for `x: R[D]`",
+        )
     if kind == "derivative" and t.axes:
         raise body.fail("FL0306", f"`derivative` is in a number, and this is `{t}`", args.spans[0],
                         suggestion="`grad` gives the slopes of a number in a tensor, `jvp` those along a direction")  # fmt: skip
@@ -88,11 +93,18 @@ def call_derivative(body: Body, made: Derivative, args: Arguments) -> Any:
     what = Call(body, name, region, x, operands, span)
     if kind == "divergence":
         if set(result.axes) != set(t.axes):
-            raise body.fail("FL0306", f"a field has the type of its place, and this goes from `{t}` to `{result}`", span, suggestion="give the field a result with the axes of its input")
+            raise body.fail(
+                "FL0306",
+                f"a field has the type of its place, and this goes from `{t}` to `{result}`",
+                span,
+                suggestion="give the field a result with the axes of its input",
+            )
         return Tensor(what.run(Tangents((0,), t.count, trace=True), None, (result, SCALAR)), body)
     if kind == "jvp":
         assert along is not None
-        return Tensor(what.run(Tangents((0,)), fit_direction(body, along, t, "jvp", args.spans[1]), (result, result)), body)
+        return Tensor(
+            what.run(Tangents((0,)), fit_direction(body, along, t, "jvp", args.spans[1]), (result, result)), body
+        )
     if kind == "derivative":
         return Tensor(what.run(Tangents((0,)), body.b.const(1.0), (result, result)), body)
     if kind == "grad" and result.axes:
@@ -135,7 +147,12 @@ class Call:
 def fit_direction(body: Body, value: int, t: TensorType, name: str, span: Span) -> int:
     have = body.b.type(value)
     if set(have.axes) != set(t.axes):
-        raise body.fail("FL0301", f"the direction of `{name}` is `{have}`, and it goes along `{t}`", span, suggestion="give the direction the axes and sizes of the place")
+        raise body.fail(
+            "FL0301",
+            f"the direction of `{name}` is `{have}`, and it goes along `{t}`",
+            span,
+            suggestion="give the direction the axes and sizes of the place",
+        )
     return body.b.op("order", value, names=t.names) if have.names != t.names else value
 
 

@@ -133,14 +133,25 @@ class Elaborator:
             seen[p.name] = p.span
         if not scope.source.library and item.name in self.library.names():
             self.report.add(
-                Diagnostic("FL0213", f"`{item.name}` shadows the library's entry of that name", span, severity="note", suggestion="rename it if the library's entry is meant")
+                Diagnostic(
+                    "FL0213",
+                    f"`{item.name}` shadows the library's entry of that name",
+                    span,
+                    severity="note",
+                    suggestion="rename it if the library's entry is meant",
+                )
             )
         scope.names[item.name] = Declared(item, scope)
 
     def run_import(self, scope: ModuleScope, item: tree.Import, chain: tuple[str, ...]) -> None:
         if len(chain) > limits.IMPORT_DEPTH:
             self.report.add(
-                Diagnostic("FL0901", f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}", item.span, suggestion="import from fewer files")
+                Diagnostic(
+                    "FL0901",
+                    f"imports nested deeper than the limit of {limits.IMPORT_DEPTH}",
+                    item.span,
+                    suggestion="import from fewer files",
+                )
             )
             return
         path = ".".join(item.path)
@@ -248,7 +259,10 @@ class Elaborator:
     def check_kind(self, body: Body, target: Declared, span: Span) -> None:
         if target.kind in LATER_KINDS:
             raise body.fail(
-                "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet", span, suggestion=LATER_ADVICE
+                "FL0902",
+                f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
+                span,
+                suggestion=LATER_ADVICE,
             )
 
     # ---- limits ---------------------------------------------------------------------------------
@@ -265,7 +279,10 @@ class Elaborator:
             )
         if len(self._stack) >= limits.INSTANTIATION_DEPTH:
             raise body.fail(
-                "FL0901", f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}", span, suggestion="a declaration that calls itself never ends; check the chain of calls"
+                "FL0901",
+                f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}",
+                span,
+                suggestion="a declaration that calls itself never ends; check the chain of calls",
             )
         self._stack.append((key, name))
 
@@ -330,7 +347,12 @@ class Elaborator:
             self.used_sets.add(name)
             value = self.sets[name]
             if value < 0 or value > limits.AXIS_SIZE:
-                raise body.fail("FL0901", f"an axis of size {value} is outside the limits", entry.span, suggestion="choose a smaller size")
+                raise body.fail(
+                    "FL0901",
+                    f"an axis of size {value} is outside the limits",
+                    entry.span,
+                    suggestion="choose a smaller size",
+                )
             if size is None:
                 self.open_axes[name] = int(value)
             return int(value)
@@ -660,7 +682,8 @@ class Elaborator:
                     raise caller.fail(
                         "FL0301",
                         f"axis `{name}` of `{p.name}` has size {written} in `{body.region.name}`, and {size} here",
-                        span, suggestion="sizes agree where values meet; change one of them"
+                        span,
+                        suggestion="sizes agree where values meet; change one of them",
                     )
             else:
                 known = body.find(name)
@@ -668,7 +691,8 @@ class Elaborator:
                     raise caller.fail(
                         "FL0301",
                         f"axis `{name}` of `{p.name}` has size {known} in `{body.region.name}`, and {size} here",
-                        span, suggestion="sizes agree where values meet; change one of them"
+                        span,
+                        suggestion="sizes agree where values meet; change one of them",
                     )
             body.axes[name] = size
         rest = tuple(a for a in type_.axes if a.name not in named)
@@ -701,7 +725,9 @@ class Elaborator:
                 declaration.name_span or span, suggestion=f"give it a tensor, as in `{declaration.kind} {declaration.name}(x: R[D]) {{ .. }}`",
             )  # fmt: skip
         if not mapped:
-            raise body.fail("FL0203", f"`{declaration.name}` is a chain and needs a value to map", span, suggestion="as in `f(x)`")
+            raise body.fail(
+                "FL0203", f"`{declaration.name}` is a chain and needs a value to map", span, suggestion="as in `f(x)`"
+            )
         chain_inputs(body, [(t, True) for t in mapped], span)
         for name, given in inputs.items():
             if name.split("#")[0] != "x":
@@ -720,7 +746,9 @@ class Elaborator:
     def end_chain(self, body: Body) -> None:
         if isinstance(body.chain_value, Tensor | Tuple):
             ids = [v.id for v in parts(body.chain_value)]
-            body.region.outputs = ids[:1] if body.region.kind == "flow" else ids  # the others leave under bases of their own
+            body.region.outputs = (
+                ids[:1] if body.region.kind == "flow" else ids
+            )  # the others leave under bases of their own
         elif body.chain_value is not None:
             body.region.broken = True
 
@@ -756,7 +784,8 @@ class Elaborator:
                     "FL0308",
                     f"a bijector gives as many values as it maps: {len(body.region.inputs)}, "
                     f"and this gives {len(body.region.outputs)}",
-                    where, suggestion="give one result for each mapped value; what only informs the map stands after `given`"
+                    where,
+                    suggestion="give one result for each mapped value; what only informs the map stands after `given`",
                 )
         except Fail as e:
             body.report(e.diagnostic)
@@ -769,7 +798,11 @@ class Elaborator:
         """A norm's result, its axes in the order of the value that it normalises: `mask * x` is in the mask's."""
         names = [body.b.type(i).names for i in body.region.inputs[:1]]
         own = body.b.type(id).names
-        return body.b.op("order", id, names=names[0]) if names and own != names[0] and sorted(own) == sorted(names[0]) else id
+        return (
+            body.b.op("order", id, names=names[0])
+            if names and own != names[0] and sorted(own) == sorted(names[0])
+            else id
+        )
 
     def warn_unused(self, body: Body) -> None:
         if body.region.broken or body.region.library:
@@ -1029,7 +1062,9 @@ def enclosing(inst: Instance) -> Body | None:
 
 def tapped(value: Any) -> bool:
     """Whether an argument is a network of which inner values are read or replaced."""
-    return (isinstance(value, Instance) and value.taps is not None) or (isinstance(value, list) and any(map(tapped, value)))
+    return (isinstance(value, Instance) and value.taps is not None) or (
+        isinstance(value, list) and any(map(tapped, value))
+    )
 
 
 def holds_instance(value: Any) -> bool:

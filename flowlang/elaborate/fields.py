@@ -81,10 +81,17 @@ def integrate(body: Body, args: Arguments) -> Any:
     rule = method.pop("rule", None)
     if rule is not None and (gradient != "through" or at is not None):
         what = f"`gradient = {gradient}`" if gradient != "through" else "`at`"
-        raise body.fail("FL0902", f"{what} with a step rule has no meaning yet", span, suggestion="use a tableau, such as `rk4`")
+        raise body.fail(
+            "FL0902", f"{what} with a step rule has no meaning yet", span, suggestion="use a tableau, such as `rk4`"
+        )
     if "tableau" in method and not method["tableau"].explicit and (gradient != "through" or at is not None):
         what = f"`gradient = {gradient}`" if gradient != "through" else "`at`"
-        raise body.fail("FL0902", f"{what} with an implicit method has no meaning yet", span, suggestion="use an explicit one, such as `rk4`")
+        raise body.fail(
+            "FL0902",
+            f"{what} with an implicit method has no meaning yet",
+            span,
+            suggestion="use an explicit one, such as `rk4`",
+        )
     name = body.fresh_child_name("field")
     from flowlang.elaborate.statements import adopt_body
 
@@ -97,15 +104,30 @@ def integrate(body: Body, args: Arguments) -> Any:
     if attrs["trace"] == "hutchpp":
         attrs["probes"] = probes(body, args)
     elif "probes" in args.keywords:
-        raise body.fail("FL0202", "`probes` is for `trace = hutchpp`", args.keyword_spans["probes"], suggestion="leave `probes` out, or say `trace = hutchpp`")
+        raise body.fail(
+            "FL0202",
+            "`probes` is for `trace = hutchpp`",
+            args.keyword_spans["probes"],
+            suggestion="leave `probes` out, or say `trace = hutchpp`",
+        )
     if rule is not None:
         attrs |= add_rule(body, rule, span)
     inputs = (x.id, *inner.captures.keys())
     if weighed(body, args):
         if at is not None:
-            raise body.fail("FL0202", "`log_det` is for the end of a trajectory, not for its values `at` times", span, suggestion="leave `at` or `log_det` out")
+            raise body.fail(
+                "FL0202",
+                "`log_det` is for the end of a trajectory, not for its values `at` times",
+                span,
+                suggestion="leave `at` or `log_det` out",
+            )
         if attrs.get("indexed") or not attrs.get("linear", True):
-            raise body.fail("FL0902", f"the steps of `{attrs['solver']}` carry no log-det", span, suggestion="use a tableau, such as `rk4`")
+            raise body.fail(
+                "FL0902",
+                f"the steps of `{attrs['solver']}` carry no log-det",
+                span,
+                suggestion="use a tableau, such as `rk4`",
+            )
         return with_log_det(body, inputs, x.type, attrs, span)
     if at is None:
         node = body.graph.add("integrate", inputs, x.type, attrs, span=span)
@@ -142,7 +164,9 @@ def observed(body: Body, args: Arguments, ends: tuple[float, float], span: Span)
         outside = next((v for v in at if not ends[0] <= v <= ends[1]), None)
         if outside is not None:
             raise body.fail(
-                "FL0305", f"{outside} is not between the times {ends[0]} and {ends[1]} of `integrate`", where,
+                "FL0305",
+                f"{outside} is not between the times {ends[0]} and {ends[1]} of `integrate`",
+                where,
                 suggestion="let `t` reach as far as the times",
             )
         return tuple(float(v) for v in at)
@@ -157,7 +181,12 @@ def probes(body: Body, args: Arguments) -> int:
     """How many directions Hutch++ sketches with, and as many that it averages over."""
     found = args.keywords.get("probes", 1)
     if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= MOST_PROBES:
-        raise body.fail("FL0305", f"`probes` is a whole number from 1 to {MOST_PROBES}", args.keyword_spans["probes"], suggestion="as in `probes = 2`")
+        raise body.fail(
+            "FL0305",
+            f"`probes` is a whole number from 1 to {MOST_PROBES}",
+            args.keyword_spans["probes"],
+            suggestion="as in `probes = 2`",
+        )
     return found
 
 
@@ -228,12 +257,27 @@ def noisy(body: Body, args: Arguments, solver: Instance) -> bool:
     assert isinstance(solver.target, Declared)
     name, made = solver.target.name, is_stochastic(solver.target.declaration)
     if "noise" in args.keywords and not made:
-        raise body.fail("FL0211", f"`{name}` solves equations without noise", solver.span, suggestion="use `euler_maruyama`, `stochastic_heun` or `milstein`")
+        raise body.fail(
+            "FL0211",
+            f"`{name}` solves equations without noise",
+            solver.span,
+            suggestion="use `euler_maruyama`, `stochastic_heun` or `milstein`",
+        )
     if made and "noise" not in args.keywords:
-        raise body.fail("FL0203", f"`{name}` solves equations with noise, and there is none", solver.span, suggestion="give it, as in `noise = 0.5`, or use `rk4`")
+        raise body.fail(
+            "FL0203",
+            f"`{name}` solves equations with noise, and there is none",
+            solver.span,
+            suggestion="give it, as in `noise = 0.5`, or use `rk4`",
+        )
     for word in ("sense", "increments"):
         if word in args.keywords and not made:
-            raise body.fail("FL0202", f"`{word}` is for equations with noise", args.keyword_spans[word], suggestion=f"leave `{word}` out, or give `noise`")
+            raise body.fail(
+                "FL0202",
+                f"`{word}` is for equations with noise",
+                args.keyword_spans[word],
+                suggestion=f"leave `{word}` out, or give `noise`",
+            )
     return made
 
 
@@ -243,7 +287,12 @@ def step_times(body: Body, solver: Instance, ends: tuple[float, float]) -> tuple
     own = next((p.default for ps in solver.target.declaration.parameters for p in ps if p.name == "steps"), None)
     found = step_options(body, solver, ends) or ({"steps": int(own.value)} if isinstance(own, tree.Number) else {})
     if "steps" not in found:
-        raise body.fail("FL0203", f"`{solver.target.name}` needs a number of steps", solver.span, suggestion=f"as in `{solver.target.name}(steps = 100)`")
+        raise body.fail(
+            "FL0203",
+            f"`{solver.target.name}` needs a number of steps",
+            solver.span,
+            suggestion=f"as in `{solver.target.name}(steps = 100)`",
+        )
     start, stop = ends
     if "times" in found:
         return tuple(sorted(found["times"], reverse=stop < start))
@@ -251,7 +300,9 @@ def step_times(body: Body, solver: Instance, ends: tuple[float, float]) -> tuple
     return (*(start + k * (stop - start) / n for k in range(n)), stop)
 
 
-def solver_attributes(body: Body, solver: Instance, span: Span, ends: tuple[float, float], state: TensorType) -> dict[str, Any]:
+def solver_attributes(
+    body: Body, solver: Instance, span: Span, ends: tuple[float, float], state: TensorType
+) -> dict[str, Any]:
     """The tableau, with steps, times or tolerances."""
     assert isinstance(solver.target, Declared)
     declaration = solver.target.declaration
@@ -291,8 +342,12 @@ def step_options(body: Body, solver: Instance, ends: tuple[float, float]) -> dic
     given = [n for n in ("steps", "times", "rtol") if n in options or (n == "rtol" and "atol" in options)]
     if len(given) > 1:
         words = {"steps": "a number of steps", "times": "times", "rtol": "tolerances"}
-        raise body.fail("FL0202", f"`{name}` takes {words[given[0]]} or {words[given[1]]}, not both", solver.span,
-                        suggestion=f"leave out `{given[1]}`")
+        raise body.fail(
+            "FL0202",
+            f"`{name}` takes {words[given[0]]} or {words[given[1]]}, not both",
+            solver.span,
+            suggestion=f"leave out `{given[1]}`",
+        )
     if "steps" in options:
         return {"steps": options["steps"]}
     if "times" in options:

@@ -33,9 +33,19 @@ def follower(kind: str) -> Any:
         declared = isinstance(value, Instance) and isinstance(value.target, Declared) and value.kind in ("net", "norm")
         if not isinstance(value, Instance) or not declared or value.owner is not home or value.taps is not None:
             found = f", and this is {describe(value)}" if value is not None else ""
-            raise body.fail("FL0211", f"`{kind}` takes a network that the model has{found}", span, suggestion=f"as in {EXAMPLES[kind]}")
+            raise body.fail(
+                "FL0211",
+                f"`{kind}` takes a network that the model has{found}",
+                span,
+                suggestion=f"as in {EXAMPLES[kind]}",
+            )
         if home.region.kind != "model":
-            raise body.fail("FL0106", f"`{kind}` belongs in a model, whose training it follows", span, suggestion="make it there, and give it as an argument")
+            raise body.fail(
+                "FL0106",
+                f"`{kind}` belongs in a model, whose training it follows",
+                span,
+                suggestion="make it there, and give it as an argument",
+            )
         return followed(home, value, how(body, kind, args))
 
     return call
@@ -48,17 +58,29 @@ def how(body: Body, kind: str, args: Arguments) -> tuple[float, int]:
     word = {"ema": "decay", "copy": "every"}[kind]
     given = {**dict(zip((word,), args.positional[1:], strict=False)), **args.keywords}
     for name in given.keys() - {word}:
-        raise body.fail("FL0202", f"`{kind}` has no argument `{name}`", args.keyword_spans[name], suggestion=f"it has `{word}`")
+        raise body.fail(
+            "FL0202", f"`{kind}` has no argument `{name}`", args.keyword_spans[name], suggestion=f"it has `{word}`"
+        )
     if len(args.positional) > 2:
         raise body.fail("FL0203", f"`{kind}` takes a network and `{word}`", span, suggestion=f"as in {EXAMPLES[kind]}")
     value = given.get(word, 0.999 if kind == "ema" else 0)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind == "ema":
         if not number or not 0 <= value < 1:
-            raise body.fail("FL0306", f"`decay` of `ema` lies in [0, 1), and this is {describe(value)}", span, suggestion=f"as in {EXAMPLES[kind]}")
+            raise body.fail(
+                "FL0306",
+                f"`decay` of `ema` lies in [0, 1), and this is {describe(value)}",
+                span,
+                suggestion=f"as in {EXAMPLES[kind]}",
+            )
         return float(value), 1
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise body.fail("FL0306", f"`every` of `copy` counts steps, and this is {describe(value)}", span, suggestion=f"as in {EXAMPLES[kind]}")
+        raise body.fail(
+            "FL0306",
+            f"`every` of `copy` counts steps, and this is {describe(value)}",
+            span,
+            suggestion=f"as in {EXAMPLES[kind]}",
+        )
     return 0.0, value
 
 
@@ -75,4 +97,13 @@ def followed(home: Body, value: Instance, rule: tuple[float, int]) -> Instance:
         return made
 
     arguments = {k: inner(k, v) for k, v in value.arguments.items()}
-    return replace(value, arguments=arguments, owner=None, name=None, label=None, shared=False, region=None, follows=Followed(value, *rule))
+    return replace(
+        value,
+        arguments=arguments,
+        owner=None,
+        name=None,
+        label=None,
+        shared=False,
+        region=None,
+        follows=Followed(value, *rule),
+    )

@@ -25,10 +25,17 @@ def pad(body: Body, args: Arguments) -> Any:
     assert where is not None
     for k in args.keywords:
         if k != "border":
-            raise body.fail("FL0202", f"`pad` has no argument `{k}`", args.keyword_spans[k], suggestion=name_help(k, ("border",)))
+            raise body.fail(
+                "FL0202", f"`pad` has no argument `{k}`", args.keyword_spans[k], suggestion=name_help(k, ("border",))
+            )
     amount = args.positional[1] if len(args.positional) == 2 else None
     pair = [amount, amount] if isinstance(amount, int) and not isinstance(amount, bool) else amount
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(v, int) and v >= 0 for v in pair) or not args.axes:
+    if (
+        not isinstance(pair, list)
+        or len(pair) != 2
+        or not all(isinstance(v, int) and v >= 0 for v in pair)
+        or not args.axes
+    ):
         raise body.fail("FL0203", "`pad` takes axes, a value and how many entries are added", where,
                         suggestion="as in `pad[H, W](x, 2)`, or `pad[T](x, [3, 0])` for before and after")  # fmt: skip
     x = body.tensor(args.positional[0], args.spans[0])
@@ -71,9 +78,16 @@ def resize(body: Body, args: Arguments) -> Any:
     assert where is not None
     for k in args.keywords:
         if k != "method":
-            raise body.fail("FL0202", f"`resize` has no argument `{k}`", args.keyword_spans[k], suggestion=name_help(k, ("method",)))
+            raise body.fail(
+                "FL0202", f"`resize` has no argument `{k}`", args.keyword_spans[k], suggestion=name_help(k, ("method",))
+            )
     if len(args.positional) != 1 or not args.axes or any(i.eq is None for i in args.axes):
-        raise body.fail("FL0203", "`resize` takes axes with their new sizes, and a value", where, suggestion="as in `resize[H = 8, W = 8](x)`")
+        raise body.fail(
+            "FL0203",
+            "`resize` takes axes with their new sizes, and a value",
+            where,
+            suggestion="as in `resize[H = 8, W = 8](x)`",
+        )
     method = args.keywords.get("method")
     x = body.tensor(args.positional[0], args.spans[0])
     if body.b.type(x).kind != "real":
@@ -85,7 +99,12 @@ def resize(body: Body, args: Arguments) -> Any:
         assert item.eq is not None
         size = static_size(body, item.eq)
         if min(size, n) < 1:
-            raise body.fail("FL0312", f"axis `{axis}` of size {n} has no {size} places", item.span, suggestion="choose a size of at least 1")
+            raise body.fail(
+                "FL0312",
+                f"axis `{axis}` of size {n} has no {size} places",
+                item.span,
+                suggestion="choose a size of at least 1",
+            )
         x = resized(body, x, axis, size, method.word if isinstance(method, Option) else "nearest", where)
     return Tensor(x, body)
 
@@ -105,7 +124,9 @@ def resized(body: Body, x: int, axis: str, size: int, method: str, where: Span) 
         same = b.op("eq", b.op("expand", at, axes=both), b.op("expand", old, axes=both))
         weights = b.op("where", same, b.const(1.0), b.const(0.0))
     else:
-        at = b.op("clamp", b.sub(b.mul(b.add(at, b.const(0.5)), b.const(n / size)), b.const(0.5)), lo=0.0, hi=float(n - 1))
+        at = b.op(
+            "clamp", b.sub(b.mul(b.add(at, b.const(0.5)), b.const(n / size)), b.const(0.5)), lo=0.0, hi=float(n - 1)
+        )
         both = ((new, size), (axis, n))
         off = b.op("abs", b.sub(b.op("expand", at, axes=both), b.op("expand", old, axes=both)))
         weights = b.op("relu", b.sub(b.const(1.0), off))

@@ -191,8 +191,19 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
         if is_program(d, {i.name for i in inputs} | body.data_failed):
             if d.name in MODULE_NAMES or d.name.startswith("_"):
                 where, own = d.name_span or d.span, d.name.strip("_") or "step"
-                reason = "is a method of every compiled module, and cannot name" if d.name in MODULE_NAMES else "begins with `_`, which only parts of a module do: it cannot name"
-                body.report(body.diagnostic("FL0204", f"`{d.name}` {reason} a program", where, suggestion=f"choose another name, as `{own}_step`"))
+                reason = (
+                    "is a method of every compiled module, and cannot name"
+                    if d.name in MODULE_NAMES
+                    else "begins with `_`, which only parts of a module do: it cannot name"
+                )
+                body.report(
+                    body.diagnostic(
+                        "FL0204",
+                        f"`{d.name}` {reason} a program",
+                        where,
+                        suggestion=f"choose another name, as `{own}_step`",
+                    )
+                )
                 continue
             region = build_program(body, d, inputs)
             body.region.programs[d.name] = region
@@ -312,7 +323,12 @@ def feed_typed(body: ProgramBody, p: tree.Parameter) -> bool:
         if isinstance(spec, TypeSpec) and not spec.rest and any(s is None and body.is_lost(n) for n, s in spec.axes):
             raise Poisoned
         if not isinstance(spec, TypeSpec):
-            raise body.fail("FL0902", f"a static parameter of a program, as `{p.name}`, has no meaning yet", p.span, suggestion="make it a parameter of the model")
+            raise body.fail(
+                "FL0902",
+                f"a static parameter of a program, as `{p.name}`, has no meaning yet",
+                p.span,
+                suggestion="make it a parameter of the model",
+            )
         if spec.rest or not spec.sized:
             raise body.fail(
                 "FL0902", f"`{p.name}` has an axis of open size, which has no meaning in a program yet", p.span,

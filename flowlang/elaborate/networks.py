@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
 
 
-
 def free_name(t: TensorType, base: str) -> str:
     name = base
     while t.has(name):
@@ -70,7 +69,12 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
     options = keywords(body, inst, args, ("bias", "weight", "start"))
     tensors, rest = split_arguments(args)
     if rest:
-        raise body.fail("FL0202", "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`", rest[0][1], suggestion="move the sizes into the brackets")
+        raise body.fail(
+            "FL0202",
+            "`linear` takes its sizes in brackets, as in `linear[D -> E = 64]`",
+            rest[0][1],
+            suggestion="move the sizes into the brackets",
+        )
     items = args.axes or inst.axes
     if not tensors:
         return Instance(inst.target, options, span, items)  # a fresh one
@@ -133,7 +137,12 @@ def linear(body: Body, inst: Instance, args: Arguments) -> Any:
             # The new axis stands where the consumed one stood.
             names = [(item.arrow.id if a.name == axis else a.name, size if a.name == axis else a.size) for a in t.axes]
             if len({n for n, _ in names}) != len(names):
-                raise body.fail("FL0307", f"axis `{item.arrow.id}` is there already", item.span, suggestion="choose another name for the new axis")
+                raise body.fail(
+                    "FL0307",
+                    f"axis `{item.arrow.id}` is there already",
+                    item.span,
+                    suggestion="choose another name for the new axis",
+                )
             set(t.names) - {axis}
             pieces = [([(item.arrow.id, size)], [n for n, _ in names])]
             flat = linear_node(body, inst, x, axis, size, options, span)

@@ -20,9 +20,16 @@ def whole(body: Body, target: tree.Target, value: int) -> Tensor | Poison:
     if isinstance(old, Poison) or isinstance(part, Poison):
         return Poison()
     if not isinstance(old, Tensor) or not isinstance(part, Tensor):
-        raise body.fail("FL0306", "a part is updated of a tensor alone", target.span, suggestion="bind the name to a tensor first")
+        raise body.fail(
+            "FL0306", "a part is updated of a tensor alone", target.span, suggestion="bind the name to a tensor first"
+        )
     if any(i.arrow is not None or i.eq is None or not isinstance(i.left, tree.Name) for i in target.index):
-        raise body.fail("FL0307", "what is updated is an index or a range of an axis", target.span, suggestion="as in `x[M = k] := v`")
+        raise body.fail(
+            "FL0307",
+            "what is updated is an index or a range of an axis",
+            target.span,
+            suggestion="as in `x[M = k] := v`",
+        )
     b = body.b
     x, t, inner, given = old.id if old.body is body else body.capture(old).id, old.type, part.type, b.type(value)
     for a in given.axes:

@@ -68,7 +68,12 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     if fn.name.startswith(("alpha", "sigma")):
         expression = level(body, fn, args, expression, ends, "x1" if fn.name.startswith("alpha") else "x0")
     if expression is None:
-        raise body.fail("FL0308", f"the path `{fn.path.declaration.name}` has no value", args.span, suggestion="end its body with `x_t = ...`")
+        raise body.fail(
+            "FL0308",
+            f"the path `{fn.path.declaration.name}` has no value",
+            args.span,
+            suggestion="end its body with `x_t = ...`",
+        )
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
     body.b.span = args.span
     # The formula is shown to be smooth for 0 < t < 1 where the path is declared; here t is shown to lie there.
@@ -132,7 +137,9 @@ def convert(body: Body, fn: PathFunction, args: Arguments) -> Any:
             data, noise = (x - sigma * given) / alpha, given
         case _:
             data, noise = (x + sigma**2 * given) / alpha, -sigma * given
-    found = {"data": data, "noise": noise, "score": -noise / sigma, "velocity": alpha_rate * data + sigma_rate * noise}[fn.name]
+    found = {"data": data, "noise": noise, "score": -noise / sigma, "velocity": alpha_rate * data + sigma_rate * noise}[
+        fn.name
+    ]
     where = dict(zip(("t", "x"), args.spans, strict=False)) | args.keyword_spans
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
     body.b.span = args.span

@@ -84,7 +84,10 @@ def inverse(body: Body, local: Local) -> Rule:
     wanted = region.input_types()
     if len(values) != len(wanted):
         raise body.fail(
-            "FL0308", f"`inverse` gives {len(values)} values, and `{region.name}` maps {len(wanted)}", declaration.span, suggestion="give one value for each that is mapped, in their order"
+            "FL0308",
+            f"`inverse` gives {len(values)} values, and `{region.name}` maps {len(wanted)}",
+            declaration.span,
+            suggestion="give one value for each that is mapped, in their order",
         )
     outputs = []
     for v, t in zip(values, wanted, strict=True):
@@ -153,13 +156,19 @@ def backward(body: Body, local: Local) -> Rule:
         raise body.fail(
             "FL0308",
             f"`backward` gives {len(values)} values, and `{region.name}` takes {len(region.inputs)}",
-            declaration.span, suggestion="give one gradient for each input, in their order"
+            declaration.span,
+            suggestion="give one gradient for each input, in their order",
         )
     outputs = []
     for v, t in zip(values, region.input_types(), strict=True):
         have = body.b.type(v)
         if not set(have.axes) <= set(t.axes):
-            raise body.fail("FL0308", f"`backward` gives `{have}`, and the value is `{t}`", declaration.span, suggestion="a gradient has the type of its value")
+            raise body.fail(
+                "FL0308",
+                f"`backward` gives `{have}`, and the value is `{t}`",
+                declaration.span,
+                suggestion="a gradient has the type of its value",
+            )
         outputs.append(conform(body, v, t))
     return Rule(tuple(leaves), tuple(outputs), span=header(declaration), updates=tuple(updates))
 
@@ -196,7 +205,12 @@ def evaluate(body: Body, local: Local, arguments: list[int], finish: Callable[[]
 
         raise Poisoned
     if body.region.draws or body.region.emissions:
-        raise body.fail("FL0902", "a draw inside a hand-given rule has no meaning yet", declaration.span, suggestion="draw in the forward body and emit, as in `u: R[D] ~ normal`")
+        raise body.fail(
+            "FL0902",
+            "a draw inside a hand-given rule has no meaning yet",
+            declaration.span,
+            suggestion="draw in the forward body and emit, as in `u: R[D] ~ normal`",
+        )
     items = list(found.items) if isinstance(found, Tuple) else [found]
     out = [body.tensor(v, declaration.span) for v in items]
     for v in out:

@@ -80,7 +80,12 @@ def run_scan(body: Body, statement: tree.Scan) -> Any:
         return NOTHING
     if len(inner.sizes) > 1:
         found = " and ".join(f"size {size} in `{value}`" for size, value in inner.sizes.items())
-        raise body.fail("FL0301", f"axis `{axis}` has {found}", statement.span, suggestion="scan values with one length along that axis, as a declared size gives")
+        raise body.fail(
+            "FL0301",
+            f"axis `{axis}` has {found}",
+            statement.span,
+            suggestion="scan values with one length along that axis, as a declared size gives",
+        )
     region.inputs.extend(inner.slices.values())
     carried = [carry(inner, n, before[n].type, statement.span) for n in names]
     local = [n for n in dict.fromkeys(bound_names_of(statement.body)) if n not in names]
@@ -100,7 +105,12 @@ def start(body: Body, inner: ScanBody, name: str, span: Span) -> Tensor:
     if isinstance(value, Poison):
         raise Poisoned
     if not isinstance(value, Tensor):
-        raise body.fail("FL0306", f"`{name}` is carried through `scan`, and it is {describe(value)}", span, suggestion="carry a tensor, as in `h = zeros[H = 8]` before the loop")
+        raise body.fail(
+            "FL0306",
+            f"`{name}` is carried through `scan`, and it is {describe(value)}",
+            span,
+            suggestion="carry a tensor, as in `h = zeros[H = 8]` before the loop",
+        )
     value = body.capture(value)
     batched = inner.axis == BATCH and body.graph[value.id].batched
     if value.type.has(inner.axis) or batched:
@@ -198,7 +208,9 @@ def run_by_mode(body: Body, statement: tree.If, first: bool) -> Any:
         a, b = names[0].get(n), names[1].get(n)
         if a is not b and a is not None and b is not None and not (isinstance(a, Tensor) and a == b and a.body is body):
             pairs.append((n, a, b))
-    both = all(r is not NOTHING and not isinstance(r, Tuple | Poison) for r in results) and alike(body, results[0], results[1], statement.span)
+    both = all(r is not NOTHING and not isinstance(r, Tuple | Poison) for r in results) and alike(
+        body, results[0], results[1], statement.span
+    )
     if both:
         pairs.append(("", results[0], results[1]))
     chosen = choose(body, pairs, statement.span)
@@ -225,7 +237,12 @@ def choose(body: Body, pairs: list[tuple[str, Any, Any]], span: Span) -> dict[st
         wide = s if set(t.axes) <= set(s.axes) else t
         if s.kind != t.kind or not set(s.axes) | set(t.axes) <= set(wide.axes):
             what = f"`{name}`" if name else "the result"
-            raise body.fail("FL0301", f"{what} is `{s}` in training and `{t}` at inference", span, suggestion="give the value one type in both")
+            raise body.fail(
+                "FL0301",
+                f"{what} is `{s}` in training and `{t}` at inference",
+                span,
+                suggestion="give the value one type in both",
+            )
         left.append(conform(body, x, wide))
         right.append(conform(body, y, wide))
         names.append(name)
@@ -268,6 +285,11 @@ def state_updates(body: Body, before: dict[str, Tensor]) -> list[Update]:
             )  # fmt: skip
         have = body.b.type(value.id)
         if have.kind != state.tensor.kind or not set(have.axes) <= set(state.tensor.axes):
-            raise body.fail("FL0301", f"the state `{name}` is `{state.type}`, and its new value `{have}`", span, suggestion="a state keeps its type")
+            raise body.fail(
+                "FL0301",
+                f"the state `{name}` is `{state.type}`, and its new value `{have}`",
+                span,
+                suggestion="a state keeps its type",
+            )
         out.append(Update(leaf, conform(body, value.id, state.tensor)))
     return out

@@ -42,7 +42,12 @@ def residual_log_det(body: Body, args: Arguments) -> Any:
     value = body.tensor(made, span)
     have = body.b.type(value)
     if not same_axes(have, x.type):
-        raise body.fail("FL0308", f"`residual_log_det` needs a map of `{x.type}` to itself, and this gives `{have}`", span, suggestion="give a map whose result has the type of its input")
+        raise body.fail(
+            "FL0308",
+            f"`residual_log_det` needs a map of `{x.type}` to itself, and this gives `{have}`",
+            span,
+            suggestion="give a map whose result has the type of its input",
+        )
     program, outer = between(body, x.id, value, x.type)
     attrs = {"body": program, "series": series}
     return Tensor(body.graph.add("estimate_log_det", (x.id, *outer), SCALAR, attrs, span=span).id, body)
@@ -56,9 +61,16 @@ def series_of(body: Body, args: Arguments, span: Span) -> Series:
     later, surrogate = given.get("inference", terms), given.get("surrogate", False)
     whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in (terms, later, samples))
     if not whole or samples < 1:
-        raise body.fail("FL0305", "`terms`, `inference` and `samples` are whole numbers", span, suggestion="as in `terms = 10`")
+        raise body.fail(
+            "FL0305", "`terms`, `inference` and `samples` are whole numbers", span, suggestion="as in `terms = 10`"
+        )
     if not isinstance(rate, int | float) or isinstance(rate, bool) or rate <= 0 or (law == "geometric" and rate >= 1):
-        raise body.fail("FL0305", "`rate` is a mean above 0 for a Poisson law, and between 0 and 1 for a geometric one", span, suggestion="as in `rate = 2` for `poisson`, `rate = 0.5` for `geometric`")
+        raise body.fail(
+            "FL0305",
+            "`rate` is a mean above 0 for a Poisson law, and between 0 and 1 for a geometric one",
+            span,
+            suggestion="as in `rate = 2` for `poisson`, `rate = 0.5` for `geometric`",
+        )
     if not isinstance(surrogate, bool):
         raise body.fail("FL0305", "`surrogate` is `true` or `false`", span, suggestion="write one of them")
     return Series(law, float(rate), terms, later, samples, surrogate)

@@ -139,9 +139,16 @@ def run(body: Body, statement: tree.Statement, *, last: bool) -> Any:
 
             return run_scan(body, statement)
         case tree.Tableau():
-            raise body.fail("FL0902", "a tableau has no meaning yet", statement.span, suggestion="it belongs in a `solver`")
+            raise body.fail(
+                "FL0902", "a tableau has no meaning yet", statement.span, suggestion="it belongs in a `solver`"
+            )
         case tree.Import():
-            raise body.fail("FL0106", "`import` stands at the top of a file", statement.span, suggestion="move it above the declarations")
+            raise body.fail(
+                "FL0106",
+                "`import` stands at the top of a file",
+                statement.span,
+                suggestion="move it above the declarations",
+            )
         case tree.Invalid():
             if body.chain_value is not None:
                 step_failed(body)
@@ -173,7 +180,12 @@ def target_types(body: Body, statement: tree.Bind) -> list[tree.Expr] | None:
 def bind(body: Body, statement: tree.Bind) -> Any:
     targets = statement.targets
     if statement.op != ":=" and any(t.index for t in targets):
-        raise body.fail("FL0307", "a part is updated, and not bound", statement.span, suggestion="write `x[M = k] := v`, after `x = ..`")
+        raise body.fail(
+            "FL0307",
+            "a part is updated, and not bound",
+            statement.span,
+            suggestion="write `x[M = k] := v`, after `x = ..`",
+        )
     if statement.op == "~":
         return draw(body, statement)
     if statement.op == ":=":
@@ -210,13 +222,23 @@ def bind(body: Body, statement: tree.Bind) -> Any:
             elif isinstance(value, Pending) and value.name == WITNESS:
                 raise_poison()
             else:
-                raise body.fail("FL0308", f"{len(targets)} names for {describe(value)}", statement.span, suggestion="only a call that gives several values takes several names")
+                raise body.fail(
+                    "FL0308",
+                    f"{len(targets)} names for {describe(value)}",
+                    statement.span,
+                    suggestion="only a call that gives several values takes several names",
+                )
     else:
         values = []
         for k, e in enumerate(statement.values):
             values.extend(body.typed(e, [types[k]]) if types is not None and k < len(types) else [body.ev(e)])
     if len(values) != len(targets):
-        raise body.fail("FL0308", f"{len(targets)} names for {len(values)} values", statement.span, suggestion="give one name for each value")
+        raise body.fail(
+            "FL0308",
+            f"{len(targets)} names for {len(values)} values",
+            statement.span,
+            suggestion="give one name for each value",
+        )
     if any(isinstance(v, Poison) for v in values):
         body.lose(statement)
     for t, v in zip(targets, values, strict=True):
@@ -255,7 +277,9 @@ def own(body: Body, name: str, value: Any, span: Span) -> Any:
 
 def draw(body: Body, statement: tree.Bind) -> Any:
     if len(statement.targets) != 1 or len(statement.values) != 1:
-        raise body.fail("FL0308", "one name is drawn at a time", statement.span, suggestion="write one draw for each name")
+        raise body.fail(
+            "FL0308", "one name is drawn at a time", statement.span, suggestion="write one draw for each name"
+        )
     target = statement.targets[0]
     dist = distribution(body, statement.values[0])
     if dist is None:
@@ -303,7 +327,9 @@ def draw_type(
             axes[spec.rest_at : spec.rest_at] = [(a.name, a.size) for a in body.rest]
         for n, s in axes:
             if s is None:
-                raise body.fail("FL0310", f"the size of axis `{n}` is open", span, suggestion=f"write it, as in `{n} = 8`")
+                raise body.fail(
+                    "FL0310", f"the size of axis `{n}` is open", span, suggestion=f"write it, as in `{n} = 8`"
+                )
         return TensorType.of(*((n, s) for n, s in axes if s is not None))
     best = SCALAR
     for _, id in arguments:
@@ -362,14 +388,16 @@ def distribution_arguments(
                 raise body.fail(
                     "FL0307",
                     f"`{name}` of `{dist.name}` has an axis `{extra[0]}`, which the value `{value}` lacks",
-                    dist.span, suggestion="give the drawn value that axis, or reduce over it"
+                    dist.span,
+                    suggestion="give the drawn value that axis, or reduce over it",
                 )
             for a in body.b.type(id).axes:
                 if value.has(a.name) and value.size(a.name) != a.size:
                     raise body.fail(
                         "FL0301",
                         f"axis `{a.name}` has size {a.size} in `{name}` of `{dist.name}`, and {value.size(a.name)} in the value",
-                        dist.span, suggestion="the parameters of a distribution have the sizes of its value"
+                        dist.span,
+                        suggestion="the parameters of a distribution have the sizes of its value",
                     )
     return found
 
@@ -423,7 +451,11 @@ def declare(body: Body, statement: tree.Declare) -> None:
 def check_new(body: Body, name: str, span: Span) -> None:
     if name in body.bound_spans:
         raise body.fail(
-            "FL0204", f"`{name}` is declared twice", span, labels=(Label(body.bound_spans[name], "first here"),), suggestion="give one of them another name"
+            "FL0204",
+            f"`{name}` is declared twice",
+            span,
+            labels=(Label(body.bound_spans[name], "first here"),),
+            suggestion="give one of them another name",
         )
     body.bound_spans[name] = span
     body.used.add(name)
@@ -446,7 +478,12 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
             suggestion="a domain with axes, as `R[D]`, `Positive[D]` or `Invertible[D', D]`",
         )
     if word == "data" and body.region.steps:
-        raise body.fail("FL0106", "`data` after a step is never mapped by it", entry.span, suggestion="declare all data before the first step")
+        raise body.fail(
+            "FL0106",
+            "`data` after a step is never mapped by it",
+            entry.span,
+            suggestion="declare all data before the first step",
+        )
     spec = evaluate_type(body, entry.type)
     if isinstance(spec, Static):
         raise body.fail(
@@ -466,7 +503,12 @@ def declare_input(body: Body, word: str, entry: tree.Entry) -> None:
         if word == "data" or n not in body.axes:
             body.axes[n] = size
     if spec.rest:
-        raise body.fail("FL0307", "`..` cannot stand in a flow's inputs", entry.type.span, suggestion="name each axis, as in `data x: R[D = 2]`")
+        raise body.fail(
+            "FL0307",
+            "`..` cannot stand in a flow's inputs",
+            entry.type.span,
+            suggestion="name each axis, as in `data x: R[D = 2]`",
+        )
     type_ = TensorType.of(*axes, kind=spec.domain.kind)
     role = "map" if word == "data" else "context"
     id = body.b.leaf(
@@ -518,7 +560,8 @@ def declare_param(body: Body, word: str, entry: tree.Entry) -> None:
         raise body.fail(
             "FL0901",
             f"`{entry.name}` would have {type_.count:,} elements, above the limit of {body.elab.parameter_limit:,}",
-            entry.span, suggestion="choose smaller sizes, or raise `max_parameters`"
+            entry.span,
+            suggestion="choose smaller sizes, or raise `max_parameters`",
         )
     check_matrix(body, spec.domain, type_, entry)
     init = initial_value(body, spec.domain, entry, type_)
@@ -553,7 +596,13 @@ def restart(body: Body, target: tree.Target, value: FirstBatch, op: str) -> None
     """
     held = body.names.get(target.name)
     node = body.graph[held.id] if isinstance(held, Tensor) and held.body is body else None
-    if op != ":=" or value.before is not None or node is None or node.op != "param" or node.attrs["name"] != target.name:
+    if (
+        op != ":="
+        or value.before is not None
+        or node is None
+        or node.op != "param"
+        or node.attrs["name"] != target.name
+    ):
         raise body.fail(
             "FL0306", "`first_batch` starts a parameter of this declaration", target.span,
             suggestion="as in `param g: R[D] = first_batch(1 / std[B](x), 1)`, or `W := first_batch(W * s)` after `param W`",
@@ -575,9 +624,19 @@ def check_first_batch(body: Body, start: Tensor, type_: TensorType, domain: Doma
             suggestion="reduce over the batch, as in `= mean[B](x)`",
         )
     if not set(start.type.axes) <= set(type_.axes):
-        raise body.fail("FL0301", f"the start of `{name}` is `{start.type}`, not `{type_}`", span, suggestion="a start has the type of what it starts, or is one number")
+        raise body.fail(
+            "FL0301",
+            f"the start of `{name}` is `{start.type}`, not `{type_}`",
+            span,
+            suggestion="a start has the type of what it starts, or is one number",
+        )
     if domain.structure is not None:
-        raise body.fail("FL0902", f"a `{domain.name}` cannot start from the first batch yet", span, suggestion="start it from a number or a draw")
+        raise body.fail(
+            "FL0902",
+            f"a `{domain.name}` cannot start from the first batch yet",
+            span,
+            suggestion="start it from a number or a draw",
+        )
 
 
 def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entry) -> None:
@@ -590,10 +649,20 @@ def check_matrix(body: Body, domain: Domain, type_: TensorType, entry: tree.Entr
         )  # fmt: skip
     if domain.structure in SQUARE_STRUCTURES:
         if type_.rank < 2:
-            raise body.fail("FL0311", f"`{domain.name}` is a matrix and needs two axes, as in `[D', D]`", entry.span, suggestion="a second axis of the same size has a prime")
+            raise body.fail(
+                "FL0311",
+                f"`{domain.name}` is a matrix and needs two axes, as in `[D', D]`",
+                entry.span,
+                suggestion="a second axis of the same size has a prime",
+            )
         a, b = type_.axes[-2], type_.axes[-1]
         if a.size != b.size:
-            raise body.fail("FL0311", f"`{domain.name}` is square, and this has {a.size} x {b.size}", entry.span, suggestion="as in `[D', D]`, whose sizes are equal")
+            raise body.fail(
+                "FL0311",
+                f"`{domain.name}` is square, and this has {a.size} x {b.size}",
+                entry.span,
+                suggestion="as in `[D', D]`, whose sizes are equal",
+            )
 
 
 def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorType) -> Any:
@@ -605,7 +674,12 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorTy
             return 0.0
         if isinstance(value, bool | int | float):
             if domain.structure is None and not domain.interval.contains(float(value)):
-                raise body.fail("FL0311", f"{value:g} is not in `{domain}`", entry.value.span, suggestion="start inside the domain, or declare another one")
+                raise body.fail(
+                    "FL0311",
+                    f"{value:g} is not in `{domain}`",
+                    entry.value.span,
+                    suggestion="start inside the domain, or declare another one",
+                )
             return float(value)
         if isinstance(value, list):
             return ("values", tuple(value))
@@ -696,7 +770,10 @@ def check_whole(body: Body, dist: DistributionValue, value: TensorType) -> None:
         return
     if dist.law.discrete:
         raise body.fail(
-            "FL0408", f"`{dist.name}` is a distribution of whole numbers, and the value is `{value}`", dist.span, suggestion="draw into an `Int(a..b)`, or use a distribution on the reals"
+            "FL0408",
+            f"`{dist.name}` is a distribution of whole numbers, and the value is `{value}`",
+            dist.span,
+            suggestion="draw into an `Int(a..b)`, or use a distribution on the reals",
         )
     raise body.fail(
         "FL0408", f"`{dist.name}` is a distribution of real numbers, and the value `{value}` is whole", dist.span,
@@ -712,11 +789,15 @@ def raise_poison() -> NoReturn:
 
 def base(body: Body, statement: tree.Base) -> None:
     if body.region.kind != "flow":
-        raise body.fail("FL0106", "`base` belongs in a flow", statement.span, suggestion="draw with `~`, as in `z ~ normal`")
+        raise body.fail(
+            "FL0106", "`base` belongs in a flow", statement.span, suggestion="draw with `~`, as in `z ~ normal`"
+        )
     if body.region.base is not None:
         raise body.fail("FL0204", "a flow has one `base`", statement.span, suggestion="remove the other one")
     if body.chain_value is None:
-        raise body.fail("FL0212", "a flow needs `data` before its base", statement.span, suggestion="begin with `data x: R[D = 2]`")
+        raise body.fail(
+            "FL0212", "a flow needs `data` before its base", statement.span, suggestion="begin with `data x: R[D = 2]`"
+        )
     found = [distribution(body, v) for v in statement.values]
     if None in found or isinstance(body.chain_value, Poison):
         raise_poison()
@@ -760,7 +841,12 @@ def run_step(body: Body, expr: tree.Expr) -> None:
         return
     if not isinstance(result, Tensor | Tuple) or len(parts(result)) != len(values):
         many = "one value" if len(values) == 1 else f"{len(values)} values"
-        raise body.fail("FL0211", f"a step gives {many}, and this gives {describe(result)}", expr.span, suggestion="name its other values and join what goes on")
+        raise body.fail(
+            "FL0211",
+            f"a step gives {many}, and this gives {describe(result)}",
+            expr.span,
+            suggestion="name its other values and join what goes on",
+        )
     after = tuple(body.capture(v) for v in parts(result))
     body.chain_value = after[0] if len(after) == 1 else Tuple(after)
     body.region.steps.append(Step(expr.span.text, values[0].id, after[0].id, span=expr.span))
@@ -826,7 +912,12 @@ def step_function(body: Body, fn: Any, expr: tree.Expr) -> Any:
         return fn
     if isinstance(inner, Builtin):
         return fn
-    raise body.fail("FL0211", f"a step is a bijector, and this is {describe(fn)}", expr.span, suggestion="apply a bijector, as in `affine_coupling`; a map of your own is a `bijector` declaration")
+    raise body.fail(
+        "FL0211",
+        f"a step is a bijector, and this is {describe(fn)}",
+        expr.span,
+        suggestion="apply a bijector, as in `affine_coupling`; a map of your own is a `bijector` declaration",
+    )
 
 
 def context_for(body: Body, fn: Any) -> dict[str, Any]:
@@ -848,7 +939,9 @@ def context_for(body: Body, fn: Any) -> dict[str, Any]:
 
 def run_for(body: Body, statement: tree.For) -> Any:
     if statement.until is not None:
-        raise body.fail("FL0902", "`until` has no meaning yet", statement.until.span, suggestion="repeat a fixed number of times")
+        raise body.fail(
+            "FL0902", "`until` has no meaning yet", statement.until.span, suggestion="repeat a fixed number of times"
+        )
     for value in body.iterate(statement.iterable):
         body.elab.count_round(body, statement.span)
         body.bind_loop(statement.names, value, statement.span)
@@ -861,12 +954,19 @@ def run_for(body: Body, statement: tree.For) -> Any:
 
 def run_repeat(body: Body, statement: tree.Repeat) -> Any:
     if statement.until is not None:
-        raise body.fail("FL0902", "`until` has no meaning yet", statement.until.span, suggestion="repeat a fixed number of times")
+        raise body.fail(
+            "FL0902", "`until` has no meaning yet", statement.until.span, suggestion="repeat a fixed number of times"
+        )
     count = body.static_int(statement.count)
     if count < 0:
         raise body.fail("FL0305", f"{count} copies make no sense", statement.count.span, suggestion="give 0 or more")
     if count > limits.REPEAT_COUNT:
-        raise body.fail("FL0901", f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}", statement.count.span, suggestion=f"write at most {limits.REPEAT_COUNT:,}")
+        raise body.fail(
+            "FL0901",
+            f"{count:,} copies exceed the limit of {limits.REPEAT_COUNT:,}",
+            statement.count.span,
+            suggestion=f"write at most {limits.REPEAT_COUNT:,}",
+        )
     body.elab.multiply(body, count, statement.count.span)
     try:
         if body.chain_value is not None:
@@ -920,7 +1020,9 @@ def repeat_chain(body: Body, statement: tree.Repeat, count: int) -> None:
 
 def chain_inputs(body: Body, types: Sequence[tuple[TensorType, bool]], span: Span) -> None:
     """The values that a chain by itself begins with."""
-    made = tuple(new_input(body, "x" if not k else f"x{k + 1}", t, batched, span) for k, (t, batched) in enumerate(types))
+    made = tuple(
+        new_input(body, "x" if not k else f"x{k + 1}", t, batched, span) for k, (t, batched) in enumerate(types)
+    )
     body.region.inputs = [v.id for v in made]
     body.chain_value = made[0] if len(made) == 1 else Tuple(made)
 

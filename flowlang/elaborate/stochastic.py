@@ -63,12 +63,22 @@ def stochastic(
         )  # fmt: skip
     for other in ("at", "log_det", "trace", "gradient"):
         if other in args.keywords:
-            raise body.fail("FL0202", f"`{other}` is for equations without noise", args.keyword_spans[other], suggestion=f"leave `{other}` or `noise` out")
+            raise body.fail(
+                "FL0202",
+                f"`{other}` is for equations without noise",
+                args.keyword_spans[other],
+                suggestion=f"leave `{other}` or `noise` out",
+            )
     state = TensorType(x.type.axes)
     assert isinstance(solver.target, Declared)
     declaration = solver.target.declaration
     if any(isinstance(s, tree.Declare) and s.word == "state" for s in parts(declaration.body or ())):
-        raise body.fail("FL0902", f"`{declaration.name}` has noise and `state`, which has no meaning yet", solver.span, suggestion="write one step by x, t, h and dw alone")
+        raise body.fail(
+            "FL0902",
+            f"`{declaration.name}` has noise and `state`, which has no meaning yet",
+            solver.span,
+            suggestion="write one step by x, t, h and dw alone",
+        )
     noise, where = args.keywords["noise"], args.keyword_spans["noise"]
     probe, extra = measured(body, noise, state, ends, where)
     if probe is None:
@@ -98,7 +108,9 @@ def stochastic(
     for name, outer in {"x": x.id, **slices}.items():
         type_ = b.type(outer) if name == "x" else b.type(outer).without((axis,))
         batched = name == "x" or body.graph[outer].batched
-        leaf = inner.b.leaf("input", TensorType(type_.axes), batched=batched, span=span, label=name, name=name, role="map")
+        leaf = inner.b.leaf(
+            "input", TensorType(type_.axes), batched=batched, span=span, label=name, name=name, role="map"
+        )
         region.inputs.append(leaf)
         found[name] = Tensor(leaf, inner)
     if steps is None:
@@ -134,7 +146,9 @@ def stochastic(
         "child": name, "region": region, "method": "forward", "axis": axis, "reverse": False, "carried": 1,
         "sliced": len(slices), "count": count,
     }  # fmt: skip
-    node = body.graph.add("scan", (x.id, *slices.values(), *inner.captures), TupleType((state,)), attrs, span=span, batched=True)
+    node = body.graph.add(
+        "scan", (x.id, *slices.values(), *inner.captures), TupleType((state,)), attrs, span=span, batched=True
+    )
     return Tensor(b.op_get(node.id, 0, span), body)
 
 
@@ -171,7 +185,9 @@ def increments(body: Body, args: Arguments, type_: TensorType, axis: str, sizes:
     return b.mul(z, scale)
 
 
-def measured(body: Body, noise: Any, state: TensorType, ends: tuple[float, float], span: Span) -> tuple[Region | None, tuple[Axis, ...]]:
+def measured(
+    body: Body, noise: Any, state: TensorType, ends: tuple[float, float], span: Span
+) -> tuple[Region | None, tuple[Axis, ...]]:
     """The noise as a region of its own, for the checks, and the axes that its value has and x lacks."""
     from flowlang.elaborate.fields import field_body
 
@@ -183,7 +199,12 @@ def measured(body: Body, noise: Any, state: TensorType, ends: tuple[float, float
     elif isinstance(noise, Tuple | Poison | bool | str | list):
         if isinstance(noise, Poison):
             raise Poisoned
-        raise body.fail("FL0306", f"`noise` is a number or a function of x and t, and this is {describe(noise)}", span, suggestion="as in `noise = 0.5`")
+        raise body.fail(
+            "FL0306",
+            f"`noise` is a number or a function of x and t, and this is {describe(noise)}",
+            span,
+            suggestion="as in `noise = 0.5`",
+        )
     inner = field_body(body, fn, state, (min(ends), max(ends)), span, free=True)
     if inner is None:
         return None, ()
@@ -200,7 +221,12 @@ def fitted(inner: Body, value: Any, state: TensorType, span: Span) -> int:
     id = inner.tensor(value, span)
     have = inner.b.type(id)
     if have.kind == "bool" or not set(have.axes) <= set(state.axes):
-        raise inner.fail("FL0301", f"what is integrated is `{state}`, and this is `{have}`", span, suggestion="reduce it to the axes of x, or to one number")
+        raise inner.fail(
+            "FL0301",
+            f"what is integrated is `{state}`, and this is `{have}`",
+            span,
+            suggestion="reduce it to the axes of x, or to one number",
+        )
     if set(have.axes) != set(state.axes):
         id = inner.b.expand(id, state)
     return id if inner.b.type(id).names == state.names else inner.b.op("order", id, names=state.names)
@@ -209,7 +235,15 @@ def fitted(inner: Body, value: Any, state: TensorType, span: Span) -> int:
 class Equation:
     """`v` and `g` of a rule, as calls of the functions that were given."""
 
-    def __init__(self, body: Body, inner: Body, args: Arguments, state: TensorType, extra: tuple[Axis, ...], ends: tuple[float, float]):
+    def __init__(
+        self,
+        body: Body,
+        inner: Body,
+        args: Arguments,
+        state: TensorType,
+        extra: tuple[Axis, ...],
+        ends: tuple[float, float],
+    ):
         self.inner, self.state, self.extra, self.ends = inner, state, extra, ends
         self.fns = {"v": self.owned(args.positional[0], "v"), "g": self.owned(args.keywords["noise"], "g")}
         self.steep = False
@@ -228,7 +262,12 @@ class Equation:
         x = Tensor(fitted(b, args.positional[0], self.state, args.spans[0]), b)
         t = b.tensor(args.positional[1], args.spans[1])
         if b.b.type(t).axes:
-            raise b.fail("FL0306", f"a time is one number, and this is `{b.b.type(t)}`", args.spans[1], suggestion="as in `v(x, t + h)`")
+            raise b.fail(
+                "FL0306",
+                f"a time is one number, and this is `{b.b.type(t)}`",
+                args.spans[1],
+                suggestion="as in `v(x, t + h)`",
+            )
         held = b.b.op("max", b.b.op("min", t, b.b.const(self.ends[1])), b.b.const(self.ends[0]))
         fn = self.fns[name]
         if isinstance(fn, int | float):
@@ -265,7 +304,9 @@ class Equation:
         by = b.tensor(args.positional[2], args.spans[2])
         g = b.tensor(level, span)
         if not self.extra:
-            return Tensor(fitted(b, Tensor(b.b.mul(fitted(b, Tensor(g, b), self.state, span), by), b), self.state, span), b)
+            return Tensor(
+                fitted(b, Tensor(b.b.mul(fitted(b, Tensor(g, b), self.state, span), by), b), self.state, span), b
+            )
         wide = TensorType((*self.state.axes, *self.extra))
         g = b.b.expand(g, wide) if set(b.b.type(g).axes) != set(wide.axes) else g
         made = b.b.op("contract", g, by, axes=tuple(a.name for a in self.extra), span=span)

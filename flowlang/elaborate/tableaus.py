@@ -48,7 +48,10 @@ def read_tableau(declaration: tree.Declaration, given: Mapping[str, Any] | None 
             raise problem("FL0602", "a stage stands below the weights", later.span, "move it above them")
     if len(weights) > 2:
         raise problem(
-            "FL0602", "a tableau has one row of weights, and a second one for the error estimate", weights[2].span, suggestion="remove the third row"
+            "FL0602",
+            "a tableau has one row of weights, and a second one for the error estimate",
+            weights[2].span,
+            suggestion="remove the third row",
         )
     n = len(stages)
     reader = _Reader(names)
@@ -56,7 +59,12 @@ def read_tableau(declaration: tree.Declaration, given: Mapping[str, Any] | None 
     a = []
     for r in stages:
         if len(r.cells) > n:
-            raise problem("FL0602", f"this row has {len(r.cells)} entries, and the method {n} stages", r.span, suggestion="give at most one entry for each stage")
+            raise problem(
+                "FL0602",
+                f"this row has {len(r.cells)} entries, and the method {n} stages",
+                r.span,
+                suggestion="give at most one entry for each stage",
+            )
         row = [reader.cell(x) for x in r.cells]
         a.append((*row, *(Fraction(0),) * (n - len(row))))
     rows = []

@@ -34,9 +34,19 @@ def tapped(body: Body, value: Any, word: str, items: tuple[tree.Item, ...], span
     if isinstance(value, Poison):
         return value
     if word == "with" and isinstance(value, Instance | Declared) and value.kind in ("flow", "bijector"):
-        raise body.fail("FL0902", f"another part in {describe(value)} has no meaning yet", span, suggestion="make the part a parameter, and give it there")
+        raise body.fail(
+            "FL0902",
+            f"another part in {describe(value)} has no meaning yet",
+            span,
+            suggestion="make the part a parameter, and give it there",
+        )
     if not isinstance(value, Instance) or value.kind not in ("net", "norm"):
-        raise body.fail("FL0211", f"`{word}` belongs to a network, and this is {describe(value)}", span, suggestion=f"as in {EXAMPLES[word]}")
+        raise body.fail(
+            "FL0211",
+            f"`{word}` belongs to a network, and this is {describe(value)}",
+            span,
+            suggestion=f"as in {EXAMPLES[word]}",
+        )
     if value.owner is None and not value.shared:
         value = body.capture(value)
     reads: list[tree.Expr] = []
@@ -45,7 +55,12 @@ def tapped(body: Body, value: Any, word: str, items: tuple[tree.Item, ...], span
         if word == "with" and isinstance(item.left, tree.Name) and item.left.id == "parameters" and item.eq is not None:
             raise body.fail("FL0902", "a network with parameters that are given has no meaning yet", item.span,
                             suggestion="write the network as a `net` that takes its weights as tensors")  # fmt: skip
-        fits = item.left is not None and item.arrow is None and item.type is None and (item.eq is not None) == (word == "with")
+        fits = (
+            item.left is not None
+            and item.arrow is None
+            and item.type is None
+            and (item.eq is not None) == (word == "with")
+        )
         if not fits or item.left is None:
             what = "places" if word == "tap" else "places with their values"
             raise body.fail("FL0202", f"`{word}` takes {what}", item.span, suggestion=f"as in {EXAMPLES[word]}")
@@ -134,13 +149,23 @@ def walk(body: Body, region: Region, expr: tree.Expr) -> tuple[list[Found], bool
             out: list[Found] = []
             for calls, at, thing in found:
                 if isinstance(thing, int):
-                    raise body.fail("FL0306", "this place is a value, and has no names inside", expr.span, suggestion="only networks have places inside")
+                    raise body.fail(
+                        "FL0306",
+                        "this place is a value, and has no names inside",
+                        expr.span,
+                        suggestion="only networks have places inside",
+                    )
                 call, inner = entered(body, at, thing, expr.span)
                 things, several = named(body, inner, expr.name, expr.span)
                 many = many or several
                 out += [((*calls, call), inner, t) for t in things]
             return out, many
-    raise body.fail("FL0306", "this names no place", expr.span, suggestion=f"a place is a name of the network's body, as in {EXAMPLES['tap']}")
+    raise body.fail(
+        "FL0306",
+        "this names no place",
+        expr.span,
+        suggestion=f"a place is a name of the network's body, as in {EXAMPLES['tap']}",
+    )
 
 
 def named(body: Body, region: Region, name: str, span: Span) -> tuple[list[int | str], bool]:

@@ -104,10 +104,20 @@ def domain_of(body: Body, expr: tree.Expr) -> Domain:
     try:
         found = domain(name_expr.id, tuple(args))
     except ValueError as e:
-        raise body.fail("FL0311", str(e), expr.span, suggestion="`Positive`, `Unit`, `Interval(a, b)` and `Int(a..b)` are domains; the language page lists all") from None
+        raise body.fail(
+            "FL0311",
+            str(e),
+            expr.span,
+            suggestion="`Positive`, `Unit`, `Interval(a, b)` and `Int(a..b)` are domains; the language page lists all",
+        ) from None
     if found is None:
         if name_expr.id in DOMAIN_NAMES:
-            raise body.fail("FL0902", f"the domain `{name_expr.id}` has no meaning yet", expr.span, suggestion="use another domain, as `R` or `Positive`")
+            raise body.fail(
+                "FL0902",
+                f"the domain `{name_expr.id}` has no meaning yet",
+                expr.span,
+                suggestion="use another domain, as `R` or `Positive`",
+            )
         raise body.fail(
             "FL0201",
             f"unknown type `{name_expr.id}`",
@@ -145,14 +155,24 @@ def axis_specs(body: Body, items: tuple[tree.Item, ...]) -> tuple[tuple[tuple[st
     axes: list[tuple[str, int | None]] = []
     rest, rest_at = False, 0
     if len(items) > limits.RANK:
-        raise body.fail("FL0901", f"{len(items)} axes exceed the limit of {limits.RANK}", items[0].span, suggestion="merge some, as in `x[(i, j) -> T]`")
+        raise body.fail(
+            "FL0901",
+            f"{len(items)} axes exceed the limit of {limits.RANK}",
+            items[0].span,
+            suggestion="merge some, as in `x[(i, j) -> T]`",
+        )
     for item in items:
         if isinstance(item.left, tree.Ellipsis):
             rest, rest_at = True, len(axes)
             continue
         name, size = axis_spec(body, item, [n for n, _ in axes])
         if any(n == name for n, _ in axes):
-            raise body.fail("FL0307", f"axis `{name}` stands twice in one type", item.span, suggestion="a second axis of the same size has a prime, as in `R[D', D]`")
+            raise body.fail(
+                "FL0307",
+                f"axis `{name}` stands twice in one type",
+                item.span,
+                suggestion="a second axis of the same size has a prime, as in `R[D', D]`",
+            )
         axes.append((name, size))
     return tuple(axes), rest, rest_at
 
@@ -164,15 +184,27 @@ def axis_spec(body: Body, item: tree.Item, before: list[str]) -> tuple[str, int 
         if isinstance(size, Poison):
             raise Poisoned
         if not isinstance(size, int):
-            raise body.fail("FL0302", f"`{left.name}` has no size here", item.span, suggestion="write a number, or a parameter of type `int`")
+            raise body.fail(
+                "FL0302",
+                f"`{left.name}` has no size here",
+                item.span,
+                suggestion="write a number, or a parameter of type `int`",
+            )
         return left.name, size
     if not isinstance(left, tree.Name):
         if isinstance(left, tree.Brackets):
             raise body.not_yet("A[..]", "a family of axes, as `A[0..N]`, has no meaning yet", item.span)
-        raise body.fail("FL0307", "an axis is a name, as in `R[D]` or `R[D = 2]`", item.span, suggestion="put the size behind the name")
+        raise body.fail(
+            "FL0307",
+            "an axis is a name, as in `R[D]` or `R[D = 2]`",
+            item.span,
+            suggestion="put the size behind the name",
+        )
     if item.eq is not None:
         if isinstance(item.eq, tree.Name) and item.eq.id == "ragged":
-            raise body.fail("FL0902", "ragged axes have no meaning yet", item.span, suggestion="give the axis a size and pad to it")
+            raise body.fail(
+                "FL0902", "ragged axes have no meaning yet", item.span, suggestion="give the axis a size and pad to it"
+            )
         return left.id, static_size(body, item.eq)
     known = known_size(body, left.id)
     return left.id, known if known is None else checked_size(body, known, item.span)
@@ -204,5 +236,10 @@ def checked_size(body: Body, size: int, span: Span) -> int:
     if size < 0:
         raise body.fail("FL0307", f"an axis of size {size} makes no sense", span, suggestion="give at least 1")
     if size > limits.AXIS_SIZE:
-        raise body.fail("FL0901", f"an axis of size {size} exceeds the limit of {limits.AXIS_SIZE}", span, suggestion="choose a smaller size")
+        raise body.fail(
+            "FL0901",
+            f"an axis of size {size} exceeds the limit of {limits.AXIS_SIZE}",
+            span,
+            suggestion="choose a smaller size",
+        )
     return size

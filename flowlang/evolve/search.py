@@ -176,6 +176,8 @@ def report(state: State, count: int = 3) -> str:
     lines = []
     for k, m in enumerate(sorted(state.members, key=lambda m: (-m.fitness, m.born))[:count]):
         scores = ", ".join(f"{a} {v:.3f}" for a, v in zip(state.plan.trial.anchors, m.scores, strict=True))
-        lines.append(f"## Found by `flowlang evolve`, seed {state.plan.seed}, trial {m.born} (own). Accuracy: {scores}.")
+        lines.append(
+            f"## Found by `flowlang evolve`, seed {state.plan.seed}, trial {m.born} (own). Accuracy: {scores}."
+        )
         lines.append(text(m.genome, f"evolved_{k + 1}"))
     return "\n".join(lines)

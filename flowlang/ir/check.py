@@ -18,7 +18,17 @@ from flowlang.ir.types import TensorType, TupleType, Type
 PLAIN = (str, int, float, bool, type(None))
 KINDS = ("real", "int", "bool")
 # Whether these vary from sample to sample is not a matter of their operands.
-OWN_BATCH = {"random_like", "running", "start", "batch_mean", "batch_var", "batch_sum", "batch_max", "batch_min", "scan"}
+OWN_BATCH = {
+    "random_like",
+    "running",
+    "start",
+    "batch_mean",
+    "batch_var",
+    "batch_sum",
+    "batch_max",
+    "batch_min",
+    "scan",
+}
 
 
 class BadGraph(Exception):
@@ -230,7 +240,9 @@ def region_problems(region: Region) -> Iterator[str]:
     ]
     for what, ids in named:
         yield from (f"{what} {i} does not exist" for i in ids if not has(graph, i))
-    yield from (f"draw {d.value} is no input" for d in region.draws if has(graph, d.value) and graph[d.value].op != "input")
+    yield from (
+        f"draw {d.value} is no input" for d in region.draws if has(graph, d.value) and graph[d.value].op != "input"
+    )
     for u in region.updates:
         if has(graph, u.state) and graph[u.state].op != "state":
             yield f"update of {u.state}, which is no state"

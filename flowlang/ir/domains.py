@@ -75,7 +75,9 @@ def domain(name: str, args: tuple[float | int | str, ...] = ()) -> Domain | None
     if name == "Lipschitz":
         good = all(isinstance(a, int | float) and not isinstance(a, bool) and a > 0 for a in args)
         if not args or not good or not all(isinstance(a, int) for a in args[1:]) or len(args) > 4:
-            raise ValueError("`Lipschitz` takes a bound, and for a kernel the sizes it moves over, as in `Lipschitz(0.97, 8, 8)`")
+            raise ValueError(
+                "`Lipschitz` takes a bound, and for a kernel the sizes it moves over, as in `Lipschitz(0.97, 8, 8)`"
+            )
         return Domain("Lipschitz", args, REAL, structure="lipschitz")
     if name == "ZeroMean":
         return Domain("ZeroMean", args, REAL, structure="zero_mean")

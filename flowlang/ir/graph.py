@@ -254,7 +254,9 @@ class Region:
     starts: list[Start] = field(default_factory=list)
     children: dict[str, Child] = field(default_factory=dict)
     programs: dict[str, Region] = field(default_factory=dict)  # of a model: regions with the model's own children
-    data: dict[str, tuple[str, TensorType]] = field(default_factory=dict)  # of a model: name -> (`data` or `given`, type)
+    data: dict[str, tuple[str, TensorType]] = field(
+        default_factory=dict
+    )  # of a model: name -> (`data` or `given`, type)
     steps: list[Step] = field(default_factory=list)  # chains only
     taps: list[Taps] = field(default_factory=list)  # of its programs that read or replace inner values, by their number
     span: Span | None = None

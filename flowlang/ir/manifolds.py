@@ -43,7 +43,9 @@ def keeps_last(graph: Graph, node: Node) -> bool:
     last = node.tensor.names[-1]
     if node.op == "rename":
         last = next((old for old, new in node.attrs["pairs"] if new == last), last)
-    made = {n for n, _ in node.attrs["into"]} if node.op == "split" else {node.attrs.get("axis"), node.attrs.get("into")}
+    made = (
+        {n for n, _ in node.attrs["into"]} if node.op == "split" else {node.attrs.get("axis"), node.attrs.get("into")}
+    )
     return last not in made and all(graph[i].tensor.names[-1:] == (last,) for i in node.inputs)
 
 
@@ -83,7 +85,9 @@ def wants_sphere(call: Node, slot: int) -> bool:
 def dimensions(region: Region, ids: list[int]) -> int:
     """How many coordinates values have: a point of a sphere has one less than its numbers."""
     graph = region.graph
-    spheres = [graph[i].tensor.count // graph[i].tensor.axes[-1].size for i in ids if on_sphere(graph, i, region=region)]
+    spheres = [
+        graph[i].tensor.count // graph[i].tensor.axes[-1].size for i in ids if on_sphere(graph, i, region=region)
+    ]
     return sum(graph[i].tensor.count for i in ids) - sum(spheres)
 
 

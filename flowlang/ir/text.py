@@ -103,7 +103,9 @@ class _Printer:
         for r in (*(c.region for c in region.children.values()), *region.programs.values()):
             self.region(r)
         lines = list(self.nodes(region.graph))
-        lines += [f"{word} {ids(getattr(region, word))}" for word in ("inputs", "context", "outputs") if getattr(region, word)]
+        lines += [
+            f"{word} {ids(getattr(region, word))}" for word in ("inputs", "context", "outputs") if getattr(region, word)
+        ]
         for name, child in region.children.items():
             lines.append(f"child {name!r} {self.value(child)}")
         lines += [f"program {name!r} {self.value(r)}" for name, r in region.programs.items()]
@@ -123,7 +125,9 @@ class _Printer:
         lines += [f"{word} {ids(getattr(program, word))}" for word in ("inputs", "outputs") if getattr(program, word)]
         known = {"context": program.context, "random": program.random, "log_det": program.log_det}
         number = self.programs[id(program)] = len(self.programs)
-        head = f"program {number} {program.name!r} of region {region}{self.braces({k: v for k, v in known.items() if v})}"
+        head = (
+            f"program {number} {program.name!r} of region {region}{self.braces({k: v for k, v in known.items() if v})}"
+        )
         self.blocks.append("\n  ".join([head, *lines]))
         return number
 
@@ -293,7 +297,9 @@ class _Parser:
             case ast.Dict():
                 return {self.read(k): self.read(v) for k, v in zip(e.keys, e.values, strict=True) if k is not None}
             case ast.Call(func=ast.Name(id=name)):
-                return self.made(name, [self.read(x) for x in e.args], {k.arg or "": self.read(k.value) for k in e.keywords})
+                return self.made(
+                    name, [self.read(x) for x in e.args], {k.arg or "": self.read(k.value) for k in e.keywords}
+                )
         raise TextProblem(f"`{ast.unparse(e)}` is no value")
 
     def made(self, name: str, args: list[Any], keywords: dict[str, Any]) -> Any:

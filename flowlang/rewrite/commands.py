@@ -46,8 +46,16 @@ def fold_batch_norm(module: Any) -> Any:
 
 
 TARGETS: dict[str, tuple[Callable[[Any], Any], str, bool]] = {
-    "pre_rmsnorm": (lambda m: pre_rmsnorm(m, new=named(m, "pre_rmsnorm")), "Pre-LN to Pre-RMSNorm (Jiang et al. 2023)", True),
-    "pre_crmsnorm": (lambda m: pre_crmsnorm(m, new=named(m, "pre_crmsnorm")), "Pre-LN to Pre-CRMSNorm (Jiang et al. 2023)", True),
+    "pre_rmsnorm": (
+        lambda m: pre_rmsnorm(m, new=named(m, "pre_rmsnorm")),
+        "Pre-LN to Pre-RMSNorm (Jiang et al. 2023)",
+        True,
+    ),
+    "pre_crmsnorm": (
+        lambda m: pre_crmsnorm(m, new=named(m, "pre_crmsnorm")),
+        "Pre-LN to Pre-CRMSNorm (Jiang et al. 2023)",
+        True,
+    ),
     "fold_batch_norm": (fold_batch_norm, "norms by running statistics into the linear maps beside them", False),
     "thresholds": (fold_thresholds, "membrane potential batch norm into thresholds (Guo et al. 2023)", False),
 }
@@ -96,7 +104,11 @@ def compare(first: Any, second: Any, seed: int, gradients: bool) -> dict[str, fl
         out = module(*mine)
         outs = list(out) if isinstance(out, tuple) else [out]
         weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=o.dtype) for o in outs]
-        grads = torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights, strict=True)), mine) if gradients else ()
+        grads = (
+            torch.autograd.grad(sum((o * w).sum() for o, w in zip(outs, weights, strict=True)), mine)
+            if gradients
+            else ()
+        )
         found.append(([o.detach() for o in outs], grads))
     (a, da), (b, db) = found
     checks = {"results": max(map(relative, a, b))}

@@ -73,7 +73,14 @@ def equivalent(module: Any, *, axis: str = "D", new: str | None = None, **argume
     other = compiled(comp, name, arguments, new or f"{name}_equivalent", module)
     mine, theirs = list(module.parameters()), list(other.parameters())
     if [p.shape for p in mine] != [q.shape for q in theirs]:
-        raise FlowError(Diagnostic("FL0803", "the two networks have other parameters", comp.regions[name].span, suggestion="give the network that this one was rewritten from"))
+        raise FlowError(
+            Diagnostic(
+                "FL0803",
+                "the two networks have other parameters",
+                comp.regions[name].span,
+                suggestion="give the network that this one was rewritten from",
+            )
+        )
     with torch.no_grad():
         for p, q in zip(mine, theirs, strict=True):
             q.copy_(p)
@@ -103,7 +110,14 @@ def pre_crmsnorm(module: Any, *, axis: str = "D", new: str | None = None) -> Any
     mine = owned(comp.regions[name], module)
     theirs = owned(inner.regions[inside], other)
     if len(mine) != len(theirs):
-        raise FlowError(Diagnostic("FL0803", "the two networks have other parameters", comp.regions[name].span, suggestion="give the network that this one was rewritten from"))
+        raise FlowError(
+            Diagnostic(
+                "FL0803",
+                "the two networks have other parameters",
+                comp.regions[name].span,
+                suggestion="give the network that this one was rewritten from",
+            )
+        )
     import torch
 
     with torch.no_grad():

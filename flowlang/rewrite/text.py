@@ -62,18 +62,27 @@ def with_arguments(comp: Compilation, name: str, arguments: Mapping[str, str], n
         results = ", ".join(str(region.graph[o].type) for o in region.outputs)
         given = ", ".join(f"{k} = {v}" for k, v in arguments.items())
         return f"{comp.source.text.rstrip()}\n\nnet {new}({head}) -> {results} {{ {name}({given})({values}) }}\n"
-    calls = [] if own is None else [c for c in walk(own) if isinstance(c, tree.Call) and takes(comp, declared, c, arguments)]
+    calls = (
+        []
+        if own is None
+        else [c for c in walk(own) if isinstance(c, tree.Call) and takes(comp, declared, c, arguments)]
+    )
     if own is None or own.name_span is None or not calls:
         words = ", ".join(f"`{k}`" for k in arguments)
         raise FlowError(
             Diagnostic("FL0804", f"`{name}` has no parameters {words}, and calls nothing that has them", region.span,
                        suggestion=f"declare them, as in `net {name}({', '.join(f'{k}: ..' for k in arguments)}) (x: ..)`, and hand them on")
         )  # fmt: skip
-    edits = [Edit(own.name_span.start, own.name_span.end, new), *(e for c in calls for e in argument_edits(c, arguments))]
+    edits = [
+        Edit(own.name_span.start, own.name_span.end, new),
+        *(e for c in calls for e in argument_edits(c, arguments)),
+    ]
     return f"{comp.source.text.rstrip()}\n\n{edited(own.span, edits)}\n"
 
 
-def takes(comp: Compilation, declared: Mapping[str, tree.Declaration], call: tree.Call, arguments: Mapping[str, str]) -> bool:
+def takes(
+    comp: Compilation, declared: Mapping[str, tree.Declaration], call: tree.Call, arguments: Mapping[str, str]
+) -> bool:
     fn = call.fn.value if isinstance(call.fn, tree.Brackets) else call.fn
     if not isinstance(fn, tree.Name):
         return False

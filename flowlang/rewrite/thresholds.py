@@ -27,13 +27,27 @@ def fold_thresholds(module: Any, lif: str = "lif_folded()", level: float = 0.5, 
     comp, name = origin_of(module)
     region = comp.regions[name]
     if not any(kind(m) == NORMALISED for m in module.modules()):
-        raise FlowError(Diagnostic("FL0804", f"`{name}` has no `lif_mpbn` to fold", region.span, suggestion="only membrane-potential batch norms fold into thresholds"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                f"`{name}` has no `lif_mpbn` to fold",
+                region.span,
+                suggestion="only membrane-potential batch norms fold into thresholds",
+            )
+        )
     text = with_arguments(comp, name, {"lif": lif, **arguments}, f"{name}_folded")
     other = compile(text, flow=f"{name}_folded", dtype=module.like.dtype, **dict(comp.elab.sets))
     inside = other if same_owners(module, other) else next(iter(other.children()))
     with torch.no_grad():
         if not same_owners(module, inside):
-            raise FlowError(Diagnostic("FL0803", "the two networks differ in more than their neurons", region.span, suggestion="give the network that this one was compiled from"))
+            raise FlowError(
+                Diagnostic(
+                    "FL0803",
+                    "the two networks differ in more than their neurons",
+                    region.span,
+                    suggestion="give the network that this one was compiled from",
+                )
+            )
         for mine, theirs in zip(owners(module), owners(inside), strict=True):
             if kind(theirs) == FOLDED:
                 fold(mine, theirs, level)

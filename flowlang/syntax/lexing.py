@@ -180,7 +180,12 @@ class _Shaper:
 
     def semicolon(self, i: int, token: Any) -> None:
         if self.stack and self.stack[-1].type != "LBRACE":
-            self.problem("FL0101", "`;` ends a statement and cannot stand inside brackets", token, "write `,` or close the bracket")
+            self.problem(
+                "FL0101",
+                "`;` ends a statement and cannot stand inside brackets",
+                token,
+                "write `,` or close the bracket",
+            )
             return
         self.separate(i, token)
         if not self.stack:
@@ -318,7 +323,10 @@ class _Shaper:
     def undented(self, token: Any) -> int:
         """How many blocks a `}` on a line of its own leaves open, judged by the indentation of their lines."""
         text, at = self.source.text, self.indent(token)
-        if text[text.rfind("\n", 0, token.start_pos) + 1 : token.start_pos].strip() or self.indent(self.stack[-1]) <= at:
+        if (
+            text[text.rfind("\n", 0, token.start_pos) + 1 : token.start_pos].strip()
+            or self.indent(self.stack[-1]) <= at
+        ):
             return 0
         for k, s in enumerate(reversed(self.stack)):
             if s.type == "LBRACE" and self.indent(s) <= at:

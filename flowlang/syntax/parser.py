@@ -240,7 +240,9 @@ class _Parser:
         if token.type == "SEP":
             where = Span(self.source, max(token.start_pos - 1, 0), token.start_pos)
         return Diagnostic(
-            "FL0101", f"{found} stands where {_wanted(expected)} is needed", where,
+            "FL0101",
+            f"{found} stands where {_wanted(expected)} is needed",
+            where,
             suggestion=habit or _hint(expected, token),
         )
 

@@ -171,5 +171,3 @@ def scan(text: str) -> Iterator[Token]:
         kind = found.lastgroup
         if kind is not None and kind not in ignored:
             yield Token(kind, found.group(), found.start(), found.end())
-
-

@@ -317,7 +317,19 @@ class Declaration(Node):
 
 
 Statement = (
-    Bind | ExprStatement | Declare | Base | Emit | Require | Import | If | Repeat | For | Scan | Tableau | Invalid
+    Bind
+    | ExprStatement
+    | Declare
+    | Base
+    | Emit
+    | Require
+    | Import
+    | If
+    | Repeat
+    | For
+    | Scan
+    | Tableau
+    | Invalid
     | Declaration
 )
 

@@ -129,7 +129,9 @@ def read_table(
         else:
             raise refuse("FL0801", f"`{path.suffix}` files are not read", "give a .npy, .npz, .csv or .parquet file")
     except OSError as e:
-        raise refuse("FL0801", f"`{path}` cannot be read: {e.strerror or e}", suggestion="check the path and its permissions") from None
+        raise refuse(
+            "FL0801", f"`{path}` cannot be read: {e.strerror or e}", suggestion="check the path and its permissions"
+        ) from None
     return from_columns(path, names, cells, choice, recipe, seed)
 
 
@@ -180,7 +182,9 @@ def from_archive(path: Path, choice: Choice, recipe: Recipe | None) -> Table:
     if isinstance(archive, np.ndarray):
         raise refuse("FL0801", f"`{path}` holds a single array", "name it .npy")
     if choice.onehot or choice.dequantise:
-        raise refuse("FL0804", "the arrays of an .npz file are taken as they are", "prepare them there, or use a .csv file")
+        raise refuse(
+            "FL0804", "the arrays of an .npz file are taken as they are", "prepare them there, or use a .csv file"
+        )
     names = list(archive.files)
     columns = choice.columns or (recipe.columns if recipe is not None else ())
     given = choice.given or (recipe.given if recipe is not None else {})
@@ -201,7 +205,11 @@ def from_archive(path: Path, choice: Choice, recipe: Recipe | None) -> Table:
             )
         out[name] = rows_of(numeric(read_array(archive, wanted, path), f"`{wanted}`"))
         if len(out[name]) != len(x):
-            raise refuse("FL0802", f"`{wanted}` has {len(out[name])} samples, and the data {len(x)}", suggestion="give one row of context for each sample")
+            raise refuse(
+                "FL0802",
+                f"`{wanted}` has {len(out[name])} samples, and the data {len(x)}",
+                suggestion="give one row of context for each sample",
+            )
     return Table(x, out, Recipe((key,), {k: tuple(v) or (k,) for k, v in given.items()}))
 
 
@@ -209,7 +217,9 @@ def read_array(archive: Any, name: str, path: Path) -> Any:
     try:
         return archive[name]
     except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as e:
-        raise refuse("FL0801", f"`{name}` in `{path}` is not readable: {e}", "save it without pickled objects") from None
+        raise refuse(
+            "FL0801", f"`{name}` in `{path}` is not readable: {e}", "save it without pickled objects"
+        ) from None
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -246,7 +256,11 @@ def read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
     try:
         table = parquet.read_table(path)
     except Exception as e:
-        raise refuse("FL0801", f"`{path}` is not a readable Parquet file: {e}", suggestion="write it anew, as by `DataFrame.to_parquet`") from None
+        raise refuse(
+            "FL0801",
+            f"`{path}` is not a readable Parquet file: {e}",
+            suggestion="write it anew, as by `DataFrame.to_parquet`",
+        ) from None
     return list(table.column_names), [table.column(n).to_pylist() for n in table.column_names]
 
 
@@ -277,7 +291,9 @@ def to_numbers(name: str, cells: Sequence[Any]) -> Array:
         raise refuse_missing(name, [k + 1 for k in missing])
     if not np.isfinite(out).all():
         k = int(np.flatnonzero(~np.isfinite(out))[0])
-        raise refuse("FL0802", f"column `{name}` is infinite in row {k + 1}", suggestion="remove that row or correct it")
+        raise refuse(
+            "FL0802", f"column `{name}` is infinite in row {k + 1}", suggestion="remove that row or correct it"
+        )
     return out
 
 

@@ -201,12 +201,28 @@ def topics(rng: np.random.Generator, window: int = 32) -> Dataset:
     letters = np.array([LETTERS.index(c) for c in " ".join(whole.split())])
     starts = rng.permutation(np.arange(0, len(letters) - window, 8))
     rows = letters[starts[:, None] + np.arange(window)]
-    return Dataset({f"c{k}": rows[:, k] for k in range(window)}, f"each a letter of {LETTERS!r}; windows overlap, so held-out ones are near to others")
+    return Dataset(
+        {f"c{k}": rows[:, k] for k in range(window)},
+        f"each a letter of {LETTERS!r}; windows overlap, so held-out ones are near to others",
+    )
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     f.__name__: f
-    for f in (moons, spirals, checkerboard, weather, diamonds, flights, delays, cells, digits, digits_flat, digits_labelled, topics)
+    for f in (
+        moons,
+        spirals,
+        checkerboard,
+        weather,
+        diamonds,
+        flights,
+        delays,
+        cells,
+        digits,
+        digits_flat,
+        digits_labelled,
+        topics,
+    )
 }
 
 

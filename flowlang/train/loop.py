@@ -174,10 +174,18 @@ def train_energy(
 
 def run(flow: Flow, problem: Problem, out: str | Path, o: Options, meta: dict[str, Any] | None) -> Result:
     if not any(p.requires_grad for p in flow.parameters()):
-        raise FlowError(Diagnostic("FL0804", "this flow has no parameters to train", suggestion="score and sample with it as it is: `flowlang score`, `flowlang sample`"))
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                "this flow has no parameters to train",
+                suggestion="score and sample with it as it is: `flowlang score`, `flowlang sample`",
+            )
+        )
     with torch.random.fork_rng(devices=[]):
         fabric = make_fabric(o)
-        return Trainer(fabric, flow, problem, Path(out), o, {**(getattr(flow, "origin", None) or {}), **(meta or {})}).run()
+        return Trainer(
+            fabric, flow, problem, Path(out), o, {**(getattr(flow, "origin", None) or {}), **(meta or {})}
+        ).run()
 
 
 class Interrupts:
@@ -233,14 +241,22 @@ class Trainer:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
             except OSError as e:
-                raise FlowError(Diagnostic("FL0801", f"`{self.out}` cannot be made: {e.strerror or e}", suggestion="choose a folder that can be written, with `-o`")) from None
+                raise FlowError(
+                    Diagnostic(
+                        "FL0801",
+                        f"`{self.out}` cannot be made: {e.strerror or e}",
+                        suggestion="choose a folder that can be written, with `-o`",
+                    )
+                ) from None
         if o.resume:
             self.restore()
         elif hasattr(self.flow, "begin"):
             self.flow.begin()
             self.best = self.weights()
         until = time.monotonic() + o.max_seconds if o.max_seconds else math.inf
-        bar = Bar(o, self.problem.unit, self.problem.batches, self.result.main, self.epoch * self.problem.batches + self.step)
+        bar = Bar(
+            o, self.problem.unit, self.problem.batches, self.result.main, self.epoch * self.problem.batches + self.step
+        )
         with Interrupts().heard() as interrupts, bar:
             if not self.result.history:
                 self.validate(math.nan)
@@ -285,7 +301,9 @@ class Trainer:
         self.fabric.backward(loss * weight)
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), o.clip if o.clip > 0 else math.inf)
         # One exchange tells every process what all of them saw, so that they take the same turn.
-        said = torch.tensor([float(loss.detach()) * weight, float(norm), float(asked), float(late)], dtype=torch.float64)
+        said = torch.tensor(
+            [float(loss.detach()) * weight, float(norm), float(asked), float(late)], dtype=torch.float64
+        )
         if self.world > 1:
             said = self.fabric.all_reduce(said, reduce_op="sum")
             said[0] /= self.world
@@ -402,7 +420,9 @@ class Trainer:
         }  # fmt: skip
         write_tensors(self.out / "last.safetensors", tensors, {**self.fixed, "progress": progress})
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(r.history[-1]) if r.history else ["epoch", "train", "validation"], restval="")
+        writer = csv.DictWriter(
+            text, list(r.history[-1]) if r.history else ["epoch", "train", "validation"], restval=""
+        )
         writer.writeheader()
         writer.writerows(r.history)
         replace_file(self.out / "history.csv", text.getvalue().encode())
@@ -460,7 +480,13 @@ def read_checkpoint(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     tensors, meta = read_tensors(path)
     if "progress" not in meta or "options" not in meta:
-        raise FlowError(Diagnostic("FL0803", f"`{path}` is no checkpoint of a run", suggestion="give the folder of an earlier `flowlang train`"))
+        raise FlowError(
+            Diagnostic(
+                "FL0803",
+                f"`{path}` is no checkpoint of a run",
+                suggestion="give the folder of an earlier `flowlang train`",
+            )
+        )
     return tensors, meta
 
 
@@ -501,7 +527,9 @@ class Bar:
     def say(self, last: dict[str, float]) -> None:
         if self.shown is not None:
             more = "".join(f", {k} {v:.4f}" for k, v in last.items() if k not in ("epoch", "train", "validation"))
-            self.shown.set_postfix_str(f"train {last['train']:.4f}, validation {last['validation']:.4f}{self.unit}{more}")
+            self.shown.set_postfix_str(
+                f"train {last['train']:.4f}, validation {last['validation']:.4f}{self.unit}{more}"
+            )
 
 
 __all__ = ["Options", "Result", "begun_with", "train", "train_energy"]

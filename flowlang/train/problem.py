@@ -105,7 +105,9 @@ class Likelihood:
             check_metrics(flow)
         self.size, self.seed, self.rows = batch, seed, rows
         part = table.take(rows)
-        whole = flow.types.get(data_name(flow), "").startswith("Int")  # whole numbers stay as they are: the flow dequantises
+        whole = flow.types.get(data_name(flow), "").startswith(
+            "Int"
+        )  # whole numbers stay as they are: the flow dequantises
         columns = table.columns if table.x.ndim == 2 else ()
         density = not self.own or "log_prob" in flow.programs  # a constant coordinate has none
         fit = (lambda x: Standardiser.fit(x, columns)) if density else Standardiser.fit_context
@@ -131,7 +133,9 @@ class Likelihood:
 
     def tensors(self, table: Table, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         x = torch.as_tensor(self.standard.apply(table.x)).to(dtype)
-        return x, {k: torch.as_tensor(self.given_standard[k].apply(table.given[k])).to(dtype) for k in self.flow.given_shapes}
+        return x, {
+            k: torch.as_tensor(self.given_standard[k].apply(table.given[k])).to(dtype) for k in self.flow.given_shapes
+        }
 
     def batch(self, epoch: int, step: int, rank: int, world: int) -> tuple[Sequence[Any], float, str]:
         """The rows of one process. Means are weighted so that the processes' average is the mean of the whole batch."""
@@ -152,7 +156,9 @@ class Likelihood:
         if self.rounded is None:
             return self.x[own]
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, step, 3))
-        noise = torch.rand(self.size, len(self.widths), dtype=torch.float64, generator=generator)[rank::world][: len(own)]
+        noise = torch.rand(self.size, len(self.widths), dtype=torch.float64, generator=generator)[rank::world][
+            : len(own)
+        ]
         x = self.rounded[own] + (noise - 0.5) * self.widths
         return torch.as_tensor(self.standard.apply(x.numpy())).to(self.x.dtype)
 
@@ -215,7 +221,11 @@ class Variational:
         if flow.given_shapes:
             name = next(iter(flow.given_shapes))
             raise FlowError(
-                Diagnostic("FL0804", f"the flow has the context `{name}`, and an energy is fitted without one", suggestion="fit a flow without `given`")
+                Diagnostic(
+                    "FL0804",
+                    f"the flow has the context `{name}`, and an energy is fitted without one",
+                    suggestion="fit a flow without `given`",
+                )
             )
         probe = energy(torch.zeros(2, *flow.data_shape, dtype=flow.like.dtype))
         if tuple(probe.shape) != (2,):
@@ -247,7 +257,9 @@ class Variational:
 
 
 @torch.no_grad()
-def importance(flow: Flow, energy: Callable[[Tensor], Tensor], *, count: int = 20_000, seed: int = 0) -> dict[str, float]:
+def importance(
+    flow: Flow, energy: Callable[[Tensor], Tensor], *, count: int = 20_000, seed: int = 0
+) -> dict[str, float]:
     """How well a flow q fits exp(-energy)/Z: log Z by importance sampling with q, and the effective sample size.
 
     `log_z` is consistent where q covers the target; `elbo` is a lower bound of it; `effective` is the fraction
@@ -278,7 +290,9 @@ def check_loss(model: Any) -> None:
     """A model is trained by its program `loss`, of its data (FL0804)."""
     if "loss" not in model.programs:
         raise FlowError(
-            Diagnostic("FL0804", "this model has no program `loss`, by which to train it", suggestion="as in `def loss { .. }`")
+            Diagnostic(
+                "FL0804", "this model has no program `loss`, by which to train it", suggestion="as in `def loss { .. }`"
+            )
         )
     for name in model.programs["loss"]:
         if name != model.data_name and name not in model.given_shapes:
@@ -344,7 +358,11 @@ def check_shapes(flow: Flow, table: Table) -> None:
         found = tuple(table.given[name].shape[1:])
         if found != tuple(shape):
             raise FlowError(
-                Diagnostic("FL0802", f"the context `{name}` has shape {found} in the data and {tuple(shape)} in the flow", suggestion="choose columns that fill it, or change the size in the spec")
+                Diagnostic(
+                    "FL0802",
+                    f"the context `{name}` has shape {found} in the data and {tuple(shape)} in the flow",
+                    suggestion="choose columns that fill it, or change the size in the spec",
+                )
             )
     for name in table.given:
         if name not in flow.given_shapes:

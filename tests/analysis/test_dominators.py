@@ -23,7 +23,9 @@ def test_dominators_agree_with_networkx() -> None:
         unknown = set(draw.sample(range(count), draw.randint(1, count)))
         targets = {n for n in unknown if not nodes[n].inputs or draw.random() < 0.2}
         stuck = draw.sample(range(count), draw.randint(1, count))
-        found = Inverter.dominators(SimpleNamespace(graph=nodes), SimpleNamespace(unknown=unknown, targets=targets), stuck)  # type: ignore[arg-type]
+        found = Inverter.dominators(
+            SimpleNamespace(graph=nodes), SimpleNamespace(unknown=unknown, targets=targets), stuck
+        )  # type: ignore[arg-type]
         g: nx.DiGraph[int] = nx.DiGraph()
         g.add_node(-1)
         for n in unknown | set(stuck):

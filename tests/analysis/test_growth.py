@@ -56,7 +56,9 @@ def test_analysis_does_not_grow_with_repeat() -> None:
 def test_code_does_not_grow_with_repeat() -> None:
     few, many = text(compiled(2)).splitlines(), text(compiled(90)).splitlines()
     assert len(few) == len(many)
-    assert all(a == b or a.replace("2", "90").split() == b.replace("2", "90").split() for a, b in zip(few, many, strict=True))
+    assert all(
+        a == b or a.replace("2", "90").split() == b.replace("2", "90").split() for a, b in zip(few, many, strict=True)
+    )
 
 
 @pytest.mark.slow

@@ -110,7 +110,19 @@ def test_the_table_of_card_097(call: str, scale: tuple[bool, ...], shift: tuple[
 
 
 TERMS = st.recursive(
-    st.sampled_from(["x", "mean[D](x)", "sqrt(var[D](x))", "abs(x)", "max(x, 0)", "relu(x)", "2", "sqrt(mean[B](x ^ 2))", "mean[B](x)"]),
+    st.sampled_from(
+        [
+            "x",
+            "mean[D](x)",
+            "sqrt(var[D](x))",
+            "abs(x)",
+            "max(x, 0)",
+            "relu(x)",
+            "2",
+            "sqrt(mean[B](x ^ 2))",
+            "mean[B](x)",
+        ]
+    ),
     lambda t: st.tuples(t, st.sampled_from(["+", "-", "*"]), t).map(lambda p: f"({p[0]} {p[1]} {p[2]})"),
     max_leaves=4,
 )

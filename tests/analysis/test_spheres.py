@@ -57,12 +57,16 @@ WRONG = {
 
 @pytest.mark.parametrize(("body", "code"), WRONG.values(), ids=WRONG)
 def test_is_refused(body: str, code: str) -> None:
-    found = fl.check(f"bijector b(x: R[D], p: Sphere[N, Q]) {{\n  {body}\n}}\nflow f {{\n  {DATA}\n  b\n  {ENDS}\n}}\n").errors
+    found = fl.check(
+        f"bijector b(x: R[D], p: Sphere[N, Q]) {{\n  {body}\n}}\nflow f {{\n  {DATA}\n  b\n  {ENDS}\n}}\n"
+    ).errors
     assert found, "accepted"
     assert found[0].code.startswith(code), found
 
 
-@pytest.mark.parametrize("ends", ["uniform_sphere, normal", "normal, normal", "normal, uniform(-1, 1)", "uniform_sphere, uniform_sphere"])
+@pytest.mark.parametrize(
+    "ends", ["uniform_sphere, normal", "normal, normal", "normal, uniform(-1, 1)", "uniform_sphere, uniform_sphere"]
+)
 def test_each_value_ends_where_it_lies(ends: str) -> None:
     found = fl.check(f"flow f {{\n  {DATA}\n  base {ends}\n}}\n").errors
     assert [e.code for e in found][:1] == ["FL0408"], found

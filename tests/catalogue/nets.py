@@ -36,7 +36,9 @@ def shaken(module: nn.Module, scale: float = 0.3, seed: int = 3) -> Any:
     return module
 
 
-def same_value_and_gradients(mine: nn.Module, other: Callable[[Tensor], Tensor], x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
+def same_value_and_gradients(
+    mine: nn.Module, other: Callable[[Tensor], Tensor], x: Tensor, pairs: list[tuple[Tensor, Tensor]]
+) -> None:
     """Equal results, gradients in x, and gradients of the paired parameters."""
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     first, second = mine(a), other(b)

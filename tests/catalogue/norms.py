@@ -61,7 +61,13 @@ def runs_in_onnx(call: str, path: Path, tolerance: float = 1e-5, **sizes: int) -
     module(x)  # running statistics away from their start
     module.eval()
     files = fl.export_onnx(module, str(path / "m.onnx"))
-    file = str(next(iter(files.values())) if isinstance(files, dict) else files[0] if isinstance(files, list | tuple) else files)
+    file = str(
+        next(iter(files.values()))
+        if isinstance(files, dict)
+        else files[0]
+        if isinstance(files, list | tuple)
+        else files
+    )
     (found,) = onnxruntime.InferenceSession(file).run(None, {"x": x.numpy()})
     assert np.allclose(found, module(x).detach().numpy(), rtol=tolerance, atol=tolerance)
     return {n.op_type for n in onnx.load(file).graph.node}

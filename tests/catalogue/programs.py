@@ -37,7 +37,9 @@ def same_in_onnx(
     for i in run.get_inputs():
         shape = [batch if d == "batch" else d for d in i.shape]
         if i.name in kinds:
-            feeds[i.name] = noise_like(kinds[i.name]["kind"], shape, generator, kinds[i.name].get("df")).astype(np.float32)
+            feeds[i.name] = noise_like(kinds[i.name]["kind"], shape, generator, kinds[i.name].get("df")).astype(
+                np.float32
+            )
         elif i.name == "batch_size":
             feeds[i.name] = np.array([batch], np.int64)
         else:

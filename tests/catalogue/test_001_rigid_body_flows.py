@@ -97,7 +97,9 @@ def test_1_the_convex_gradient_map_is_inverted() -> None:
     tangent = torch.randn(3, 4, dtype=torch.float64, generator=generator(4))
     tangent = tangent - z.detach() * (tangent * z.detach()).sum(-1, keepdim=True)
     h = 1e-6
-    moved = [f.inverse(torch.nn.functional.normalize(z.detach() + s * h * tangent, dim=-1), **given)[0] for s in (1, -1)]
+    moved = [
+        f.inverse(torch.nn.functional.normalize(z.detach() + s * h * tangent, dim=-1), **given)[0] for s in (1, -1)
+    ]
     numeric = ((moved[0] - moved[1]) / (2 * h) * direction).sum(-1)
     torch.testing.assert_close((slope * tangent).sum(-1), numeric, rtol=0, atol=1e-6)
 
@@ -286,7 +288,9 @@ def test_6_the_density_on_rotations_integrates_to_one() -> None:
 
     m = fl.compile("model m = boltzmann_generator(1, 2, 1, 2, 8, auxiliaries = false)\n", seed=0, dtype=torch.float64)
     m.load_state_dict({k.replace("rigid_couplings", "couplings", 1): v for k, v in f.state_dict().items()})
-    torch.testing.assert_close(m.log_prob_so3(r[:9], q[:9]), f.log_prob((r[:9], q[:9])) + math.log(2), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        m.log_prob_so3(r[:9], q[:9]), f.log_prob((r[:9], q[:9])) + math.log(2), rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("text", [FLOW, ICE], ids=["with auxiliaries", "without"])
@@ -376,7 +380,9 @@ def test_7_a_step_lowers_the_reverse_kl() -> None:
     m = fl.compile("model m = boltzmann_generator_tiny\n", seed=0)
     with torch.no_grad():
         found = float(m.ess((4096,), generator=generator(5)).mean())
-        q = torch.nn.functional.normalize(torch.randn(200_000, 4, 4, dtype=torch.float64, generator=generator()), dim=-1)
+        q = torch.nn.functional.normalize(
+            torch.randn(200_000, 4, 4, dtype=torch.float64, generator=generator()), dim=-1
+        )
         w = (-tetrahedron(q)).exp()  # the map begins near the identity
         assert abs(found / float(w.mean() ** 2 / w.square().mean()) - 1) < 0.3
         before = float(m.loss_energy((4096,), generator=generator(6)).mean())
@@ -421,8 +427,12 @@ def test_the_conditioner(rotations: bool, second: bool) -> None:
     """By its formulas: three groups of heads, squared logits of rotations (even in each), softmax over j, and zeros for an absent source."""
     n, heads, channels = 3, 2, 3
     given = ", y: R[N = 3, V = 6]" if second else ""
-    call = f"rigid_conditioner(1, {heads}, {channels}, rotations = {str(rotations).lower()})(x{', y' if second else ''})"
-    f = fl.compile(f"net n(x: R[N = 3, U = 4]{given}) {{ o: R[N, P = 5] = {call}\n o }}\n", flow="n", seed=0, dtype=torch.float64)
+    call = (
+        f"rigid_conditioner(1, {heads}, {channels}, rotations = {str(rotations).lower()})(x{', y' if second else ''})"
+    )
+    f = fl.compile(
+        f"net n(x: R[N = 3, U = 4]{given}) {{ o: R[N, P = 5] = {call}\n o }}\n", flow="n", seed=0, dtype=torch.float64
+    )
     f.requires_grad_(False)
     x = points(6, 4).reshape(2, 3, 4)
     y = torch.randn(2, 3, 6, dtype=torch.float64, generator=generator())
@@ -459,7 +469,9 @@ def test_the_conditioner(rotations: bool, second: bool) -> None:
 def test_published_counts() -> None:
     """The published checkpoint for 16 molecules (`experiments/ice_N16_T100`) holds 290,896 float32 numbers; counted by its layers too."""
 
-    def conditioner(n: int, sources: list[tuple[int, bool]], out: int, heads: int = 8, channels: int = 32, blocks: int = 2) -> int:
+    def conditioner(
+        n: int, sources: list[tuple[int, bool]], out: int, heads: int = 8, channels: int = 32, blocks: int = 2
+    ) -> int:
         width = 2 * heads * channels
         each = (n + 1) * width + sum((k + bias) * width for k, bias in sources) + (n + 1) * 3 * heads * n + 2 * n
         return blocks * each + 2 * n + (n + 1) * out

@@ -36,7 +36,9 @@ def audio(samples: int = 16, form: str = "full", bins: int = 0) -> Any:
 
 @cache
 def image(form: str = "full") -> Any:
-    text = f"flow f = nanoflow_glow(channels = 3, size = 4, levels = 2, depth = 2, width = 6, embed = 2, form = {form})\n"
+    text = (
+        f"flow f = nanoflow_glow(channels = 3, size = 4, levels = 2, depth = 2, width = 6, embed = 2, form = {form})\n"
+    )
     return moved(fl.compile(text, seed=0, dtype=torch.float64))
 
 
@@ -55,7 +57,9 @@ def slogdet(f: Any, x: Tensor) -> Tensor:
     return torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel()))[1]
 
 
-@pytest.mark.parametrize(("form", "bins"), [("full", 0), ("deployed", 0), ("decomp", 0), ("naive", 0), ("waveflow", 0), ("full", 5)])
+@pytest.mark.parametrize(
+    ("form", "bins"), [("full", 0), ("deployed", 0), ("decomp", 0), ("naive", 0), ("waveflow", 0), ("full", 5)]
+)
 def test_item_1_audio_inverse_and_log_det(form: str, bins: int) -> None:
     flow, x, c = audio(16, form, bins), normal(2, 16), normal(2, 3, 1, seed=1)
     z, log_det = flow(x, c=c)
@@ -209,7 +213,9 @@ def rows(n: int, g: torch.Generator) -> Tensor:
     for _ in range(7):
         p = x[-1]
         sign = torch.where(torch.rand(n, generator=g) < 0.5, -1.0, 1.0)
-        x.append(torch.sin(2 * p) + (0.2 + 0.8 * torch.sigmoid(2 * p)) * (0.9 * sign + 0.25 * torch.randn(n, generator=g)))
+        x.append(
+            torch.sin(2 * p) + (0.2 + 0.8 * torch.sigmoid(2 * p)) * (0.9 * sign + 0.25 * torch.randn(n, generator=g))
+        )
     return torch.stack(x, 1)
 
 

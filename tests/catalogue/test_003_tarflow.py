@@ -162,7 +162,9 @@ def test_item_4_guidance_keeps_the_keys_of_both_branches() -> None:
     x = images(3)
     assert flops(lambda: model.sample(x, y, 2 * one, 0.5 * one)) <= 2.2 * flops(lambda: model.encode(x, y))
     with tempfile.TemporaryDirectory() as folder:
-        paths = fl.export_onnx(fl.compile(MODEL.format(""), seed=0).eval(), Path(folder) / "m.onnx", programs=["sample"])
+        paths = fl.export_onnx(
+            fl.compile(MODEL.format(""), seed=0).eval(), Path(folder) / "m.onnx", programs=["sample"]
+        )
         graph = onnx.load(str(paths["sample"])).graph
     loops = [n for n in graph.node if n.op_type == "Loop"]
     assert len(loops) == 2
@@ -237,7 +239,12 @@ def test_item_6_equal_labels_make_guidance_a_no_op() -> None:
             if n.endswith("label"):
                 p.copy_(p[..., :1, :].expand_as(p) if p.shape[-2] == 3 else p)
         z = torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=generator(9))
-        made = [model.sample(z, torch.tensor([0, 1, 2]), torch.full((3,), w, dtype=torch.float64), torch.ones(3, dtype=torch.float64)) for w in (0.0, 1.5)]
+        made = [
+            model.sample(
+                z, torch.tensor([0, 1, 2]), torch.full((3,), w, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+            )
+            for w in (0.0, 1.5)
+        ]
     assert (made[0] - made[1]).abs().max() <= 1e-9
 
 
@@ -273,7 +280,9 @@ def moved(text: str) -> Any:
 def test_blocks_that_only_shift_keep_volume_and_follow_the_variance() -> None:
     model: Any = fl.compile("tarflow_shifts_tiny", seed=0, dtype=torch.float64)
     perturb(model, generator(3), 0.3)
-    quiet = moved("model m = tarflow_model(channels = 1, size = 8, blocks = 2, layers = 2, width = 32, head = 16, classes = 0, noise = 0, nvp = false)\n")
+    quiet = moved(
+        "model m = tarflow_model(channels = 1, size = 8, blocks = 2, layers = 2, width = 32, head = 16, classes = 0, noise = 0, nvp = false)\n"
+    )
     x, y, one = images(6), torch.full((6,), -1), torch.ones(6, dtype=torch.float64)
     (state,) = (n for n, _ in quiet.named_buffers() if n.endswith("variance"))
     variance = quiet.get_buffer(state)

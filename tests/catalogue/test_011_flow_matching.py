@@ -69,7 +69,9 @@ def test_item_1_rate_of_the_conditional_flow_is_its_field(name: str) -> None:
     a, b, s = (torch.randn(20, 1, dtype=F64, generator=generator(k)) for k in range(3))
     s = 0.02 + 0.96 * torch.sigmoid(s[:, 0])
     exact = sp.lambdify((t, x0, x1), field, "mpmath")
-    wanted = torch.tensor([float(exact(*v)) for v in zip(s.tolist(), a[:, 0].tolist(), b[:, 0].tolist(), strict=True)], dtype=F64)
+    wanted = torch.tensor(
+        [float(exact(*v)) for v in zip(s.tolist(), a[:, 0].tolist(), b[:, 0].tolist(), strict=True)], dtype=F64
+    )
     torch.testing.assert_close(model.velocity(b, a, s)[:, 0], wanted, rtol=1e-8, atol=1e-8)
 
 
@@ -122,7 +124,10 @@ def test_item_3_both_losses_have_one_gradient() -> None:
     often = torch.multinomial(weights, 64, replacement=True, generator=g)
     counts = torch.zeros_like(weights).scatter_add(1, often, torch.ones_like(often, dtype=F64)) / 64
     c = torch.autograd.grad((counts * (out[:, None] - each).square().mean(-1)).sum(-1).mean(), parameters)
-    assert torch.cat([(u - v).flatten() for u, v in zip(c, b, strict=True)]).norm() <= 0.01 * torch.cat([v.flatten() for v in b]).norm()
+    assert (
+        torch.cat([(u - v).flatten() for u, v in zip(c, b, strict=True)]).norm()
+        <= 0.01 * torch.cat([v.flatten() for v in b]).norm()
+    )
 
 
 def test_item_3_the_compiled_loss_is_the_conditional_one() -> None:
@@ -147,10 +152,16 @@ model one = flow_matching(v = towards(), solver = euler(steps = 1), path = PATH)
     ("path", "field", "exact"),
     [
         ("ot(sigma_min = 0.01)", "(mean - 0.99 * x) / (1 - 0.99 * t)", True),
-        ("vp", "-0.5 * (0.1 + 19.9 * (1 - t)) * exp(-0.5 * T) / (1 - exp(-T) + 1e-6) * (exp(-0.5 * T) * x - mean)", False),
+        (
+            "vp",
+            "-0.5 * (0.1 + 19.9 * (1 - t)) * exp(-0.5 * T) / (1 - exp(-T) + 1e-6) * (exp(-0.5 * T) * x - mean)",
+            False,
+        ),
     ],
 )
-def test_item_4_one_data_point_is_reached_in_one_step_on_straight_paths_alone(path: str, field: str, exact: bool) -> None:
+def test_item_4_one_data_point_is_reached_in_one_step_on_straight_paths_alone(
+    path: str, field: str, exact: bool
+) -> None:
     body = f"T = 0.1 * (1 - t) + 9.95 * (1 - t) ^ 2\n {field}" if "T" in field else field
     model: Any = fl.compile(SINGLE.replace("FIELD", body).replace("PATH", path), D=3, dtype=F64)
     x0 = torch.randn(6, 3, dtype=F64, generator=generator(4))
@@ -163,7 +174,9 @@ def test_item_4_one_data_point_is_reached_in_one_step_on_straight_paths_alone(pa
 
 @cache
 def gaussian(solver: str) -> Any:
-    return fl.compile(GAUSSIAN + f"model g = flow_matching(v = exact(), path = cond_ot, solver = {solver})", D=1, dtype=F64)
+    return fl.compile(
+        GAUSSIAN + f"model g = flow_matching(v = exact(), path = cond_ot, solver = {solver})", D=1, dtype=F64
+    )
 
 
 def test_item_5_the_best_field_of_gaussian_data_is_affine_and_gives_the_data_back() -> None:
@@ -195,7 +208,9 @@ def test_item_6_density_of_an_affine_field_is_the_gaussian() -> None:
 
 def test_item_7_half_the_step_is_a_sixteenth_of_the_error() -> None:
     def end(steps: int) -> Tensor:
-        text = GAUSSIAN + f"model g = flow_matching(v = exact(scale = 2), path = cond_ot, solver = rk4(steps = {steps}))"
+        text = (
+            GAUSSIAN + f"model g = flow_matching(v = exact(scale = 2), path = cond_ot, solver = rk4(steps = {steps}))"
+        )
         return fl.compile(text, D=1, dtype=F64).sample((64,), generator=generator(7))
 
     exact = end(800)
@@ -228,7 +243,11 @@ def test_onnx_velocity_sampler_and_density(tmp_path: Path) -> None:
 
 
 def test_the_library_model_trains_a_step_and_vp_and_ve_compile() -> None:
-    for arguments in ("", "path = vp, last = 0.99999, solver = rk4(steps = 4)", "path = ve, noise = 50, solver = rk4(steps = 4)"):
+    for arguments in (
+        "",
+        "path = vp, last = 0.99999, solver = rk4(steps = 4)",
+        "path = ve, noise = 50, solver = rk4(steps = 4)",
+    ):
         model: Any = fl.compile(f"model m = flow_matching({arguments})", D=2, seed=0)
         x = torch.randn(16, 2, generator=generator(12))
         before = [p.clone() for p in model.parameters()]

@@ -244,7 +244,10 @@ def test_8_the_evidence_bound_is_the_formula() -> None:
     model: Any = fl.compile("latent_ode_tiny", T=5, S=5, seed=0, dtype=torch.float64)
     assert sum(p.numel() for p in model.parameters()) == 1_654  # as torchdiffeq's example
     g = torch.Generator().manual_seed(0)
-    x, s = torch.randn(3, 5, 2, dtype=torch.float64, generator=g), torch.rand(3, 5, dtype=torch.float64, generator=g).sort(-1).values
+    x, s = (
+        torch.randn(3, 5, 2, dtype=torch.float64, generator=g),
+        torch.rand(3, 5, dtype=torch.float64, generator=g).sort(-1).values,
+    )
     e = torch.randn(3, 4, dtype=torch.float64, generator=g)
     with replayed(model, [e], []):
         found = model._run_loss(x, s)
@@ -263,7 +266,9 @@ def test_8_the_evidence_bound_is_the_formula() -> None:
     place = s * 200
     low = place.floor().long().clamp(max=199)
     dense = torch.stack(path, 1)
-    at = torch.lerp(*(dense.gather(1, (low + k)[..., None].expand(-1, -1, 4)) for k in (0, 1)), (place - low)[..., None])
+    at = torch.lerp(
+        *(dense.gather(1, (low + k)[..., None].expand(-1, -1, 4)) for k in (0, 1)), (place - low)[..., None]
+    )
     likelihood = torch.distributions.Normal(model.decode(at), 0.3).log_prob(x).sum((1, 2))
     assert torch.allclose(found, kl - likelihood, rtol=0, atol=1e-3)
 
@@ -273,7 +278,9 @@ def test_the_latent_ode_exports(tmp_path: Path) -> None:
 
     model: Any = fl.compile("latent_ode_tiny", T=6, S=4, seed=0)
     g = torch.Generator().manual_seed(0)
-    same_in_onnx(model, "predict", tmp_path, torch.randn(5, 6, 2, generator=g), torch.rand(5, 4, generator=g), tolerance=1e-4)
+    same_in_onnx(
+        model, "predict", tmp_path, torch.randn(5, 6, 2, generator=g), torch.rand(5, 4, generator=g), tolerance=1e-4
+    )
 
 
 # ---- ODE-Net --------------------------------------------------------------------------------------
@@ -336,4 +343,6 @@ def test_the_ode_net_exports(solver: str, tmp_path: Path) -> None:
     from tests.catalogue.programs import same_in_onnx
 
     model: Any = fl.compile(f"model o = odenet(odenet_logits(8, solver = {solver}))", H=8, W=8, seed=0)
-    same_in_onnx(model, "logits", tmp_path, torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), tolerance=1e-4)
+    same_in_onnx(
+        model, "logits", tmp_path, torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)), tolerance=1e-4
+    )

@@ -248,8 +248,12 @@ def test_onnx(tmp_path: Path) -> None:
 
 def test_the_layer_alone() -> None:
     """`inv_conv_layer`, a net: the same solve as the bijector's, and its own gradient by finite differences."""
-    layer: Any = fl.compile("net n(x: R[C = 2, H = 4, W = 4]) { inv_conv_layer(x) }\n", flow="n", seed=0, dtype=torch.float64)
-    flow: Any = fl.compile("flow f {\n data x: R[C = 2, H = 4, W = 4]\n inv_conv\n base normal\n}\n", seed=0, dtype=torch.float64)
+    layer: Any = fl.compile(
+        "net n(x: R[C = 2, H = 4, W = 4]) { inv_conv_layer(x) }\n", flow="n", seed=0, dtype=torch.float64
+    )
+    flow: Any = fl.compile(
+        "flow f {\n data x: R[C = 2, H = 4, W = 4]\n inv_conv\n base normal\n}\n", seed=0, dtype=torch.float64
+    )
     with torch.no_grad():
         for a, b in zip(layer.parameters(), flow.parameters(), strict=True):
             a.copy_(b + 0.1)

@@ -35,7 +35,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @cache
 def sampler(chain: str, target: str, dtype: torch.dtype = F64) -> Any:
-    return fl.compile(ENERGIES + f"bijector c(x: R[D]) {{ {chain} }}\nmodel s = snf_sampler(c, {target})", flow="s", D=2, seed=0, dtype=dtype)
+    return fl.compile(
+        ENERGIES + f"bijector c(x: R[D]) {{ {chain} }}\nmodel s = snf_sampler(c, {target})",
+        flow="s",
+        D=2,
+        seed=0,
+        dtype=dtype,
+    )
 
 
 @cache
@@ -61,7 +67,9 @@ def slope(u: Any, x: Tensor) -> Tensor:
 def test_item_1_without_kernels_it_is_a_flow_s_importance_weight() -> None:
     chain = "snf_steps(shallow, blocks = 2, kernels = 0, hidden = [8])"
     model: Any = fl.compile(ENERGIES + f"model s = snf_sampler({chain}, shallow)", flow="s", D=2, seed=0, dtype=F64)
-    flow: Any = fl.compile(ENERGIES + "flow f = snf(shallow, blocks = 2, kernels = 0, hidden = [8])", flow="f", seed=0, dtype=F64)
+    flow: Any = fl.compile(
+        ENERGIES + "flow f = snf(shallow, blocks = 2, kernels = 0, hidden = [8])", flow="f", seed=0, dtype=F64
+    )
     with torch.no_grad():
         for p, q in zip(model.parameters(), flow.parameters(), strict=True):
             p.add_(0.3 * torch.randn(p.shape, dtype=F64, generator=generator(p.numel())))
@@ -73,7 +81,9 @@ def test_item_1_without_kernels_it_is_a_flow_s_importance_weight() -> None:
 @pytest.mark.parametrize("steps", ["overdamped_langevin(harmonic, 0.3)", "metropolis(harmonic, 0.8)"])
 def test_item_2_mean_weights_of_a_gaussian(steps: str) -> None:
     """E_path[w] = Z_X / Z_Z, which is 1 for a kernel that starts in its own stationary density; Z_X alone here."""
-    _, log_w = sampler(f"y = {steps}(x)\n {steps}(y)", "harmonic").sample_with_weights((200_000,), generator=generator(1))
+    _, log_w = sampler(f"y = {steps}(x)\n {steps}(y)", "harmonic").sample_with_weights(
+        (200_000,), generator=generator(1)
+    )
     assert abs(float(log_mean_exp(log_w).exp()) / (2 * math.pi) - 1) < 0.02
 
 
@@ -90,7 +100,9 @@ def test_item_4_metropolis_weights_are_rises_of_energy() -> None:
     y, gain = kernel("metropolis(shallow, 0.6)").go(x, generator=generator(3))
     moved = (y != x).any(-1)
     assert 0.2 < float(moved.double().mean()) < 0.95
-    assert (gain[moved] - (shallow(y) - shallow(x))[moved]).abs().max() < 1e-12  # the noise's own densities cancel to rounding
+    assert (
+        gain[moved] - (shallow(y) - shallow(x))[moved]
+    ).abs().max() < 1e-12  # the noise's own densities cancel to rounding
     assert (gain[~moved] == 0).all()
 
 
@@ -105,7 +117,9 @@ def test_item_4_metropolis_keeps_its_density() -> None:
 def test_item_5_underdamped_weights_are_ratios_of_joint_densities() -> None:
     dt, γ, m, kT = 0.1, 0.7, 1.5, 1.2
     x = normal(100, 4)
-    y, gain = kernel(f"langevin(springs, {dt}, friction = {γ}, mass = {m}, temperature = {kT})", 4).go(x, generator=generator(5))
+    y, gain = kernel(f"langevin(springs, {dt}, friction = {γ}, mass = {m}, temperature = {kT})", 4).go(
+        x, generator=generator(5)
+    )
 
     def force(q: Tensor) -> Tensor:
         return -(q**3 + 1)
@@ -167,7 +181,13 @@ def test_item_7_normalisers_of_untrained_samplers(chain: str) -> None:
 def test_item_8_kernels_alone_are_annealed_importance_sampling() -> None:
     """Given the noises the states are equal bit by bit; the weight, a telescope of the same terms in another order, to rounding."""
     T = 4
-    chain = "\n".join(f" x{T - k} = metropolis(annealed(shallow, {1 - k / T}), 0.5)({'x' if k == 0 else f'x{T - k + 1}'})" for k in range(T)) + "\n x1"
+    chain = (
+        "\n".join(
+            f" x{T - k} = metropolis(annealed(shallow, {1 - k / T}), 0.5)({'x' if k == 0 else f'x{T - k + 1}'})"
+            for k in range(T)
+        )
+        + "\n x1"
+    )
     model = sampler(chain, "shallow")
     g = generator(9)
     z = torch.randn(300, 2, dtype=F64, generator=g)
@@ -216,7 +236,10 @@ def test_the_published_sampler() -> None:
 
 @pytest.mark.parametrize(
     ("chain", "target"),
-    [("y = metropolis(shallow, 0.4)(x)\n affine_coupling(y, net = mlp(8))", "shallow"), ("y = overdamped_langevin(shallow, 0.05)(x)\n affine_coupling(y, net = mlp(8))", "shallow")],
+    [
+        ("y = metropolis(shallow, 0.4)(x)\n affine_coupling(y, net = mlp(8))", "shallow"),
+        ("y = overdamped_langevin(shallow, 0.05)(x)\n affine_coupling(y, net = mlp(8))", "shallow"),
+    ],
 )
 def test_onnx_samples_with_weights(chain: str, target: str, tmp_path: Path) -> None:
     same_in_onnx(sampler(chain, target, torch.float32), "sample_with_weights", tmp_path, tolerance=1e-4)
@@ -229,7 +252,10 @@ def test_onnx_underdamped_step(tmp_path: Path) -> None:
 
 def test_velocities_beside_positions() -> None:
     """A flow of positions whose kernels move velocities too: its weights have the normaliser of the energy."""
-    text = ENERGIES + "flow f {\n data x: R[D = 2]\n with_velocities\n langevin(still, 0.2)\n langevin(still, 0.2)\n base normal\n}\nnet still(q: R[D]) -> R { sum[D](q ^ 2) / 2 }"
+    text = (
+        ENERGIES
+        + "flow f {\n data x: R[D = 2]\n with_velocities\n langevin(still, 0.2)\n langevin(still, 0.2)\n base normal\n}\nnet still(q: R[D]) -> R { sum[D](q ^ 2) / 2 }"
+    )
     flow: Any = fl.compile(text, flow="f", dtype=F64)
     with torch.no_grad():
         x, log_q = flow.sample_and_log_prob((100_000,), generator=generator(13))

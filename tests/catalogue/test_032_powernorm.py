@@ -151,7 +151,9 @@ def test_group_scaling_divides_by_the_group_s_root_mean_square() -> None:
     assert torch.allclose(module(x), norm("power_norm_v()", C=8)(norm("group_scaling(2)", C=8)(x)), atol=1e-6)
 
 
-@pytest.mark.parametrize("call", ["power_norm(warmup = 0)", "power_norm(warmup = 0, group = 0)", "power_norm_v()", "group_scaling()"])
+@pytest.mark.parametrize(
+    "call", ["power_norm(warmup = 0)", "power_norm(warmup = 0, group = 0)", "power_norm_v()", "group_scaling()"]
+)
 def test_onnx(call: str, tmp_path: Path) -> None:
     runs_in_onnx(call, tmp_path, C=8, T=3)
 

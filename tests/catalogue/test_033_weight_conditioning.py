@@ -24,7 +24,9 @@ WIDE = torch.float64
 
 def used(weight: Tensor) -> Tensor:
     """What a linear layer makes of a weight: its results on the unit vectors."""
-    module = net(f"linear[D -> E = {weight.shape[0]}](x, bias = false, weight = weight_conditioning)", D=weight.shape[1])
+    module = net(
+        f"linear[D -> E = {weight.shape[0]}](x, bias = false, weight = weight_conditioning)", D=weight.shape[1]
+    )
     with torch.no_grad():
         next(module.parameters()).copy_(weight)
     found: Tensor = module(torch.eye(weight.shape[1], dtype=WIDE)).T
@@ -120,14 +122,23 @@ def test_7_the_gauss_newton_matrix_is_better_conditioned() -> None:
                     for p in weights:
                         p.div_(p.norm(dim=1, keepdim=True))
                 torch.testing.assert_close(module(x), scaled(6, seed)[0](x))
-            rows = [torch.cat([g.flatten() for g in torch.autograd.grad(y, weights, retain_graph=True)]) for y in module(x)[:, 0]]
+            rows = [
+                torch.cat([g.flatten() for g in torch.autograd.grad(y, weights, retain_graph=True)])
+                for y in module(x)[:, 0]
+            ]
             s = torch.linalg.svdvals(torch.stack(rows))
             s = s[s > 1e-11 * s[0]]
             found.append(float((s[0] / s[-1]) ** 2))
         assert found[0] <= found[1] / 10, found
 
 
-@pytest.mark.parametrize("body", ["conv(x, 4, kernel = 3, weight = weight_conditioning)", "linear[D -> E = 3](x[(C, H, W) -> D], weight = weight_conditioning(columns = true))"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "conv(x, 4, kernel = 3, weight = weight_conditioning)",
+        "linear[D -> E = 3](x[(C, H, W) -> D], weight = weight_conditioning(columns = true))",
+    ],
+)
 def test_8_exported_weights_are_folded(body: str, tmp_path: Path) -> None:
     """Item 8: constants in the model, and no numbers more than without."""
     module = net(body, torch.float32, C=3, H=6, W=6)
@@ -135,7 +146,9 @@ def test_8_exported_weights_are_folded(body: str, tmp_path: Path) -> None:
     found, ops = in_onnx(module, x, tmp_path)
     torch.testing.assert_close(torch.as_tensor(found), module(x).detach(), rtol=1e-5, atol=1e-6)
     assert not {"Sqrt", "Div", "ReduceSum", "Pow"} & set(ops)
-    plain = body.replace(", weight = weight_conditioning(columns = true)", "").replace(", weight = weight_conditioning", "")
+    plain = body.replace(", weight = weight_conditioning(columns = true)", "").replace(
+        ", weight = weight_conditioning", ""
+    )
     assert count(module) == count(net(plain, torch.float32, C=3, H=6, W=6))
 
 

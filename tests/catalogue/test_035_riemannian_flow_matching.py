@@ -98,7 +98,9 @@ def icosahedron() -> tuple[np.ndarray, np.ndarray]:
     points = points / np.linalg.norm(points[0])
     edge = min(np.linalg.norm(points[0] - p) for p in points[1:])
     near = lambda i, j: abs(np.linalg.norm(points[i] - points[j]) - edge) < 1e-6  # noqa: E731
-    faces = [f for f in itertools.combinations(range(12), 3) if all(near(i, j) for i, j in itertools.combinations(f, 2))]
+    faces = [
+        f for f in itertools.combinations(range(12), 3) if all(near(i, j) for i, j in itertools.combinations(f, 2))
+    ]
     return points, np.array(faces)
 
 
@@ -146,7 +148,11 @@ def mesh(steps: int = 100, kind: str = "biharmonic", dtype: Any = F64) -> Any:
     rates, functions = eigenfunctions(points, faces, 10)
     weights = {"biharmonic": 1 / rates**2, "commute": 1 / rates, "diffusion": np.exp(-2 * 0.1 * rates)}[kind]
     with torch.no_grad():
-        for name, value in (("near.corners", points[faces]), ("features.values", functions[faces]), ("features.weights", weights)):
+        for name, value in (
+            ("near.corners", points[faces]),
+            ("features.values", functions[faces]),
+            ("features.weights", weights),
+        ):
             model.get_buffer(name).copy_(torch.as_tensor(value))
     return model
 
@@ -184,7 +190,10 @@ def test_item_1_on_a_mesh_the_error_halves_with_the_steps() -> None:
     points, faces = icosahedron()
     rng = np.random.default_rng(3)
     face = rng.integers(0, 20, 12)
-    x0, x1 = (torch.as_tensor(np.einsum("nk,nkd->nd", rng.dirichlet((1, 1, 1), 12) / 2 + 1 / 6, points[faces[face]])) for _ in range(2))
+    x0, x1 = (
+        torch.as_tensor(np.einsum("nk,nkd->nd", rng.dirichlet((1, 1, 1), 12) / 2 + 1 / 6, points[faces[face]]))
+        for _ in range(2)
+    )
     at = torch.full((12,), 0.6, dtype=F64)
 
     def errors(steps: int) -> Tensor:
@@ -253,7 +262,9 @@ def test_item_5_the_field_is_tangent_and_does_not_see_the_normal_part() -> None:
 def test_item_6_samples_stay_on_the_manifold(solver: str) -> None:
     ball: Any = fl.compile(f"model m = rfm(v = tmlp(16, 3), solver = {solver}(steps = 10))", D=3, seed=1)
     assert (ball.sample((50,), generator=generator(16)).norm(dim=-1) - 1).abs().max() <= 1e-6
-    ring: Any = fl.compile(f"model m = rfm_torus(v = tmlp(16, 3, 2), solver = {solver}(torus_project, steps = 10))", D=2, seed=1)
+    ring: Any = fl.compile(
+        f"model m = rfm_torus(v = tmlp(16, 3, 2), solver = {solver}(torus_project, steps = 10))", D=2, seed=1
+    )
     found = ring.sample((50,), generator=generator(17))
     assert ((found >= 0) & (found < 2 * math.pi)).all()
 
@@ -326,7 +337,9 @@ def test_it_learns_two_spots() -> None:
     poles = torch.tensor([[0.0, 0, 1], [1, 0, 0]])
     optimizer, g = torch.optim.Adam(model.parameters(), lr=1e-2), generator(30)
     for _ in range(150):
-        data = torch.nn.functional.normalize(poles[torch.randint(2, (256,), generator=g)] + 0.2 * torch.randn(256, 3, generator=g), dim=-1)
+        data = torch.nn.functional.normalize(
+            poles[torch.randint(2, (256,), generator=g)] + 0.2 * torch.randn(256, 3, generator=g), dim=-1
+        )
         optimizer.zero_grad()
         model.loss(data, generator=g).backward()
         optimizer.step()
@@ -338,7 +351,10 @@ def test_it_learns_two_spots() -> None:
 
 
 def test_onnx(tmp_path: Path) -> None:
-    for name, dim in (("rfm(v = tmlp(16, 3), solver = projx_euler(steps = 4))", 3), ("rfm_torus(v = tmlp(16, 3, 2), solver = projx_midpoint(torus_project, steps = 4))", 2)):
+    for name, dim in (
+        ("rfm(v = tmlp(16, 3), solver = projx_euler(steps = 4))", 3),
+        ("rfm_torus(v = tmlp(16, 3, 2), solver = projx_midpoint(torus_project, steps = 4))", 2),
+    ):
         model: Any = fl.compile(f"model m = {name}", D=dim, seed=0)
         x0 = (on_sphere(5, 40) if dim == 3 else angles(5, 40)).float()
         x1 = (on_sphere(5, 41) if dim == 3 else angles(5, 41)).float()

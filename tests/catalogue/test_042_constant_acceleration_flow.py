@@ -94,8 +94,12 @@ def test_item_3_with_alpha_one_it_is_rectified_flow() -> None:
     x0, x1 = pairs()
     found = caf.velocity_loss(x0, x1, generator=generator(2))
     assert abs(found - matching.loss(x1, x0, generator=generator(2))) <= 1e-7
-    straight = ORACLE.replace("(1 - t) * 3 * x + t * 1.5 * (x - 1)", "x + 1 + 0 * t").replace("2 * (v0 / 3 + 1) - 2 * v0 +", "0 * v0 +")
-    exact: Any = fl.compile(straight + "model m = caf(v = oracle_velocity(), a = oracle_acceleration(), alpha = 1)", D=3, dtype=F64)
+    straight = ORACLE.replace("(1 - t) * 3 * x + t * 1.5 * (x - 1)", "x + 1 + 0 * t").replace(
+        "2 * (v0 / 3 + 1) - 2 * v0 +", "0 * v0 +"
+    )
+    exact: Any = fl.compile(
+        straight + "model m = caf(v = oracle_velocity(), a = oracle_acceleration(), alpha = 1)", D=3, dtype=F64
+    )
     assert exact.acceleration_loss(x0, x1, generator=generator(3)) <= 1e-14  # no acceleration is the target
 
 

@@ -45,7 +45,9 @@ def test_item_2_shift_and_scale_of_a_case_and_of_the_weights() -> None:
 
 
 def test_item_3_one_row_of_the_weights_matters() -> None:
-    layer = fl.compile("net f(x: R[K]) { layer_norm()(linear[K -> D = 8](x, bias = false)) }", flow="f", K=5, dtype=torch.float64)
+    layer = fl.compile(
+        "net f(x: R[K]) { layer_norm()(linear[K -> D = 8](x, bias = false)) }", flow="f", K=5, dtype=torch.float64
+    )
     x = data(6, 5)
     y = layer(x)
     with torch.no_grad():
@@ -83,9 +85,14 @@ def test_item_7_is_torch_s_layer_and_onnx_s(call: str, sizes: dict[str, int], tm
     same(module, other, data(6, *sizes.values()))
     x, shape = data(6, *sizes.values()), list(sizes.values())
     node = onnx.helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"], axis=1, epsilon=1e-5)
-    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", [6, *shape]), ("g", shape), ("b", shape))]
+    info = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s)
+        for n, s in (("x", [6, *shape]), ("g", shape), ("b", shape))
+    ]
     out = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [6, *shape])]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", info, out), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", info, out), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9
+    )
     feeds = {"x": x, "g": m.gamma.detach(), "b": m.beta.detach()}
     session = onnxruntime.InferenceSession(model.SerializeToString())
     found = session.run(None, {k: v.float().numpy() for k, v in feeds.items()})[0]

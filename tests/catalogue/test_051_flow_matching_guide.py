@@ -53,7 +53,9 @@ net exact(path: path = cond_ot, mean: real = 0.7, scale: real = 0.4) (x: R[D], t
 @cache
 def gaussian(path: str, solver: str = "midpoint(steps = 200)", change: bool = False) -> Any:
     inner = f"schedule_change(exact(), {path})" if change else f"exact({path})"
-    text = GAUSSIAN + f"""
+    text = (
+        GAUSSIAN
+        + f"""
     model g(v: net = {inner}, path: path = {path}) {{
       data x1: R[D = 1]
       def levels(t: Interval(0.001, 0.999)) {{ path.alpha(t), path.sigma(t), path.alpha_rate(t), path.sigma_rate(t) }}
@@ -70,6 +72,7 @@ def gaussian(path: str, solver: str = "midpoint(steps = 200)", change: bool = Fa
         normal.log_prob(z) + log_det
       }}
     }}"""
+    )
     return fl.compile(text, dtype=F64)
 
 
@@ -91,7 +94,9 @@ def test_item_2_gaussian_data_come_back_and_predictions_turn_round(path: str) ->
     alpha, sigma = (v[:, None] for v in levels(path, t))
     u = m.velocity(x, t)
     data = m.data_of(x, u, t)
-    torch.testing.assert_close(data, 0.7 + alpha * 0.16 / (alpha**2 * 0.16 + sigma**2) * (x - 0.7 * alpha), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        data, 0.7 + alpha * 0.16 / (alpha**2 * 0.16 + sigma**2) * (x - 0.7 * alpha), rtol=1e-5, atol=1e-5
+    )
     score = m.score_of(x, data, t)
     torch.testing.assert_close(score, -(x - 0.7 * alpha) / (alpha**2 * 0.16 + sigma**2), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(m.velocity_of(x, m.noise_of(x, score, t), t), u, rtol=1e-5, atol=1e-5)
@@ -109,7 +114,10 @@ def test_item_3_another_schedule_follows_the_same_flow(path: str) -> None:
     start = sum(levels(path, torch.zeros(1, dtype=F64)))
     at = levels(path, torch.tensor([0.95], dtype=F64))
     scale, time = sum(at), float(at[0] / sum(at))
-    text = GAUSSIAN + f"model g(v: net = exact()) {{ data x1: R[D = 1]\n def flow(x1) {{ integrate(v, x1, t = {float(levels(path, torch.zeros(1, dtype=F64))[0] / start)} -> {time}, rk4(steps = 400)) }} }}"
+    text = (
+        GAUSSIAN
+        + f"model g(v: net = exact()) {{ data x1: R[D = 1]\n def flow(x1) {{ integrate(v, x1, t = {float(levels(path, torch.zeros(1, dtype=F64))[0] / start)} -> {time}, rk4(steps = 400)) }} }}"
+    )
     original = fl.compile(text, dtype=F64).flow(x)
     changed = gaussian(path, "midpoint(steps = 1000)", True).most(x * start)
     assert (changed - scale * original).abs().max() < 1e-3
@@ -146,7 +154,9 @@ net exact(a: [int] = [0, 1], b: [int] = [2, 0], p: real = 0.3) (x: R[N], t: R) -
 
 @cache
 def discrete(stir: float = 0, steps: int = 100) -> Any:
-    return fl.compile(POSTERIOR + f"model d = dfm(posterior = exact(), tokens = 3, steps = {steps}, stir = {stir})", N=2, dtype=F64)
+    return fl.compile(
+        POSTERIOR + f"model d = dfm(posterior = exact(), tokens = 3, steps = {steps}, stir = {stir})", N=2, dtype=F64
+    )
 
 
 @pytest.mark.slow

@@ -298,7 +298,8 @@ def test_the_encoder_of_trajectron() -> None:
 def test_the_published_configuration_reads_neighbours() -> None:
     """A small one with the published encoder: its programs take the states, the others do not; one step of training."""
     m: Any = fl.compile(
-        "model m = flowchain(2, 4, length = 3, blocks = 1, hidden = 8, social = true, encoder = trajectron_encoder(6, 3))\n", seed=0
+        "model m = flowchain(2, 4, length = 3, blocks = 1, hidden = 8, social = true, encoder = trajectron_encoder(6, 3))\n",
+        seed=0,
     )
     assert set(m.programs["loss"]) == {"x", "obs", "history", "neighbours", "edges"}
     assert set(model().programs["loss"]) == {"x", "obs"}

@@ -114,7 +114,9 @@ def distance(m: Any, n: int = 512 * 3) -> float:
 
 
 def test_item_7_it_comes_nearer_to_the_modes_than_plain_guidance() -> None:
-    plain, scaled, whole = (distance(model(a)) for a in (", star = false, zero_init = false", ", zero_init = false", ""))
+    plain, scaled, whole = (
+        distance(model(a)) for a in (", star = false, zero_init = false", ", zero_init = false", "")
+    )
     assert whole <= 0.9 * plain, (plain, scaled, whole)
     assert whole < scaled < plain
 

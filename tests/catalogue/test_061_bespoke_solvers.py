@@ -38,7 +38,9 @@ def net(solver: str, field: str = "swirl()") -> Any:
     return fl.compile(FIELDS.format(field=field, solver=solver), flow="m", dtype=F64)
 
 
-def bespoke(name: str, steps: int, time: Callable[[Tensor], Tensor], scale: Callable[[Tensor], Tensor], field: str) -> Any:
+def bespoke(
+    name: str, steps: int, time: Callable[[Tensor], Tensor], scale: Callable[[Tensor], Tensor], field: str
+) -> Any:
     """A module whose grid has the values and the slopes of two functions of r."""
     module = net(f"{name}(steps = {steps})", field)
     fill(getattr(module, name).grid, steps * PARTS[name], time, scale)
@@ -59,7 +61,9 @@ def fill(grid: Any, n: int, time: Callable[[Tensor], Tensor], scale: Callable[[T
 @pytest.mark.parametrize(("name", "base"), [("rk1_bespoke", "euler"), ("rk2_bespoke", "midpoint")])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_item_1_it_begins_as_its_base(name: str, base: str, steps: int) -> None:
-    torch.testing.assert_close(net(f"{name}(steps = {steps})")(points()), net(f"{base}(steps = {steps})")(points()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        net(f"{name}(steps = {steps})")(points()), net(f"{base}(steps = {steps})")(points()), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 5, 10])
@@ -83,7 +87,9 @@ def test_item_2_published_presets(nfe: int) -> None:
 def test_item_3_order_with_smooth_time_and_scale(name: str, order: int, within: float) -> None:
     exact = net("dopri5(rtol = 1e-12, atol = 1e-12)")(points())
     errors = [
-        bespoke(name, n, lambda r: (r + r**2) / 2, lambda r: torch.exp(0.4 * torch.sin(2 * r)), "swirl()")(points()) - exact for n in (32, 64)
+        bespoke(name, n, lambda r: (r + r**2) / 2, lambda r: torch.exp(0.4 * torch.sin(2 * r)), "swirl()")(points())
+        - exact
+        for n in (32, 64)
     ]
     assert abs(math.log2(float((errors[0].norm() / errors[1].norm()).detach())) - order) <= within
 
@@ -159,7 +165,9 @@ def test_item_7_the_loss_bounds_the_error(base: str, seed: int) -> None:
 @cache
 def swirl_model() -> Any:
     text = FIELDS.format(field="swirl()", solver="euler(steps = 1)")
-    return fl.compile(text + "model b = train_bespoke(v = swirl(), steps = 3, tolerance = 1e-9)", flow="b", D=2, dtype=F64)
+    return fl.compile(
+        text + "model b = train_bespoke(v = swirl(), steps = 3, tolerance = 1e-9)", flow="b", D=2, dtype=F64
+    )
 
 
 def true_path(x: Tensor, times: Tensor) -> Tensor:
@@ -167,7 +175,12 @@ def true_path(x: Tensor, times: Tensor) -> Tensor:
         a, b = y
         return [-b * (1 + t) + 0.3 * math.sin(a), a * (1 + t) + 0.3 * math.sin(b)]
 
-    return torch.stack([torch.from_numpy(solve_ivp(slope, (0, 1), row, t_eval=times.numpy(), rtol=1e-11, atol=1e-12).y.T) for row in x.numpy()])
+    return torch.stack(
+        [
+            torch.from_numpy(solve_ivp(slope, (0, 1), row, t_eval=times.numpy(), rtol=1e-11, atol=1e-12).y.T)
+            for row in x.numpy()
+        ]
+    )
 
 
 def test_item_8_the_gradient_through_times_is_the_true_path_s() -> None:

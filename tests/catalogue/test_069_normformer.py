@@ -80,7 +80,10 @@ def test_3_a_head_with_scale_0_is_gone() -> None:
 def test_4_without_its_parts_it_is_pre_ln() -> None:
     """Item 4: bit for bit without scales; with scales of 1 up to the last bit."""
     body = "h = x + ATTENTION(layer_norm[D](x)); h + feed_forward(64, gelu)(layer_norm[D](h))"
-    plain, library = (net(body.replace("ATTENTION", a), T=6, D=16) for a in ("head_scaled_attention(4, scaled = false)", "attention(4, causal = true)"))
+    plain, library = (
+        net(body.replace("ATTENTION", a), T=6, D=16)
+        for a in ("head_scaled_attention(4, scaled = false)", "attention(4, causal = true)")
+    )
     x = data(3, 6, 16)
     with torch.no_grad():
         for p, q in zip(plain.parameters(), library.parameters(), strict=True):
@@ -89,7 +92,9 @@ def test_4_without_its_parts_it_is_pre_ln() -> None:
     for options in (PLAIN, "extra = identity_norm", "extra = identity_norm, residual = true"):
         module = net(f"normformer_layer(4, 64, {options})(x)", T=6, D=16)
         (inner,), (outer,) = parts(module, "NormformerLayer"), parts(plain, "FeedForward")
-        parts(module, "HeadScaledAttention")[0].load_state_dict(parts(plain, "HeadScaledAttention")[0].state_dict(), strict=False)
+        parts(module, "HeadScaledAttention")[0].load_state_dict(
+            parts(plain, "HeadScaledAttention")[0].state_dict(), strict=False
+        )
         inner.load_state_dict(outer.state_dict(), strict=False)
         if "scaled" in options:
             assert torch.equal(module(x), plain(x))
@@ -134,7 +139,9 @@ def test_7_what_attention_adds_has_unit_variance() -> None:
 
 def test_the_probe_sees_gradients_of_first_and_last_layers() -> None:
     module = lm("normformer_lm(depth = 3)", torch.float32)
-    _, sizes = trained(module, 0, 2, lambda m: [float(b.linear_2_weight.grad.abs().mean()) for b in parts(m, "NormformerLayer")])
+    _, sizes = trained(
+        module, 0, 2, lambda m: [float(b.linear_2_weight.grad.abs().mean()) for b in parts(m, "NormformerLayer")]
+    )
     assert len(sizes) == 3
     assert min(sizes) > 0
     assert len(outputs(module, "NormformerLayer", tokens())) == 3

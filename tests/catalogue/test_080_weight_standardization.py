@@ -36,7 +36,9 @@ def test_the_layer_is_its_equations_with_gradients() -> None:
     other = Reference(3, 4, 3, 2, 1).double()
     with torch.no_grad():
         other.weight.copy_(mine.conv_weight), other.bias.copy_(mine.conv_bias)
-    same_value_and_gradients(mine, other, data(2, 3, 6, 5), [(mine.conv_weight, other.weight), (mine.conv_bias, other.bias)])
+    same_value_and_gradients(
+        mine, other, data(2, 3, 6, 5), [(mine.conv_weight, other.weight), (mine.conv_bias, other.bias)]
+    )
 
 
 def test_1_mean_and_deviation() -> None:
@@ -66,14 +68,21 @@ def test_3_the_gradient_s_length() -> None:
     out = module(v)
     (found,) = torch.autograd.grad((out * g).sum(), [v])
     flat, n, sigma = g.flatten(1), 36, w.flatten(1).std(1, correction=0)
-    expected = (flat.square().sum(1) - flat.sum(1) ** 2 / n - (out.detach().flatten(1) * flat).sum(1) ** 2 / n) / sigma**2
+    expected = (
+        flat.square().sum(1) - flat.sum(1) ** 2 / n - (out.detach().flatten(1) * flat).sum(1) ** 2 / n
+    ) / sigma**2
     torch.testing.assert_close(found.flatten(1).square().sum(1), expected, rtol=1e-5, atol=0)
     assert (found.flatten(1).square().sum(1) < flat.square().sum(1) / sigma**2).all()
 
 
 def test_4_no_sample_sees_another() -> None:
     """Item 4: weight standardisation with group norm gives a sample the same result alone and among eight."""
-    mine = net("resnet(depths = [1, 1, 1, 1], width = 8, classes = 5, norm = group_norm(4), weight = weight_standardization)(x)", C=3, H=32, W=32)
+    mine = net(
+        "resnet(depths = [1, 1, 1, 1], width = 8, classes = 5, norm = group_norm(4), weight = weight_standardization)(x)",
+        C=3,
+        H=32,
+        W=32,
+    )
     x = data(8, 3, 32, 32)
     torch.testing.assert_close(mine(x[2:3])[0], mine(x)[2], rtol=1e-9, atol=1e-9)
 

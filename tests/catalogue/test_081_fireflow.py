@@ -30,13 +30,23 @@ def end(solver: str, count: int, bent: bool = False) -> float:
     """Where the curved field leads from 1 in so many steps, equal or on FLUX's grid (turned, from 0 on)."""
     times = [1 - t for t in shifted(count, 4096)]
     options = f"times = {times}" if bent else f"steps = {count}"
-    net: Any = fl.compile(CURVED + WEAK.get(solver, "") + f"net m(x: R[D = 1]) {{ integrate(field(), x, t = 0 -> 1, {solver}({options})) }}", flow="m", dtype=F64)
+    net: Any = fl.compile(
+        CURVED
+        + WEAK.get(solver, "")
+        + f"net m(x: R[D = 1]) {{ integrate(field(), x, t = 0 -> 1, {solver}({options})) }}",
+        flow="m",
+        dtype=F64,
+    )
     return float(net(torch.ones(1, 1, dtype=F64)))
 
 
 @cache
 def truth() -> float:
-    net: Any = fl.compile(CURVED + "net m(x: R[D = 1]) { integrate(field(), x, t = 0 -> 1, dopri5(rtol = 1e-12, atol = 1e-12)) }", flow="m", dtype=F64)
+    net: Any = fl.compile(
+        CURVED + "net m(x: R[D = 1]) { integrate(field(), x, t = 0 -> 1, dopri5(rtol = 1e-12, atol = 1e-12)) }",
+        flow="m",
+        dtype=F64,
+    )
     return float(net(torch.ones(1, 1, dtype=F64)))
 
 
@@ -48,7 +58,9 @@ def slopes(solver: str, counts: tuple[int, ...], bent: bool = False) -> list[flo
 @pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.parametrize(("solver", "each", "more"), [("fireflow", 1, 1), ("midpoint", 2, 0), ("euler", 1, 0)])
 def test_item_1_evaluations(solver: str, each: int, more: int, steps: int) -> None:
-    net: Any = fl.compile(CURVED + f"net m(x: R[D = 1]) {{ integrate(field(), x, t = 0 -> 1, {solver}(steps = {steps})) }}", flow="m")
+    net: Any = fl.compile(
+        CURVED + f"net m(x: R[D = 1]) {{ integrate(field(), x, t = 0 -> 1, {solver}(steps = {steps})) }}", flow="m"
+    )
     with fl.count_steps() as counts:
         net(torch.ones(1, 1))
     assert counts.evaluations == each * steps + more
@@ -67,7 +79,11 @@ def test_item_2_order_on_the_shifted_grid() -> None:
 def test_item_3_exact_where_the_velocity_does_not_hang_on_the_place() -> None:
     x = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     for field, wanted in (("1.5 + 0 * x + 0 * t", 1.5), ("1 + 3 * t + 0 * x", 2.5)):
-        net: Any = fl.compile(f"net field(x: R[D], t: R) {{ {field} }}\nnet m(x: R[D = 2]) {{ integrate(field(), x, t = 0 -> 1, fireflow(steps = 1)) }}", flow="m", dtype=F64)
+        net: Any = fl.compile(
+            f"net field(x: R[D], t: R) {{ {field} }}\nnet m(x: R[D = 2]) {{ integrate(field(), x, t = 0 -> 1, fireflow(steps = 1)) }}",
+            flow="m",
+            dtype=F64,
+        )
         assert (net(x) - x - wanted).abs().max() < 1e-12
 
 
@@ -104,11 +120,16 @@ def test_item_6_a_wrong_first_slope_costs_a_constant_and_none_at_all_the_order()
 
 
 def editor(inject: int, steps: int = 5) -> Any:
-    text = TOY + f"model m = fireflow_edit(v = toy(), steps = {steps}, inject = {inject}, first = 1, taken = 2, heads = 2, head = 4, distilled = false)"
+    text = (
+        TOY
+        + f"model m = fireflow_edit(v = toy(), steps = {steps}, inject = {inject}, first = 1, taken = 2, heads = 2, head = 4, distilled = false)"
+    )
     return fl.compile(text, H=2, W=2, P=3, L=3, K=5, seed=0, dtype=F64)
 
 
-def reference(net: Any, x: Tensor, text: Tensor, steps: int, inject: int, inverse: bool, store: dict[Any, Tensor]) -> Tensor:
+def reference(
+    net: Any, x: Tensor, text: Tensor, steps: int, inject: int, inverse: bool, store: dict[Any, Tensor]
+) -> Tensor:
     """One way of FireFlow, features under keys (time, stage, block); where there is none the network's own is used."""
     times, flags = shifted(steps, 4), [True] * inject + [False] * (steps - inject)
     if inverse:
@@ -125,7 +146,9 @@ def reference(net: Any, x: Tensor, text: Tensor, steps: int, inject: int, invers
             return v if inverse else store.get((key, second, k), v)
 
         slope = velocity(net, x, here, text, lambda k, v: change(k, v, False)) if carried is None else carried
-        carried = velocity(net, x + (there - here) / 2 * slope, (here + there) / 2, text, lambda k, v: change(k, v, True))
+        carried = velocity(
+            net, x + (there - here) / 2 * slope, (here + there) / 2, text, lambda k, v: change(k, v, True)
+        )
         x = x + (there - here) * carried
     return x
 
@@ -152,7 +175,9 @@ def test_item_7_the_same_text_reconstructs_and_without_injection_it_samples() ->
     with torch.no_grad():
         assert torch.equal(whole.edit(x, source, source), whole.reconstruct(x, source))
         noise, _ = none.invert(x, source)
-        text = TOY + f"""model m(v: net = toy()) {{
+        text = (
+            TOY
+            + f"""model m(v: net = toy()) {{
           data z: R[H = 2, W = 2, P = 3]
           given c: R[L = 3, K = 5]
           def generate(z, c) {{
@@ -160,6 +185,7 @@ def test_item_7_the_same_text_reconstructs_and_without_injection_it_samples() ->
             integrate(field, z, t = 1 -> 0, fireflow(times = {shifted(5, 4)}))
           }}
         }}"""
+        )
         plain: Any = fl.compile(text, seed=0, dtype=F64)
         assert (none.edit(x, source, target) - plain.generate(noise, target)).abs().max() <= 1e-6
 
@@ -184,5 +210,14 @@ def test_onnx_velocity_sampler_inversion_and_edit(tmp_path: Path) -> None:
     same_in_onnx(model, "velocity", tmp_path, x, torch.rand(5))
     same_in_onnx(model, "generate", tmp_path, x)
     same_in_onnx(model, "invert", tmp_path, x)
-    pair: Any = fl.compile(TOY + "model m = fireflow_edit(v = toy(), steps = 3, inject = 1, first = 1, taken = 2, heads = 2, head = 4, distilled = false)", H=2, W=2, P=3, L=3, K=5, seed=0)
+    pair: Any = fl.compile(
+        TOY
+        + "model m = fireflow_edit(v = toy(), steps = 3, inject = 1, first = 1, taken = 2, heads = 2, head = 4, distilled = false)",
+        H=2,
+        W=2,
+        P=3,
+        L=3,
+        K=5,
+        seed=0,
+    )
     same_in_onnx(pair, "edit", tmp_path, *(v.float() for v in images()), dynamic=())

@@ -48,7 +48,9 @@ def test_layers_are_torch_s(body: str) -> None:
         w.original1.copy_(v)
         w.original0.copy_(g.reshape(w.original0.shape))
         other.bias.copy_(b)
-    same_value_and_gradients(mine, other, data(3, *sizes.values()), [(v, w.original1), (g, w.original0), (b, other.bias)])
+    same_value_and_gradients(
+        mine, other, data(3, *sizes.values()), [(v, w.original1), (g, w.original0), (b, other.bias)]
+    )
     assert count(mine) == count(other)
 
 
@@ -148,7 +150,18 @@ def test_4_repeated_layers_are_set_too() -> None:
 
 def test_the_published_network_s_size() -> None:
     """Every layer of ConvPool-CNN-C: v, g and b."""
-    widths = [(3, 96, 3), (96, 96, 3), (96, 96, 3), (96, 192, 3), (192, 192, 3), (192, 192, 3), (192, 192, 3), (192, 192, 1), (192, 192, 1), (192, 10, 1)]
+    widths = [
+        (3, 96, 3),
+        (96, 96, 3),
+        (96, 96, 3),
+        (96, 192, 3),
+        (192, 192, 3),
+        (192, 192, 3),
+        (192, 192, 3),
+        (192, 192, 1),
+        (192, 192, 1),
+        (192, 10, 1),
+    ]
     with torch.device("meta"):
         mine = net("convpool_cnn_c(x)", dtype=torch.float32, C=3, H=32, W=32)
     assert count(mine) == sum(o * (i * k * k + 2) for i, o, k in widths)
@@ -244,7 +257,9 @@ def test_8_exported_weights_are_folded(body: str, tmp_path: Path) -> None:
 
 def test_8_mean_only_batch_norm_is_a_bias(tmp_path: Path) -> None:
     """At inference the mean is a constant."""
-    mine = net("mean_only_batch_norm(conv(x, 4, kernel = 3, weight = weight_norm, bias = false))", torch.float32, C=3, H=6, W=6)
+    mine = net(
+        "mean_only_batch_norm(conv(x, 4, kernel = 3, weight = weight_norm, bias = false))", torch.float32, C=3, H=6, W=6
+    )
     mine(data(8, 3, 6, 6, dtype=torch.float32))
     x = data(2, 3, 6, 6, dtype=torch.float32)
     mine.eval()

@@ -94,7 +94,10 @@ def test_2_and_3_the_steps_invert_and_their_log_det_is_slogdet() -> None:
 
 def test_3_the_model_s_bound_is_made_of_both_flows() -> None:
     """Item 3, the constants of the preprocessing: the bound is log p(x + u) - log q(u | x), p by a flow with the same steps."""
-    spec = TINY.replace("flowpp_tiny", "flowpp(channels = 1, size = 4, filters = 8, blocks = 1, noise_blocks = 1, heads = 2, components = 4)")
+    spec = TINY.replace(
+        "flowpp_tiny",
+        "flowpp(channels = 1, size = 4, filters = 8, blocks = 1, noise_blocks = 1, heads = 2, components = 4)",
+    )
     model = moved(fl.compile(spec, seed=0, dtype=torch.float64), 0.03)
     flow: Any = fl.compile(IMAGE.replace(STEPS, "flowpp_steps(8, 1, 2, 4)"), seed=1, dtype=torch.float64).eval()
     flow.flowpp_steps.load_state_dict(model.image_steps.state_dict())
@@ -164,7 +167,9 @@ def test_6_the_noise_has_a_density_on_the_unit_interval() -> None:
 def test_7_the_first_batch_sets_norms_and_convolutions() -> None:
     """Item 7: after the first batch the norm's result has mean 0 and deviation 1 at every place (1e-4), and convolutions
     give mean 0 and deviation `gain`, their own random start kept but for its scale."""
-    flow: Any = fl.compile("flow f {\n data x: R[C = 2, H = 3, W = 3]\n data_norm\n base normal\n}\n", seed=0, dtype=torch.float64)
+    flow: Any = fl.compile(
+        "flow f {\n data x: R[C = 2, H = 3, W = 3]\n data_norm\n base normal\n}\n", seed=0, dtype=torch.float64
+    )
     x = 3 * noise(64, 2, 3, 3) + noise(2, 3, 3, seed=9)
     flow.initialise(x)
     with torch.no_grad():
@@ -176,7 +181,9 @@ def test_7_the_first_batch_sets_norms_and_convolutions() -> None:
     mine.initialise(x)
     after = mine.flowpp_conv.W.detach()
     y = mine(x).detach()
-    torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.full((5,), 0.1, dtype=torch.float64), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        y.std((0, 2, 3), correction=0), torch.full((5,), 0.1, dtype=torch.float64), rtol=1e-4, atol=0
+    )
     assert float(y.mean((0, 2, 3)).abs().max()) < 1e-6
     ratio = (after / before).flatten(1)
     assert float((ratio - ratio[:, :1]).abs().max()) < 1e-9
@@ -236,7 +243,10 @@ def test_exported(tmp_path: Path) -> None:
     """ONNX: the bound with its noise as an input, and samples by bracketing."""
     import onnxruntime as ort
 
-    spec = TINY.replace("flowpp_tiny", "flowpp(channels = 1, size = 4, filters = 8, blocks = 1, noise_blocks = 1, heads = 2, components = 4)")
+    spec = TINY.replace(
+        "flowpp_tiny",
+        "flowpp(channels = 1, size = 4, filters = 8, blocks = 1, noise_blocks = 1, heads = 2, components = 4)",
+    )
     model = moved(fl.compile(spec, seed=0), 0.03)
     x = torch.randint(0, 256, (3, 1, 4, 4), generator=generator()).float()
     ε = noise(3, 1, 4, 4).float()

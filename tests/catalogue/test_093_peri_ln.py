@@ -62,7 +62,9 @@ def test_3_the_scale_of_a_module_s_last_weight_is_forgotten() -> None:
     """Item 3: the function stays, and the gradient goes as 1/c."""
     for name in ("Attention", "FeedForward"):
         module = lm("peri_ln_lm(depth = 2)")
-        weight = parts(module, name)[0].linear_4_weight if name == "Attention" else parts(module, name)[0].linear_2_weight
+        weight = (
+            parts(module, name)[0].linear_4_weight if name == "Attention" else parts(module, name)[0].linear_2_weight
+        )
         bias = getattr(parts(module, name)[0], "linear_4_bias", None)
         with torch.no_grad():
             weight.mul_(20)  # far from the norm's eps
@@ -83,7 +85,9 @@ def test_3_the_scale_of_a_module_s_last_weight_is_forgotten() -> None:
 
 def test_4_the_variance_grows_linearly() -> None:
     """Item 4: two perceptrons a layer, 24 layers, at initialisation; R² above 0.98."""
-    body = "repeat 24 { h := placed(feed_forward(128, bias = false))(h); h := placed(feed_forward(128, bias = false))(h) }"
+    body = (
+        "repeat 24 { h := placed(feed_forward(128, bias = false))(h); h := placed(feed_forward(128, bias = false))(h) }"
+    )
     module = net(f"h = x; {body}; h", T=8, D=32)
     seen: list[float] = []
     for m in parts(module, "Placed"):
@@ -134,7 +138,12 @@ def test_6_gradients_are_balanced_and_it_learns_faster() -> None:
                            ("post", POST.replace("rms_norm", "N") + ", last = N")):  # fmt: skip
             call = call.replace("= N", "= layernorm_plain")
             module = lm(f"peri_ln_lm(depth = 12, {call})", torch.float32, seed)
-            loss, sizes = trained(module, seed, 40, lambda m: [float(b.linear_2_weight.grad.abs().mean()) for b in parts(m, "FeedForward")])
+            loss, sizes = trained(
+                module,
+                seed,
+                40,
+                lambda m: [float(b.linear_2_weight.grad.abs().mean()) for b in parts(m, "FeedForward")],
+            )
             found[name] = loss, max(sizes) / min(sizes)
         assert found["peri"][0] < min(found["pre"][0], found["post"][0]), (seed, found)
         assert found["peri"][1] < found["pre"][1], (seed, found)

@@ -68,7 +68,9 @@ def test_item_4_centred_inputs_make_it_layer_norm() -> None:
 
 @pytest.mark.parametrize("c", [0.1, 10.0])
 def test_item_5_the_gradient_shrinks_as_the_weights_grow(c: float) -> None:
-    layer = fl.compile(f"net f(x: R[K]) {{ {EXACT}(linear[K -> D = 16](x, bias = false)) }}", flow="f", K=5, dtype=torch.float64)
+    layer = fl.compile(
+        f"net f(x: R[K]) {{ {EXACT}(linear[K -> D = 16](x, bias = false)) }}", flow="f", K=5, dtype=torch.float64
+    )
     x, dy = data(6, 5), data(6, 16, seed=1)
     (g,) = torch.autograd.grad(layer(x), layer.linear_weight, dy)
     with torch.no_grad():
@@ -112,7 +114,9 @@ def test_item_8_one_reduction_and_no_difference() -> None:
 def test_item_9_is_no_bijector() -> None:
     with pytest.raises(FlowError, match="FL04"):
         fl.compile("bijector f(x: R[D]) { rms_norm()(x) }", flow="f", D=3)
-    report = fl.check("bijector f(x: R[D]) { x / sqrt(mean[D](x ^ 2) + 1e-5) }\nflow g { data x: R[D = 3]\n f\n base normal }")
+    report = fl.check(
+        "bijector f(x: R[D]) { x / sqrt(mean[D](x ^ 2) + 1e-5) }\nflow g { data x: R[D = 3]\n f\n base normal }"
+    )
     assert any(d.code.startswith("FL04") for d in report)
 
 

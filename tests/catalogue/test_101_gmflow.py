@@ -63,8 +63,12 @@ def test_item_1_one_component_is_flow_matching(low: float, high: float) -> None:
     means, variance = model.transition(x, full(n, low), full(n, high), (x - high * A)[:, None], s + math.log(high))
     loss = -model.log_prob(near, means, torch.zeros(n, 1, 1, 1, dtype=F64), variance).sum()
     (slope,) = torch.autograd.grad(loss, A)
-    target = (x - (near - c1 * x) / c2) / high  # its mean given x0 and x is (x - x0)/high, what flow matching regresses on
-    torch.testing.assert_close(slope * (variance / (c2 * high) ** 2)[:, None, None, None], A - target, rtol=1e-5, atol=1e-5)
+    target = (
+        x - (near - c1 * x) / c2
+    ) / high  # its mean given x0 and x is (x - x0)/high, what flow matching regresses on
+    torch.testing.assert_close(
+        slope * (variance / (c2 * high) ** 2)[:, None, None, None], A - target, rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close((x - (c1 * x + c2 * x0 - c1 * x) / c2) / high, (x - x0) / high)
     torch.testing.assert_close(variance, (c2 * high * s.exp()) ** 2 + c3)
 
@@ -111,7 +115,9 @@ def test_item_3_with_several_components_by_draws() -> None:
 
     def drawn(means: Tensor, weights: Tensor, variance: Tensor) -> Tensor:
         chosen = torch.multinomial(weights[:, :, 0, 0].exp(), 1, generator=g)[:, 0]
-        return means[torch.arange(n), chosen] + (variance**0.5).reshape(n, 1, 1, 1) * torch.randn(n, 1, 1, 1, dtype=F64, generator=g)
+        return means[torch.arange(n), chosen] + (variance**0.5).reshape(n, 1, 1, 1) * torch.randn(
+            n, 1, 1, 1, dtype=F64, generator=g
+        )
 
     means, variance = model.transition(x, full(n, 0.2), full(n, 0.9), m, s)
     direct = drawn(means, w, variance)
@@ -150,7 +156,9 @@ def exact_field(x: Tensor, t: float) -> Tensor:
 
 @pytest.mark.parametrize("substeps", [16, 64])
 def test_item_4_one_call_of_an_exact_mixture_is_the_exact_field(substeps: int) -> None:
-    model: Any = fl.compile(EXACT + f"model m = gmflow(v = exact(), steps = 1, substeps = {substeps})", C=1, H=1, W=1, dtype=F64)
+    model: Any = fl.compile(
+        EXACT + f"model m = gmflow(v = exact(), steps = 1, substeps = {substeps})", C=1, H=1, W=1, dtype=F64
+    )
     z = rand(40, seed=9)
     with torch.no_grad():
         noise = z.clone()
@@ -162,7 +170,12 @@ def test_item_4_one_call_of_an_exact_mixture_is_the_exact_field(substeps: int) -
 
 def test_item_5_at_the_same_time_and_place_nothing_changes() -> None:
     n, model = 10, parts()
-    x, means, w, s = rand(n, 2, 1, 1), rand(n, 3, 2, 1, 1, seed=1), rand(n, 3, 1, 1, seed=2).log_softmax(1), 0.2 * rand(n, seed=3)
+    x, means, w, s = (
+        rand(n, 2, 1, 1),
+        rand(n, 3, 2, 1, 1, seed=1),
+        rand(n, 3, 1, 1, seed=2).log_softmax(1),
+        0.2 * rand(n, seed=3),
+    )
     t = full(n, 0.7)
     found, weights, std = model.convert(x, t, x, t, means, w, s)
     torch.testing.assert_close(found, means)
@@ -222,7 +235,13 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
 
 
 def fitted(components: int, steps: int = 600) -> Any:
-    model: Any = fl.compile(f"model m = gmflow(v = gm_mlp2d({components}, 64, 64, 64), steps = 4, substeps = {16 if components > 1 else 1})", C=2, H=1, W=1, seed=0)
+    model: Any = fl.compile(
+        f"model m = gmflow(v = gm_mlp2d({components}, 64, 64, 64), steps = 4, substeps = {16 if components > 1 else 1})",
+        C=2,
+        H=1,
+        W=1,
+        seed=0,
+    )
     g, optimizer = generator(12), torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -257,8 +276,30 @@ def test_a_step_of_training_and_the_other_samplers() -> None:
 def test_onnx(tmp_path: Path) -> None:
     model: Any = fl.compile("model m = gmflow(v = gm_mlp2d(3, 16), steps = 2, substeps = 3)", C=2, H=1, W=1, seed=0)
     same_in_onnx(model, "sample_ode", tmp_path, dynamic=())
-    same_in_onnx(model, "log_prob_x0", tmp_path, *(torch.randn(5, 2, 1, 1, generator=generator(18)) for _ in range(2)), torch.rand(5) * 0.9 + 0.1, dynamic=())
-    guided: Any = fl.compile("model p = probabilistic_guidance(v = gm_dit(2, 32, 1, 2, 2, 3), classes = 3, steps = 2, substeps = 2)", C=2, H=4, W=4, seed=0)
+    same_in_onnx(
+        model,
+        "log_prob_x0",
+        tmp_path,
+        *(torch.randn(5, 2, 1, 1, generator=generator(18)) for _ in range(2)),
+        torch.rand(5) * 0.9 + 0.1,
+        dynamic=(),
+    )
+    guided: Any = fl.compile(
+        "model p = probabilistic_guidance(v = gm_dit(2, 32, 1, 2, 2, 3), classes = 3, steps = 2, substeps = 2)",
+        C=2,
+        H=4,
+        W=4,
+        seed=0,
+    )
     labels = torch.tensor([0, 1, 2, 0, 1])
     guided.loss(torch.randn(5, 2, 4, 4), labels).backward()
-    same_in_onnx(guided, "guided", tmp_path, torch.randn(5, 2, 4, 4), torch.rand(5) * 0.8 + 0.1, labels, tolerance=1e-3, dynamic=())
+    same_in_onnx(
+        guided,
+        "guided",
+        tmp_path,
+        torch.randn(5, 2, 4, 4),
+        torch.rand(5) * 0.8 + 0.1,
+        labels,
+        tolerance=1e-3,
+        dynamic=(),
+    )

@@ -18,7 +18,9 @@ from flowlang.ir.lipschitz import SLACK
 from tests.catalogue.nets import net
 
 TINY = "flow f = residual_flow_tiny\n"
-IMAGES = "flow f = residual_flow(channels = 1, size = 4, scales = 2, blocks = 1, width = 6, fc_blocks = 1, fc_width = 6)\n"
+IMAGES = (
+    "flow f = residual_flow(channels = 1, size = 4, scales = 2, blocks = 1, width = 6, fc_blocks = 1, fc_width = 6)\n"
+)
 C = 0.9
 
 
@@ -166,7 +168,9 @@ def test_4_the_neumann_gradient() -> None:
         grads.append(torch.autograd.grad(found, j)[0])
         values.append(float(found.detach()))
         with torch.no_grad():
-            surrogates.append(float(estimate_log_det(lambda v: v @ j.T, x, 1, None, "geometric", 0.5, 2, 1, True).mean()))
+            surrogates.append(
+                float(estimate_log_det(lambda v: v @ j.T, x, 1, None, "geometric", 0.5, 2, 1, True).mean())
+            )
     g = torch.stack(grads)
     assert bool(((g.mean(0) - wanted).abs() < 4 * g.std(0) / math.sqrt(runs)).all())
     exact = float(torch.linalg.slogdet(torch.eye(3, dtype=torch.float64) + j.detach())[1])
@@ -186,7 +190,9 @@ def test_4_the_gradient_reaches_inputs_and_parameters_of_a_network() -> None:
         for _ in range(runs):
             value = getattr(model, program)(x)
             each.append(torch.autograd.grad(value.mean(), ps, allow_unused=True))
-        kept = [torch.stack([e[k] if e[k] is not None else torch.zeros_like(ps[k]) for e in each]) for k in range(len(ps))]
+        kept = [
+            torch.stack([e[k] if e[k] is not None else torch.zeros_like(ps[k]) for e in each]) for k in range(len(ps))
+        ]
         return [k.mean(0) for k in kept], [k.std(0) / math.sqrt(runs) if runs > 1 else k[0] for k in kept]
 
     model.settle()
@@ -201,7 +207,11 @@ def test_4_the_gradient_reaches_inputs_and_parameters_of_a_network() -> None:
 
 def test_5_the_log_det_of_an_inverse_with_gradients() -> None:
     """The solved value carries a hook for its own gradient, which the log-det must not meet."""
-    flow: Any = fl.compile("flow f {\n data x: R[D = 2]\n exact_iresblock(iresnet_fc(8, 0.9))\n base normal\n}\n", seed=0, dtype=torch.float64)
+    flow: Any = fl.compile(
+        "flow f {\n data x: R[D = 2]\n exact_iresblock(iresnet_fc(8, 0.9))\n base normal\n}\n",
+        seed=0,
+        dtype=torch.float64,
+    )
     grown(flow).eval()
     x = points(4)
     z, log_det = flow(x)
@@ -272,7 +282,11 @@ def test_8_the_weights_have_mean_one(law: str, rate: float, monkeypatch: pytest.
     monkeypatch.undo()
     j, wanted = 1, []
     for _ in range(4):  # the formulas of the card
-        p = (1 - rate) ** (j - 1) if law == "geometric" else 1 - math.exp(-rate) * sum(rate**i / math.factorial(i) for i in range(j))
+        p = (
+            (1 - rate) ** (j - 1)
+            if law == "geometric"
+            else 1 - math.exp(-rate) * sum(rate**i / math.factorial(i) for i in range(j))
+        )
         wanted.append(1 / p)
         j += 1
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1e-9, dtype=torch.float64))

@@ -172,8 +172,14 @@ def test_onnx_and_a_step(body: str, tmp_path: Path) -> None:
 
 
 def test_dit_block_starts_as_the_identity() -> None:
-    module = fl.compile("net f(x: R[T = 5, D = 8], c: R[E = 3]) { dit_dyt_block(2)(x, c) }", flow="f", seed=0, dtype=torch.float64)
+    module = fl.compile(
+        "net f(x: R[T = 5, D = 8], c: R[E = 3]) { dit_dyt_block(2)(x, c) }", flow="f", seed=0, dtype=torch.float64
+    )
     x, c = data(4, 5, 8), data(4, 3, seed=2)
-    if all(float(p.detach().abs().max()) == 0 for n, p in module.named_parameters() if n.endswith("dit_dyt_block.linear_bias")):
+    if all(
+        float(p.detach().abs().max()) == 0
+        for n, p in module.named_parameters()
+        if n.endswith("dit_dyt_block.linear_bias")
+    ):
         torch.testing.assert_close(module(x, c), x)
     assert len(parts(module, "Dyt")) == 2

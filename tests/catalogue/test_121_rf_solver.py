@@ -67,7 +67,11 @@ X = torch.tensor([[1.0, 0.5], [0.2, -1.0], [-0.7, 0.1]], dtype=F64)
 
 @cache
 def flow(field: str, solver: str, start: float = 0, stop: float = 1) -> Any:
-    return fl.compile(f"{FIELDS[field][0]}\nnet m(x: R[D = 2]) {{ integrate(field(), x, t = {start} -> {stop}, {solver}) }}", flow="m", dtype=F64)
+    return fl.compile(
+        f"{FIELDS[field][0]}\nnet m(x: R[D = 2]) {{ integrate(field(), x, t = {start} -> {stop}, {solver}) }}",
+        flow="m",
+        dtype=F64,
+    )
 
 
 def truth(field: str) -> Tensor:
@@ -147,7 +151,9 @@ def trained() -> Any:
     angles = torch.arange(5) * 2 * math.pi / 5
     for _ in range(400):
         which = torch.randint(5, (256,), generator=g)
-        data = 1.5 * torch.stack([angles[which].cos(), angles[which].sin()], -1) + 0.15 * torch.randn(256, 2, generator=g)
+        data = 1.5 * torch.stack([angles[which].cos(), angles[which].sin()], -1) + 0.15 * torch.randn(
+            256, 2, generator=g
+        )
         optimizer.zero_grad()
         model.loss(data, generator=g).backward()
         optimizer.step()
@@ -175,7 +181,10 @@ def test_item_4_the_way_there_and_back_at_equal_cost() -> None:
 
 
 def editor(inject: int, steps: int = 6, seed: int = 0, more: str = "") -> Any:
-    text = TOY + f"model m = rf_edit(v = toy(), steps = {steps}, inject = {inject}, first = 1, taken = 2, heads = 2, head = 4{more})"
+    text = (
+        TOY
+        + f"model m = rf_edit(v = toy(), steps = {steps}, inject = {inject}, first = 1, taken = 2, heads = 2, head = 4{more})"
+    )
     return fl.compile(text, H=2, W=2, P=3, L=3, K=5, seed=seed, dtype=F64)
 
 
@@ -188,10 +197,14 @@ def images(n: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 def shifted(steps: int, tokens: int) -> list[float]:
     """The grid of FLUX, from noise to data."""
     mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
-    return [math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t else 0.0 for t in (1 - i / steps for i in range(steps + 1))]
+    return [
+        math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t else 0.0 for t in (1 - i / steps for i in range(steps + 1))
+    ]
 
 
-def reference(net: Any, x: Tensor, text: Tensor, steps: int, inject: int, inverse: bool, store: dict[Any, Tensor]) -> Tensor:
+def reference(
+    net: Any, x: Tensor, text: Tensor, steps: int, inject: int, inverse: bool, store: dict[Any, Tensor]
+) -> Tensor:
     """One way of RF-Edit, features under keys (time, stage, block)."""
     times, flags = shifted(steps, 4), [True] * inject + [False] * (steps - inject)
     if inverse:
@@ -208,7 +221,9 @@ def reference(net: Any, x: Tensor, text: Tensor, steps: int, inject: int, invers
             return store.pop((key, second, k))
 
         slope = velocity(net, x, here, text, lambda k, v: change(k, v, False))
-        middle = velocity(net, x + (there - here) / 2 * slope, (here + there) / 2, text, lambda k, v: change(k, v, True))
+        middle = velocity(
+            net, x + (there - here) / 2 * slope, (here + there) / 2, text, lambda k, v: change(k, v, True)
+        )
         x = x + (there - here) * slope + 0.5 * (there - here) ** 2 * (middle - slope) / ((there - here) / 2)
     return x
 
@@ -242,7 +257,9 @@ def test_item_5_with_the_same_text_the_edit_is_the_reconstruction() -> None:
 def test_item_6_without_injection_it_is_inversion_and_generation() -> None:
     model = editor(0)
     x, source, target = images()
-    text = TOY + f"""model m(v: net = toy()) {{
+    text = (
+        TOY
+        + f"""model m(v: net = toy()) {{
       data x: R[H = 2, W = 2, P = 3]
       given source: R[L = 3, K = 5], target: R[L = 3, K = 5]
       def edit(x, source, target) {{
@@ -252,6 +269,7 @@ def test_item_6_without_injection_it_is_inversion_and_generation() -> None:
         integrate(second, z, t = 1 -> 0, midpoint(times = {shifted(6, 4)}))
       }}
     }}"""
+    )
     plain: Any = fl.compile(text, seed=0, dtype=F64)
     with torch.no_grad():
         torch.testing.assert_close(model.edit(x, source, target), plain.edit(x, source, target), rtol=1e-9, atol=1e-9)
@@ -263,7 +281,9 @@ def test_item_7_the_number_of_values_kept_and_each_read_once(inject: int) -> Non
     x, source, _ = images()
     _, cache = model.invert(x, source)
     assert cache.shape[1:] == (inject * 2 * 2, 3 + 4, 2, 4)
-    text = TOY + f"model m = rf_edit(v = toy(), steps = 6, inject = {inject}, first = 1, taken = 2, heads = 2, head = 4)"
+    text = (
+        TOY + f"model m = rf_edit(v = toy(), steps = 6, inject = {inject}, first = 1, taken = 2, heads = 2, head = 4)"
+    )
     program = analyse(text, {"H": 2, "W": 2, "P": 3, "L": 3, "K": 5}, sized=True).regions["m"].programs["edit_from"]
     graph = program.graph
     (kept,) = (i for i in program.inputs if graph[i].label == "cache")
@@ -272,7 +292,16 @@ def test_item_7_the_number_of_values_kept_and_each_read_once(inject: int) -> Non
     assert all(len(graph.users(p.id)) == 1 for p in picks)
 
 
-@pytest.mark.parametrize("solver", ["rf_solver2(steps = 1)", "rf_solver_k(k = 3, steps = 2)", "fireflow(steps = 3)", "euler(steps = 5)", "midpoint(steps = 2)"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "rf_solver2(steps = 1)",
+        "rf_solver_k(k = 3, steps = 2)",
+        "fireflow(steps = 3)",
+        "euler(steps = 5)",
+        "midpoint(steps = 2)",
+    ],
+)
 def test_item_8_on_a_straight_flow_all_solvers_agree(solver: str) -> None:
     assert (flow("steady", solver)(X) - flow("steady", "rk4(steps = 1)")(X)).abs().max() <= 1e-12
 
@@ -297,8 +326,15 @@ def test_a_tiny_flux_edits_and_trains_a_step() -> None:
 def test_rotary_positions_are_turned_pairs() -> None:
     g = torch.Generator().manual_seed(0)
     x, angle = torch.randn(2, 5, 3, 8, generator=g, dtype=F64), torch.randn(2, 5, 4, generator=g, dtype=F64)
-    net: Any = fl.compile("net f(x: R[T = 5, h = 3, d = 8], a: R[T = 5, p = 4]) { y: R[T, h, d] = rotated_pairs(x, a)\n y }", flow="f", dtype=F64)
-    turned = torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous()) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    net: Any = fl.compile(
+        "net f(x: R[T = 5, h = 3, d = 8], a: R[T = 5, p = 4]) { y: R[T, h, d] = rotated_pairs(x, a)\n y }",
+        flow="f",
+        dtype=F64,
+    )
+    turned = (
+        torch.view_as_complex(x.unflatten(-1, (4, 2)).contiguous())
+        * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    )
     torch.testing.assert_close(net(x, angle), torch.view_as_real(turned).flatten(-2))
 
 
@@ -312,9 +348,22 @@ def test_onnx_a_step_a_sampler_and_the_cache_between_two_graphs(tmp_path: Path) 
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
     same_in_onnx(model, "step", tmp_path, x)
     same_in_onnx(model, "generate", tmp_path, x)
-    pair: Any = fl.compile(TOY + "model m = rf_edit(v = toy(), steps = 3, inject = 2, first = 1, taken = 2, heads = 2, head = 4)", H=2, W=2, P=3, L=3, K=5, seed=0)
+    pair: Any = fl.compile(
+        TOY + "model m = rf_edit(v = toy(), steps = 3, inject = 2, first = 1, taken = 2, heads = 2, head = 4)",
+        H=2,
+        W=2,
+        P=3,
+        L=3,
+        K=5,
+        seed=0,
+    )
     images_, source, target = (v.float() for v in images())
-    runs = [onnxruntime.InferenceSession(exported(pair, p, tmp_path, dynamic=()).SerializeToString(), providers=["CPUExecutionProvider"]) for p in ("invert", "edit_from")]
+    runs = [
+        onnxruntime.InferenceSession(
+            exported(pair, p, tmp_path, dynamic=()).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        for p in ("invert", "edit_from")
+    ]
     noise, cache = runs[0].run(None, {"x": images_.numpy(), "source": source.numpy()})
     (found,) = runs[1].run(None, {"z": noise, "cache": cache, "target": target.numpy()})
     np.testing.assert_allclose(found, pair.edit(images_, source, target).detach().numpy(), rtol=2e-5, atol=2e-5)

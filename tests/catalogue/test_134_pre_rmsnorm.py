@@ -78,7 +78,11 @@ def test_2_and_3_the_norms() -> None:
 def branch(module: Any, x: Tensor) -> list[Tensor]:
     """The main branch after each block, as [.., T, D]."""
     seen: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda _, __, out: seen.append(out)) for m in module.modules() if type(m).__name__.startswith("PreNormBlock")]
+    hooks = [
+        m.register_forward_hook(lambda _, __, out: seen.append(out))
+        for m in module.modules()
+        if type(m).__name__.startswith("PreNormBlock")
+    ]
     module(x)
     for h in hooks:
         h.remove()

@@ -171,7 +171,9 @@ def test_presets_have_the_published_sizes() -> None:
     head = "net f(x: R[D]) -> R[K = 10] {{ mnist_sigmoid_mlp({})(x) }}"
     assert count(head.format(""), D=784) == 99710
     assert count(head.format("bn = true"), D=784) == 100010
-    assert count("net f(x: R[D]) -> R[K = 4] { sigmoid_mlp(32, 32)(x) }", D=16) == 16 * 32 + 32 + 32 * 32 + 32 + 32 * 4 + 4
+    assert (
+        count("net f(x: R[D]) -> R[K = 4] { sigmoid_mlp(32, 32)(x) }", D=16) == 16 * 32 + 32 + 32 * 32 + 32 + 32 * 4 + 4
+    )
 
 
 def test_onnx_and_training(tmp_path: Path) -> None:

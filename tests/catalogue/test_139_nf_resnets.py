@@ -30,7 +30,9 @@ class Reference(nn.Conv2d):
         w = self.weight.flatten(1)
         var, mean = torch.var_mean(w, dim=1, correction=0, keepdim=True)
         scale = torch.rsqrt(torch.clamp(var * w.shape[1], min=1e-4)) * self.gain[:, None]
-        return F.conv2d(x, ((w - mean) * scale).view_as(self.weight), self.bias, self.stride, self.padding, 1, self.groups)
+        return F.conv2d(
+            x, ((w - mean) * scale).view_as(self.weight), self.bias, self.stride, self.padding, 1, self.groups
+        )
 
 
 @pytest.mark.parametrize(("body", "layer"), [
@@ -40,7 +42,11 @@ def test_the_layer_is_its_equations_with_gradients(body: str, layer: tuple[int, 
     mine = shaken(net(body, C=6, H=6, W=5))
     other = Reference(*layer).double()
     inner = mine.scaled_ws_conv
-    pairs = [(inner.conv_weight, other.weight), (inner.conv_bias, other.bias), (inner.scaled_weight_standardization.g, other.gain)]
+    pairs = [
+        (inner.conv_weight, other.weight),
+        (inner.conv_bias, other.bias),
+        (inner.scaled_weight_standardization.g, other.gain),
+    ]
     with torch.no_grad():
         for p, q in pairs:
             q.copy_(p)
@@ -55,7 +61,9 @@ def test_1_weights() -> None:
     torch.testing.assert_close(w.square().sum(1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-5)
     small = data(5, 4, 3, 3) * 1e-4
     c = (small - small.mean((1, 2, 3), keepdim=True)).flatten(1)
-    torch.testing.assert_close(mine(small).flatten(1), c / math.sqrt(1e-4), rtol=1e-12, atol=0)  # a maximum: nothing is added
+    torch.testing.assert_close(
+        mine(small).flatten(1), c / math.sqrt(1e-4), rtol=1e-12, atol=0
+    )  # a maximum: nothing is added
 
 
 @pytest.mark.parametrize("act", GAINS)
@@ -73,7 +81,11 @@ def test_2_gains_keep_the_variance(act: str) -> None:
 def outputs(module: nn.Module, kind: str, x: Tensor) -> list[Tensor]:
     """What each block of a kind gives, in order."""
     seen: list[Tensor] = []
-    hooks = [m.register_forward_hook(lambda _, __, out: seen.append(out.detach())) for n, m in module.named_modules() if n.split(".")[-1].startswith(kind)]
+    hooks = [
+        m.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+        for n, m in module.named_modules()
+        if n.split(".")[-1].startswith(kind)
+    ]
     with torch.no_grad():
         module(x)
     for h in hooks:
@@ -171,7 +183,12 @@ def test_published_sizes() -> None:
 
 def test_nf_regnet_sizes() -> None:
     """timm's numbers with SkipInit (they round widths to multiples of 8): B0, B1, B5. The authors' own widths give fewer."""
-    for name, numbers in (("nf_regnet", 8_764_304), ("nf_regnet_b1", 10_224_004), ("nf_regnet_b5", 49_741_766), ("nf_regnet(multiple = 1)", 8_609_856)):
+    for name, numbers in (
+        ("nf_regnet", 8_764_304),
+        ("nf_regnet_b1", 10_224_004),
+        ("nf_regnet_b5", 49_741_766),
+        ("nf_regnet(multiple = 1)", 8_609_856),
+    ):
         with torch.device("meta"):
             assert count(net(f"{name}(x)", torch.float32, C=3, H=64, W=64)) == numbers
 
@@ -208,7 +225,9 @@ def test_it_exports_with_standardised_kernels(tmp_path: Path) -> None:
 
 
 def test_a_step_of_training_lowers_the_loss() -> None:
-    mine = net("nf_resnet(depths = [1, 1], widths = [16, 32], stem = 16, classes = 5)(x)", torch.float32, C=3, H=32, W=32)
+    mine = net(
+        "nf_resnet(depths = [1, 1], widths = [16, 32], stem = 16, classes = 5)(x)", torch.float32, C=3, H=32, W=32
+    )
     x, y = data(16, 3, 32, 32, dtype=torch.float32), torch.arange(16) % 5
     opt = torch.optim.SGD(mine.parameters(), 0.05)
     losses = []

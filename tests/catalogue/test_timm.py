@@ -82,14 +82,20 @@ def test_standardised_convolutions(kind: str) -> None:
     if kind == "StdConv2d":  # its deviation divides by n, ours by n - 1 as the paper's code
         x = data(3, 4, 6, 6)
         n = weight[0].numel()
-        torch.testing.assert_close((mine(x) - bias[:, None, None]) * (n / (n - 1)) ** 0.5, other(x) - bias[:, None, None], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            (mine(x) - bias[:, None, None]) * (n / (n - 1)) ** 0.5, other(x) - bias[:, None, None], rtol=1e-4, atol=1e-4
+        )
     else:
         agree(mine, other, data(3, 4, 6, 6), pairs)
 
 
 def test_nf_regnet() -> None:
     """NF-RegNet-B0 with timm's options for the authors' form: gain on the activation, SkipInit."""
-    other = timm.create_model("nf_regnet_b0", skipinit=True, gamma_in_act=True, std_conv_eps=1e-13, num_classes=7).double().eval()
+    other = (
+        timm.create_model("nf_regnet_b0", skipinit=True, gamma_in_act=True, std_conv_eps=1e-13, num_classes=7)
+        .double()
+        .eval()
+    )
     mine = shaken(net("nf_regnet(classes = 7, skip = 0.5)(x)", C=3, H=64, W=64), 0.05)
     convs = [m for m in mine.modules() if hasattr(m, "conv_weight")]
     theirs = [m for m in other.modules() if isinstance(m, timm.layers.ScaledStdConv2d)]
@@ -105,7 +111,11 @@ def test_nf_regnet() -> None:
         ):  # fmt: skip
             for p, q in zip(m.parameters(), o.parameters(), strict=True):
                 q.copy_(p.reshape(q.shape))
-        for m, o in zip([m for m in mine.modules() if hasattr(m, "skip_gain")], [m for m in other.modules() if hasattr(m, "skipinit_gain")], strict=True):
+        for m, o in zip(
+            [m for m in mine.modules() if hasattr(m, "skip_gain")],
+            [m for m in other.modules() if hasattr(m, "skipinit_gain")],
+            strict=True,
+        ):
             o.skipinit_gain.copy_(m.skip_gain)
         other.head.fc.weight.copy_(mine.nf_regnet.linear_weight)
         other.head.fc.bias.copy_(mine.nf_regnet.linear_bias)

@@ -28,7 +28,9 @@ def increments(n: int, seed: int) -> Tensor:
     return (start + torch.arange(LENGTH + 1)) % VOCAB
 
 
-def trained(module: Any, seed: int, steps: int = 40, at_end: Callable[[Any], Any] = lambda m: None) -> tuple[float, Any]:
+def trained(
+    module: Any, seed: int, steps: int = 40, at_end: Callable[[Any], Any] = lambda m: None
+) -> tuple[float, Any]:
     """The loss on new sequences after some steps of Adam at 1e-3 on batches of 32, and what `at_end` says with its gradients."""
     opt = torch.optim.Adam(module.parameters(), 1e-3)
     for k in range(steps):

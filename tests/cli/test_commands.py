@@ -293,7 +293,9 @@ WORDS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(WORDS, max_size=6))
 def test_any_arguments_give_an_exit_code_and_no_traceback(run: Run, small: Path, data: Path, words: list[str]) -> None:
     (small.parent / "free.flow").write_text(OPEN)

@@ -64,7 +64,9 @@ def test_the_spec_s_own_folder_comes_first(spec: Path) -> None:
     (spec.parent / "parts" / "scales.flow").write_text("bijector twice (x: R[D]) { x + 1 }\n", "utf-8")
     with fl.library_folders(spec.parents[1] / "shared"):
         flow = fl.compile(spec)
-    assert torch.allclose(flow.log_prob(-torch.ones(1, 2)), torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(2)).sum())
+    assert torch.allclose(
+        flow.log_prob(-torch.ones(1, 2)), torch.distributions.Normal(0.0, 1.0).log_prob(torch.zeros(2)).sum()
+    )
 
 
 def test_nothing_outside_the_folder_can_be_named(spec: Path, tmp_path: Path) -> None:

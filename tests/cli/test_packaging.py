@@ -44,7 +44,11 @@ def test_a_wheel_is_whole_and_works_in_another_environment(tmp_path: Path) -> No
     venv.create(env, with_pip=True)
     python = env / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True, timeout=300)
-    site = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
+    site = Path(
+        subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
+    )
     installed = {p.relative_to(site).as_posix() for p in (site / "flowlang").rglob("*") if p.suffix in (".py", *DATA)}
     assert installed == shipped()
 
@@ -55,11 +59,15 @@ def test_a_wheel_is_whole_and_works_in_another_environment(tmp_path: Path) -> No
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def run(*arguments: str) -> str:
-        done = subprocess.run([env / "bin" / "flowlang", *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=clean)
+        done = subprocess.run(
+            [env / "bin" / "flowlang", *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=clean
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = subprocess.check_output([python, "-c", "import flowlang; print(flowlang.__file__)"], text=True, cwd=tmp_path, env=clean)
+    where = subprocess.check_output(
+        [python, "-c", "import flowlang; print(flowlang.__file__)"], text=True, cwd=tmp_path, env=clean
+    )
     assert Path(where.strip()).is_relative_to(site)
     run("new", "first.flow")
     assert "no errors" in run("check", str(spec))

@@ -45,7 +45,9 @@ def test_dropout_is_for_training_alone_and_differs_at_each_place() -> None:
 
 
 def test_a_model_s_networks_may_draw() -> None:
-    model = fl.compile(DROPPED + "model m(n: net = dropped(0.5)) { data x: R[D = 6]\n def loss(x) { mean(n(x)) } }", seed=0)
+    model = fl.compile(
+        DROPPED + "model m(n: net = dropped(0.5)) { data x: R[D = 6]\n def loss(x) { mean(n(x)) } }", seed=0
+    )
     torch.manual_seed(1)
     losses = {float(model.loss(torch.ones(4, 6))) for _ in range(5)}
     assert len(losses) > 1
@@ -74,12 +76,17 @@ def test_noise_is_an_input_of_an_onnx_model(tmp_path: Path) -> None:
 
 
 def test_a_norm_keeps_the_order_of_its_axes() -> None:
-    text = "norm n(x: R[C, H, W], m: R[H, W]) { m * x }\nnet f(x: R[C = 2, H = 3, W = 4], m: R[H = 3, W = 4]) { n(x, m) }"
+    text = (
+        "norm n(x: R[C, H, W], m: R[H, W]) { m * x }\nnet f(x: R[C = 2, H = 3, W = 4], m: R[H = 3, W = 4]) { n(x, m) }"
+    )
     x, m = torch.randn(5, 2, 3, 4), torch.randn(5, 3, 4)
     torch.testing.assert_close(fl.compile(text, flow="f")(x, m), x * m[:, None])
 
 
-@pytest.mark.parametrize(("condition", "expected"), [("true and x > 0", "a"), ("false and x > 0", "b"), ("true or x > 0", "c"), ("x > 0 or false", "a")])
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [("true and x > 0", "a"), ("false and x > 0", "b"), ("true or x > 0", "c"), ("x > 0 or false", "a")],
+)
 def test_conditions_with_a_part_that_is_known(condition: str, expected: str) -> None:
     module = fl.compile(f"net f(x: R[D = 3]) {{ where({condition}, x, -x) }}", flow="f")
     x = torch.tensor([[1.0, -2.0, 3.0]])

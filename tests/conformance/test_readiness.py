@@ -31,12 +31,17 @@ def data(*shape: int, seed: int = 0) -> Tensor:
 def test_the_trial_runs_and_has_gradients(card: str) -> None:
     assert not [d for d in fl.check(TRIALS[0].parent / f"{card}.flow") if d.severity == "error"]
     net = module(card)
-    values = [torch.randint(64, (4, *s)) if "Int" in net.types.get(n, "") else data(4, *s).requires_grad_() for n, s in net.inputs.items()]
+    values = [
+        torch.randint(64, (4, *s)) if "Int" in net.types.get(n, "") else data(4, *s).requires_grad_()
+        for n, s in net.inputs.items()
+    ]
     out = net(*values)
     assert torch.isfinite(out).all()
     (out * data(*out.shape, seed=1)).sum().backward()
     grads = {n: p.grad for n, p in net.named_parameters()}
-    assert all(g is not None and torch.isfinite(g).all() for g in grads.values()), [n for n, g in grads.items() if g is None]
+    assert all(g is not None and torch.isfinite(g).all() for g in grads.values()), [
+        n for n, g in grads.items() if g is None
+    ]
     assert torch.isfinite(net.eval()(*values)).all()
 
 

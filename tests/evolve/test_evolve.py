@@ -78,7 +78,9 @@ def test_every_primitive_means_what_its_name_says(op: str) -> None:
     body = expression(Gene(op, 0, 0), {0: "x"}, 4, 1e-5)
     if op in ("log", "sqrt", "div"):  # defined on part of the reals: the compiler asks for a domain
         body = body.replace("x", "max(x, 0.25)")
-    module = fl.compile(f"norm f(x: R[C = 8, H = 3, W = 2]) {{ y: R[C, H, W] = {body} + 0 * x\n y }}", flow="f", dtype=torch.float64)
+    module = fl.compile(
+        f"norm f(x: R[C = 8, H = 3, W = 2]) {{ y: R[C, H, W] = {body} + 0 * x\n y }}", flow="f", dtype=torch.float64
+    )
     if "_" not in op:
         same = {"neg": -x, "add": x + x, "mul": x * x, "div": x / x, "max": x, "square": x * x}
         expected = same[op] if op in same else getattr(torch, op)(x)
@@ -173,7 +175,20 @@ def test_a_search_that_is_resumed_is_the_search(tmp_path_factory: pytest.TempPat
 @pytest.mark.slow
 def test_the_command_searches_resumes_and_prints_layers(tmp_path: Path) -> None:
     out = tmp_path / "e"
-    few = ["--population", "2", "--nodes", "3", "--steps", "10", "--quality", "0.13", "--ascent", "1", "--anchors", "anchor_plain"]
+    few = [
+        "--population",
+        "2",
+        "--nodes",
+        "3",
+        "--steps",
+        "10",
+        "--quality",
+        "0.13",
+        "--ascent",
+        "1",
+        "--anchors",
+        "anchor_plain",
+    ]
     done = CliRunner().invoke(cli, ["evolve", "-o", str(out), "--generations", "1", *few])
     assert done.exit_code == 0, done.output
     assert "norm evolved_1" in done.output

@@ -34,11 +34,11 @@ BOMBS: dict[str, Callable[[], str]] = {
     "steps written out": lambda: flow("for i in 0..90000 { affine_coupling(net = mlp(8)) }"),
     "recursion": lambda: flow("a", "bijector a { a }\n"),
     "mutual recursion": lambda: flow("a", "bijector a { b }\nbijector b { c }\nbijector c { a }\n"),
-    "recursion through a parameter": lambda: flow(
-        "a(f = a)", "bijector a(f: bijector) { f(f = f) }\n"
-    ),
+    "recursion through a parameter": lambda: flow("a(f = a)", "bijector a(f: bijector) { f(f = f) }\n"),
     "recursion that grows": lambda: flow("a(1)", "bijector a(n: int) { a(n + 1) }\n"),
-    "recursive net": lambda: "net n(x: R[D]) -> R[D] { n(x) }\nflow f { data x: R[D = 2];  affine_coupling(net = n);  base normal }\n",
+    "recursive net": lambda: (
+        "net n(x: R[D]) -> R[D] { n(x) }\nflow f { data x: R[D = 2];  affine_coupling(net = n);  base normal }\n"
+    ),
     "recursive const": lambda: "const a = b + 1\nconst b = a + 1\nflow f { data x: R[D = a];  base normal }\n",
     "recursive def": lambda: "net n(x: R[D]) {\n  def g(a) { g(a + 1) }\n  g(x)\n}\n",
     "giant number": lambda: f"const a = {'9' * 100_000}\n",
@@ -54,7 +54,9 @@ BOMBS: dict[str, Callable[[], str]] = {
     "doubling lists": lambda: "net n(x: R[D]) {\n  a = [1, 2]\n" + "  a := a + a\n" * 60 + "  x\n}\n",
     "doubling lists in a loop": lambda: "net n(x: R[D]) {\n  a = [1, 2]\n  repeat 60 { a := a + a }\n  x\n}\n",
     "for without end": lambda: "net n(x: R[D]) {\n  for i in 0..99999999 { y = x + i }\n  x\n}\n",
-    "nested fors": lambda: "net n(x: R[D]) {\n  y = x\n  for i in 0..1000 { for j in 0..1000 { y := y + exp(x) } }\n  y\n}\n",
+    "nested fors": lambda: (
+        "net n(x: R[D]) {\n  y = x\n  for i in 0..1000 { for j in 0..1000 { y := y + exp(x) } }\n  y\n}\n"
+    ),
     "doubling distinct regions": lambda: doubling(30, "distinct") + flow("b29(1)"),
     "deep brackets": lambda: "const a = " + "(" * 100_000 + ")" * 100_000 + "\n",
     "megabytes of brackets": lambda: "[" * 3_000_000,
@@ -65,9 +67,10 @@ BOMBS: dict[str, Callable[[], str]] = {
     "many blocks": lambda: "net n(x: R[D]) " + "{ if true " * 5_000 + "{ x }" + "}" * 5_000,
     "many axes": lambda: f"flow f {{ data x: R[{', '.join(f'A{k} = 2' for k in range(5000))}];  base normal }}\n",
     "many parameters": lambda: f"net n({', '.join(f'p{k}: R[D]' for k in range(60_000))}) {{ p0 }}\n" * 2,
-    "deep declarations": lambda: "bijector b0 { reverse }\n"
-    + "".join(f"bijector b{k} {{ b{k - 1} }}\n" for k in range(1, 3000))
-    + flow("b2999"),
-    "deep aliases": lambda: "const z = a4999\nconst a0 = 1\n"
-    + "".join(f"const a{k} = a{k - 1} + 1\n" for k in range(1, 5000)),
+    "deep declarations": lambda: (
+        "bijector b0 { reverse }\n" + "".join(f"bijector b{k} {{ b{k - 1} }}\n" for k in range(1, 3000)) + flow("b2999")
+    ),
+    "deep aliases": lambda: (
+        "const z = a4999\nconst a0 = 1\n" + "".join(f"const a{k} = a{k - 1} + 1\n" for k in range(1, 5000))
+    ),
 }

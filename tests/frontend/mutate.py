@@ -138,7 +138,12 @@ def line_edit(text: str, r: random.Random) -> str:
         case 3:
             lines[k : k + 2] = [" ".join(lines[k : k + 2])]
         case _:
-            lines.insert(k, r.choice(["{", "}", "repeat 3 {", "if true {", ")", "base normal", "-x", "x := x", "param w: R[D] = 0"]))
+            lines.insert(
+                k,
+                r.choice(
+                    ["{", "}", "repeat 3 {", "if true {", ")", "base normal", "-x", "x := x", "param w: R[D] = 0"]
+                ),
+            )
     return "\n".join(lines)
 
 

@@ -14,7 +14,9 @@ from flowlang.source import Source
 from tests.frontend.mutate import mutants
 
 # Words of the implementation, which no user should meet.
-INTERNAL = re.compile(r"NoneType|\bNone\b|\bnode \d|object at 0x|<class|<error>|Traceback|TensorType|Poison|\bPending\b|flowlang\.")
+INTERNAL = re.compile(
+    r"NoneType|\bNone\b|\bnode \d|object at 0x|<class|<error>|Traceback|TensorType|Poison|\bPending\b|flowlang\."
+)
 
 
 def judge(d: Diagnostic) -> None:

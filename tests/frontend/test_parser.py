@@ -84,7 +84,9 @@ def test_our_scanner_is_larks(file: Path) -> None:
     assert mine == [(t.type, str(t), t.start_pos, t.end_pos) for t in larks().lex(text)]
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if "unclosed" not in f.stem], ids=lambda f: f"{f.parent.name}/{f.stem}")
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if "unclosed" not in f.stem], ids=lambda f: f"{f.parent.name}/{f.stem}"
+)
 def test_every_spec_of_ours_parses(file: Path) -> None:
     good(file.read_text("utf-8"))
 
@@ -130,7 +132,9 @@ def check_spans(module: tree.Module) -> None:
                 assert statement(text) == node
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if "unclosed" not in f.stem], ids=lambda f: f"{f.parent.name}/{f.stem}")
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if "unclosed" not in f.stem], ids=lambda f: f"{f.parent.name}/{f.stem}"
+)
 def test_spans_are_exact_in_real_files(file: Path) -> None:
     check_spans(good(file.read_text("utf-8")))
 
@@ -229,7 +233,12 @@ def test_a_tableau_has_rows_of_cells() -> None:
 def test_line_ends_and_byte_order_mark() -> None:
     text = "flow f {\n  data x: R[D = 2]\n  base normal\n}\n"
     wanted = good(text)
-    for other in (text.replace("\n", "\r\n"), "\ufeff" + text, "\ufeff" + text.replace("\n", "\r\n"), text.replace("\n", "\r")):
+    for other in (
+        text.replace("\n", "\r\n"),
+        "\ufeff" + text,
+        "\ufeff" + text.replace("\n", "\r\n"),
+        text.replace("\n", "\r"),
+    ):
         assert good(other) == wanted
 
 
@@ -270,7 +279,15 @@ def test_numbers(text: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("9223372036854775808", "FL0901"), ("1e999", "FL0901"), ("1e-999", "FL0901"), ("0.0e-999", None), ("9" * 5000, "FL0901"), ("2x", "FL0104"), ("1.5γ", "FL0104")],
+    [
+        ("9223372036854775808", "FL0901"),
+        ("1e999", "FL0901"),
+        ("1e-999", "FL0901"),
+        ("0.0e-999", None),
+        ("9" * 5000, "FL0901"),
+        ("2x", "FL0104"),
+        ("1.5γ", "FL0104"),
+    ],
 )
 def test_bad_numbers(text: str, code: str | None) -> None:
     _, problems = parsed(f"const a = {text}")
@@ -318,7 +335,9 @@ def test_precedence(text: str, meant: str) -> None:
         if isinstance(e, tree.Paren) and len(e.items) == 1 and e.items[0].left is not None:
             return plain(e.items[0].left)
         if isinstance(e, tree.Node):
-            changes = {f.name: plain(getattr(e, f.name)) for f in dataclasses.fields(e) if f.name not in ("span", "op", "id")}
+            changes = {
+                f.name: plain(getattr(e, f.name)) for f in dataclasses.fields(e) if f.name not in ("span", "op", "id")
+            }
             return dataclasses.replace(e, **changes)  # type: ignore[type-var]
         return e
 

@@ -18,7 +18,9 @@ from tests.frontend import trees
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
-    f for folder in ("tests/drafts", "tests/acceptance/good", "stdlib", "specs") for f in (ROOT / folder).rglob("*.flow")
+    f
+    for folder in ("tests/drafts", "tests/acceptance/good", "stdlib", "specs")
+    for f in (ROOT / folder).rglob("*.flow")
 )
 PROFILE = settings(
     max_examples=150, derandomize=True, deadline=None,
@@ -102,7 +104,10 @@ CANONICAL = [
     ("flow  f{data x:R[D=2];base   normal}", "flow f { data x: R[D = 2];  base normal }\n"),
     ("const a=1+2*3^-x", "const a = 1 + 2 * 3 ^ -x\n"),
     ("const a = (1+2)*3", "const a = (1 + 2) * 3\n"),
-    ("net f(x:R[D]given c:R[..]?)->R[O]{\nlinear(x,c)\n}", "net f(x: R[D] given c: R[..]?) -> R[O] {\n  linear(x, c)\n}\n"),
+    (
+        "net f(x:R[D]given c:R[..]?)->R[O]{\nlinear(x,c)\n}",
+        "net f(x: R[D] given c: R[..]?) -> R[O] {\n  linear(x, c)\n}\n",
+    ),
     ("const b = x[D->(h=4,d),T=1..]", "const b = x[D -> (h = 4, d), T = 1..]\n"),
     ("edition 1\nimport std.flows.coupling(a,b)", "edition 1\nimport std.flows.coupling (a, b)\n"),
 ]

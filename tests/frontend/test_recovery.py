@@ -171,7 +171,11 @@ def test_what_is_good_stays(count: int) -> None:
     text, _ = plant(count, count)
     report = Report()
     found = {i.name: i for i in parse(Source.of("bad", text), report).module.items if isinstance(i, tree.Declaration)}
-    whole = {i.name: i for i in parse(Source.of("good", plant(0, 0)[0]), Report()).module.items if isinstance(i, tree.Declaration)}
+    whole = {
+        i.name: i
+        for i in parse(Source.of("good", plant(0, 0)[0]), Report()).module.items
+        if isinstance(i, tree.Declaration)
+    }
     assert any(found.get(n) == i for n, i in whole.items())
 
 

@@ -19,7 +19,10 @@ PLAIN = ["x", "y", "h", "D", "C", "B", "a_1", "γ", "β2", "net", "path", "solve
          "param", "base", "emit", "def", "scan", "require", "import", "tableau", "reverse", "edition", "exp", "normal"]  # fmt: skip
 names = st.sampled_from(PLAIN)
 axes = st.sampled_from(["D", "C", "H", "T", "D'", "C''", "k"])
-texts = st.text(st.characters(codec="utf-8", exclude_characters='"\n\r', exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"]), max_size=6)
+texts = st.text(
+    st.characters(codec="utf-8", exclude_characters='"\n\r', exclude_categories=["Cc", "Cs", "Cf", "Zl", "Zp"]),
+    max_size=6,
+)
 
 
 def short(strategy: st.SearchStrategy[T]) -> st.SearchStrategy[T]:
@@ -236,7 +239,8 @@ def cells() -> st.SearchStrategy[tree.Cell]:
 
 
 tableaus = st.lists(
-    st.builds(lambda h, c: tree.Row(h, tuple(c), span=AT), st.none() | cells(), st.lists(cells(), max_size=3)), max_size=3
+    st.builds(lambda h, c: tree.Row(h, tuple(c), span=AT), st.none() | cells(), st.lists(cells(), max_size=3)),
+    max_size=3,
 ).map(lambda rows: tree.Tableau(tuple(rows), span=AT))
 
 results = st.lists(
@@ -255,7 +259,9 @@ declarations = short(st.one_of(
 ))  # fmt: skip
 
 imports = st.builds(
-    lambda p, n: tree.Import(tuple(p), tuple(n), span=AT), st.lists(names, min_size=1, max_size=3), st.lists(names, max_size=2)
+    lambda p, n: tree.Import(tuple(p), tuple(n), span=AT),
+    st.lists(names, min_size=1, max_size=3),
+    st.lists(names, max_size=2),
 )
 
 modules = st.builds(

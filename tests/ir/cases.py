@@ -263,7 +263,9 @@ def reduction_cases() -> Iterator[Case]:
     a, c = real(("T", 3), ("D", 4)), real(("D", 4), ("E", 2))
     yield Case("contract", (Operand(a), Operand(c, batched=False)), {"axes": ("D",)}, "matrix")
     yield Case("contract", (Operand(a), Operand(real(("D", 4), ("T", 3)))), {"axes": ("D",)}, "rows")
-    yield Case("contract", (Operand(a), Operand(real(("D", 4), ("T", 3)), closed(-0.5, 1.5))), {"axes": ("T", "D")}, "two")
+    yield Case(
+        "contract", (Operand(a), Operand(real(("D", 4), ("T", 3)), closed(-0.5, 1.5))), {"axes": ("T", "D")}, "two"
+    )
     yield Case("contract", (Operand(c, closed(-2.0, 1.0), batched=False), Operand(a)), {"axes": ("D",)}, "left")
 
 
@@ -287,14 +289,20 @@ def structure_cases() -> Iterator[Case]:
     yield Case("order", (x,), {"names": ("D", "T")})
     yield Case("order", (Operand(real(("A", 2), ("B", 3), ("C", 2))),), {"names": ("C", "A", "B")}, "three")
     yield Case("split", (x,), {"axis": "D", "into": (("h", 2), ("d", 2))})
-    yield Case("merge", (Operand(real(("A", 2), ("B", 3), ("C", 2))),), {"axes": ("A", "B"), "into": "M", "sizes": (("A", 2), ("B", 3))})
+    yield Case(
+        "merge",
+        (Operand(real(("A", 2), ("B", 3), ("C", 2))),),
+        {"axes": ("A", "B"), "into": "M", "sizes": (("A", 2), ("B", 3))},
+    )
     yield Case("expand", (Operand(real(("D", 4))),), {"axes": (("T", 3), ("D", 4))})
     yield Case("expand", (Operand(real(("D", 4)), batched=False),), {"axes": (("D", 4), ("T", 3))}, "behind")
     index = TensorType.of(("I", 5), kind="int")
     yield Case("gather", (x, Operand(index, closed(0, 2), batched=False)), {"axis": "T"}, "table")
     yield Case("gather", (x, Operand(index, closed(0, 2))), {"axis": "T"}, "both")
     yield Case("gather", (Operand(PLANE, batched=False), Operand(index, closed(0, 3))), {"axis": "D"}, "embedding")
-    yield Case("gather", (x, Operand(TensorType.of(("T", 3), ("I", 2), kind="int"), closed(0, 3))), {"axis": "D"}, "along")
+    yield Case(
+        "gather", (x, Operand(TensorType.of(("T", 3), ("I", 2), kind="int"), closed(0, 3))), {"axis": "D"}, "along"
+    )
     yield Case("index", (), {"axis": "T", "size": 5})
 
 
@@ -323,7 +331,12 @@ def matrix_cases() -> Iterator[Case]:
         y = Operand(real(("T", 3), ("D'", 4)), edges=False)
         yield Case("matrix_solve", (w, y), {"axis": "D", "given": "D'"}, note)
         yield Case("matrix_solve", (many, y), {"axis": "D", "given": "D'"}, f"{note}many")
-        yield Case("matrix_solve", (w, Operand(real(("T", 3), ("D", 4)), edges=False)), {"axis": "D'", "given": "D"}, f"{note}T")
+        yield Case(
+            "matrix_solve",
+            (w, Operand(real(("T", 3), ("D", 4)), edges=False)),
+            {"axis": "D'", "given": "D"},
+            f"{note}T",
+        )
         yield Case("matrix_log_det", (w,), note=note)
         yield Case("matrix_log_det", (many,), note=f"{note}many")
     stiefel = domain("Stiefel")
@@ -344,16 +357,30 @@ def matrix_cases() -> Iterator[Case]:
         yield Case("diagonal", (w,), {"row": "D'", "col": "D"}, str(k))
     plain = domain("R")
     for bound in (0.2, 50.0):
-        yield Case("norm_bounded", (Operand(real(("E", 3), ("D", 4)), param=plain),), {"axes": ("D",), "bound": bound}, str(bound))
+        yield Case(
+            "norm_bounded",
+            (Operand(real(("E", 3), ("D", 4)), param=plain),),
+            {"axes": ("D",), "bound": bound},
+            str(bound),
+        )
     yield from window_cases()
 
 
 def window_cases() -> Iterator[Case]:
     image = Operand(real(("C", 4), ("H", 5), ("W", 6)))
-    plain = {"channel": "C", "space": ("H", "W"), "stride": (1, 1), "groups": 1, "dilation": (1, 1), "padding": ((1, 1), (1, 1))}
+    plain = {
+        "channel": "C",
+        "space": ("H", "W"),
+        "stride": (1, 1),
+        "groups": 1,
+        "dilation": (1, 1),
+        "padding": ((1, 1), (1, 1)),
+    }
 
     def kernel(*shape: int) -> Operand:
-        return Operand(TensorType.of(*zip(("K", "C_in", "kd", "kh", "kw")[: len(shape)], shape, strict=True)), batched=False)
+        return Operand(
+            TensorType.of(*zip(("K", "C_in", "kd", "kh", "kw")[: len(shape)], shape, strict=True)), batched=False
+        )
 
     for note, shape, attrs in (
         ("3x3", (2, 4, 3, 3), {}), ("even", (2, 4, 2, 4), {"padding": ((0, 1), (1, 2))}), ("stride", (2, 4, 3, 3), {"stride": (2, 2)}),
@@ -379,14 +406,31 @@ def window_cases() -> Iterator[Case]:
     yield Case("conv", (Operand(real(("C", 2), ("Z", 3), ("H", 3), ("W", 4))), kernel(2, 2, 3, 3, 3)), solid, "3d")
     for op in ("max_pool", "mean_pool"):
         window = Operand(image.type, distinct=op == "max_pool")
-        base = {"space": ("H", "W"), "kernel": (2, 2), "stride": (2, 2), "dilation": (1, 1), "padding": ((0, 0), (0, 0))}
+        base = {
+            "space": ("H", "W"),
+            "kernel": (2, 2),
+            "stride": (2, 2),
+            "dilation": (1, 1),
+            "padding": ((0, 0), (0, 0)),
+        }
         yield Case(op, (window,), base, "2x2")
         yield Case(op, (window,), {**base, "kernel": (3, 3), "padding": ((1, 1), (1, 1))}, "overlapping")
-        yield Case(op, (window,), {**base, "space": ("H",), "kernel": (2,), "stride": (3,), "dilation": (1,), "padding": ((0, 0),)}, "1d")
+        yield Case(
+            op,
+            (window,),
+            {**base, "space": ("H",), "kernel": (2,), "stride": (3,), "dilation": (1,), "padding": ((0, 0),)},
+            "1d",
+        )
 
 
 def spline_cases() -> Iterator[Case]:
-    sizes = {"rqs": (5, 5, 4), "linear_spline": (5,), "quadratic_spline": (5, 6), "cubic_spline": (5, 5, 2), "rqs_circular": (5, 5, 5)}
+    sizes = {
+        "rqs": (5, 5, 4),
+        "linear_spline": (5,),
+        "quadratic_spline": (5, 6),
+        "cubic_spline": (5, 5, 2),
+        "rqs_circular": (5, 5, 5),
+    }
     for kind, counts in sizes.items():
         per_entry = tuple(Operand(real(("D", 2), ("T", 2), (f"K{k}", n)), edges=False) for k, n in enumerate(counts))
         shared = tuple(Operand(real((f"K{k}", n)), batched=False, edges=False) for k, n in enumerate(counts))

@@ -113,7 +113,10 @@ bijector both (x: R[E]) {
 
 
 def test_an_inverse_alone_keeps_the_derived_log_det() -> None:
-    text = "bijector line (x: R[D]) { param a: Positive[D] = 2\n def inverse(y) { y / a - 1 / a }\n a * x + 1 }\n" + flow("line")
+    text = (
+        "bijector line (x: R[D]) { param a: Positive[D] = 2\n def inverse(y) { y / a - 1 / a }\n a * x + 1 }\n"
+        + flow("line")
+    )
     agrees(text)
     said = {d["name"]: d for d in fl.info(text)}
     assert said["line"]["inverse"] == "explicit"
@@ -140,7 +143,10 @@ def test_an_inverse_alone_needs_a_derivable_log_det() -> None:
         (mixed(log_det="log(5.0) + 0 * sum[D](x)"), "log_det"),
         (mixed(inverse="log(y) - sum[D](y) / 4"), "inverse"),
         # Right where x is positive, wrong elsewhere.
-        (CUBE.replace("sign(y / a) * (abs(y / a) ^ (1 / 3))", "abs(y / a) ^ (1 / 3)").replace("cube", "mixed"), "inverse"),
+        (
+            CUBE.replace("sign(y / a) * (abs(y / a) ^ (1 / 3))", "abs(y / a) ^ (1 / 3)").replace("cube", "mixed"),
+            "inverse",
+        ),
         (mixed(inverse="y - sum[D](y) / 4 + max(sum[D](y) - 8, 0)"), "inverse"),
     ],
     ids=["inverse", "log_det", "nan", "half_the_domain", "far_out"],
@@ -182,7 +188,9 @@ bijector half (x: R[D]) {
     ],
 )
 def test_what_a_log_det_is_said_to_be(word: str, log_det: str, ok: bool, said: str) -> None:
-    text = mixed(log_det=log_det).replace("def log_det(x)", f"def log_det(x) -> {word}") + flow("affine_elementwise\n  mixed")
+    text = mixed(log_det=log_det).replace("def log_det(x)", f"def log_det(x) -> {word}") + flow(
+        "affine_elementwise\n  mixed"
+    )
     if not ok:
         with pytest.raises(FlowError):
             fl.compile(text)

@@ -34,7 +34,9 @@ bijector scaled (x: R[D]) {
 
 
 def test_verify_compares_large_log_dets_with_an_estimate() -> None:
-    comp = analyse("flow f {\n  data x: R[C = 2, H = 25, W = 25]\n  conv1x1\n  elementwise(asinh)\n  base normal\n}\n", sized=True)
+    comp = analyse(
+        "flow f {\n  data x: R[C = 2, H = 25, W = 25]\n  conv1x1\n  elementwise(asinh)\n  base normal\n}\n", sized=True
+    )
     found = {c.name: c for c in verify(comp, "f")}
     assert found["log-det against an estimate"].ok
     assert all(c.ok for c in found.values())

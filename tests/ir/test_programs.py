@@ -69,7 +69,9 @@ def test_the_solvers_are_among_them() -> None:
     kinds = set()
     for text in (TEXTS["bracketed"], TEXTS["scanned"]):
         comp = analyse(text, sized=True)
-        plan = comp.analyses.plan(comp.regions["b"] if "b" in comp.regions else next(iter(comp.regions["f"].children.values())).region)
+        plan = comp.analyses.plan(
+            comp.regions["b"] if "b" in comp.regions else next(iter(comp.regions["f"].children.values())).region
+        )
         assert isinstance(plan, Plan)
         kinds |= {type(s) for s in plan.steps}
     assert {Scalar, Scan} <= kinds

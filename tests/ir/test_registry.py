@@ -119,7 +119,19 @@ def test_torch_agrees_with_the_reference(case: Case) -> None:
 @by_case
 def test_float32_agrees_with_float64(case: Case) -> None:
     b = of(case)
-    if any(o.param is not None for o in case.operands) or case.op in ("floor", "whole_part", "fraction_part", "round", "mod", "eq", "ne", "lt", "gt", "le", "ge"):
+    if any(o.param is not None for o in case.operands) or case.op in (
+        "floor",
+        "whole_part",
+        "fraction_part",
+        "round",
+        "mod",
+        "eq",
+        "ne",
+        "lt",
+        "gt",
+        "le",
+        "ge",
+    ):
         return  # decided by the last digit, or by a factorisation whose condition is not the op's
     operands = [o for o in case.operands if o.param is None]
     values = next(iter(b.samples(5, 1)))
@@ -158,11 +170,16 @@ EXACT: dict[str, Callable[[Any], Any]] = {
 def test_elementwise_is_right_to_the_last_digits(case: Case) -> None:
     b = of(case)
     values = torch.cat([s[0].reshape(-1) for s in b.samples(2, 2)])
-    got = b.module._forward(values[: 16].unsqueeze(0))[0]
+    got = b.module._forward(values[:16].unsqueeze(0))[0]
     for x, y in zip(values[:16].tolist(), got.tolist(), strict=True):
         exact = EXACT[case.op](mp.mpf(x))
         # A rounding of the operand alone moves the value by this much.
-        slope = abs(mp.diff(EXACT[case.op], mp.mpf(x))) if case.op not in ("floor", "whole_part", "fraction_part", "round", "sign", "relu", "abs", "selu", "log_bessel_i0e") else 1
+        slope = (
+            abs(mp.diff(EXACT[case.op], mp.mpf(x)))
+            if case.op
+            not in ("floor", "whole_part", "fraction_part", "round", "sign", "relu", "abs", "selu", "log_bessel_i0e")
+            else 1
+        )
         # Log-slopes near 0 are sums that nearly cancel: what counts in a log-det is their absolute error.
         floor = 2**-50 if case.op in ("log_cosh", "log_tanh_slope", "log_bessel_i0e") else 0
         allowed = floor + 8 * 2**-53 * (abs(exact) + slope * abs(mp.mpf(x))) + mp.mpf(10) ** -300
@@ -401,7 +418,9 @@ def test_continuity_claims_hold(case: Case) -> None:
         where = [k for k, p in enumerate(case.operands) if p.param is None].index(slot)
         first, second = b.samples(14, 2)
 
-        def line(low: float, high: float, first: list[Tensor] = first, second: list[Tensor] = second, where: int = where) -> list[float]:
+        def line(
+            low: float, high: float, first: list[Tensor] = first, second: list[Tensor] = second, where: int = where
+        ) -> list[float]:
             rows = []
             for s in torch.linspace(low, high, 9, dtype=torch.float64).tolist():
                 now = list(first)
@@ -512,4 +531,6 @@ def test_tangent_through_a_graph_is_the_chain_rule() -> None:
 
     jacobian = torch.autograd.functional.jacobian(f, value)
     assert isinstance(jacobian, Tensor)
-    torch.testing.assert_close(evaluate(b.graph, {x: value}, {}, [slope])[0], jacobian.diagonal(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        evaluate(b.graph, {x: value}, {}, [slope])[0], jacobian.diagonal(), rtol=1e-12, atol=1e-12
+    )

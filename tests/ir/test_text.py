@@ -68,7 +68,12 @@ def test_programs_parse_back(spec: Path) -> None:
             back = parse_program(text, laws(region))
             assert print_program(back) == text
             assert same_nodes(made.graph, back.graph)
-            assert (made.inputs, made.outputs, made.context, made.log_det) == (back.inputs, back.outputs, back.context, back.log_det)
+            assert (made.inputs, made.outputs, made.context, made.log_det) == (
+                back.inputs,
+                back.outputs,
+                back.context,
+                back.log_det,
+            )
 
 
 def test_programs_of_random_graphs_parse_back() -> None:
@@ -100,7 +105,10 @@ def test_the_text_does_not_depend_on_the_hash_seed() -> None:
     spec = next(p for p in SPECS if p.stem == "glow_small")
     runs = [
         subprocess.run(
-            [sys.executable, "-c", code, str(spec)], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", code, str(spec)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
     ]

@@ -51,7 +51,10 @@ def test_derivatives_are_those_of_autograd() -> None:
     torch.testing.assert_close(model.rate(x, t), in_t)
     torch.testing.assert_close(model.score(x), -x)
     jacobian = torch.stack(
-        [torch.autograd.functional.jacobian(lambda a, s=s: model.field(a, s), y).reshape(6, 6) for y, s in zip(x, t, strict=True)]
+        [
+            torch.autograd.functional.jacobian(lambda a, s=s: model.field(a, s), y).reshape(6, 6)
+            for y, s in zip(x, t, strict=True)
+        ]
     )
     torch.testing.assert_close(model.push(x, t, u), torch.einsum("bij,bj->bi", jacobian, u.flatten(1)).reshape(x.shape))
     torch.testing.assert_close(model.pull(x, t, u), torch.einsum("bij,bi->bj", jacobian, u.flatten(1)).reshape(x.shape))
@@ -145,4 +148,6 @@ def test_predictions_turn_into_each_other(path: str) -> None:
     for a in PREDICTIONS:
         for b in PREDICTIONS:
             if a != b:
-                torch.testing.assert_close(getattr(model, f"{a}_from_{b}")(x, known[b], t), known[a], rtol=1e-8, atol=1e-8)
+                torch.testing.assert_close(
+                    getattr(model, f"{a}_from_{b}")(x, known[b], t), known[a], rtol=1e-8, atol=1e-8
+                )

@@ -57,7 +57,9 @@ def test_log_det_and_round_trip(step: str) -> None:
     check_against_jacobian(flow, points(4, D, scale=3.0))
 
 
-@pytest.mark.parametrize("step", ["orthogonal_linear", "orthogonal_linear(reflections = 2)", "cayley_linear", "rotation"])
+@pytest.mark.parametrize(
+    "step", ["orthogonal_linear", "orthogonal_linear(reflections = 2)", "cayley_linear", "rotation"]
+)
 def test_orthogonal_maps_keep_lengths(step: str) -> None:
     jacobian = check_against_jacobian(flow_of(step), points(3, D))
     assert torch.allclose(jacobian @ jacobian.mT, torch.eye(D, dtype=torch.float64).expand(3, D, D), atol=1e-12)

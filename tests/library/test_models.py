@@ -141,13 +141,20 @@ def test_names_that_python_lacks_get_ascii_spellings() -> None:
     assert torch.allclose(model.loss_prime(x, torch.tensor(2.0)), 2 * x.mean())
 
 
-@pytest.mark.parametrize("name", ["run", "inputs", "context", "certify", "jit", "named_parameters", "origin", "add_module"])
+@pytest.mark.parametrize(
+    "name", ["run", "inputs", "context", "certify", "jit", "named_parameters", "origin", "add_module"]
+)
 def test_parts_may_have_names_that_modules_have(name: str) -> None:
     x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
-    model = fl.compile(f"model m {{ data x: R[D = 2]\n {name} = mlp(4)\n def loss(x) {{ y: R[D] = {name}(x)\n mean(y ^ 2) }} }}", seed=0)
+    model = fl.compile(
+        f"model m {{ data x: R[D = 2]\n {name} = mlp(4)\n def loss(x) {{ y: R[D] = {name}(x)\n mean(y ^ 2) }} }}",
+        seed=0,
+    )
     model.loss(x).backward()
     assert all(p.grad is not None for p in model.parameters())
-    flow = fl.compile(f"bijector {name}(x: R[D]) {{ param s: Positive[D] = 2\n x * s }}\nflow f {{ data x: R[D = 2]\n {name}\n base normal\n}}")
+    flow = fl.compile(
+        f"bijector {name}(x: R[D]) {{ param s: Positive[D] = 2\n x * s }}\nflow f {{ data x: R[D = 2]\n {name}\n base normal\n}}"
+    )
     assert torch.allclose(flow(x)[0], 2 * x)
 
 
@@ -163,7 +170,10 @@ def test_programs_may_have_the_names_of_what_modules_keep_to_themselves(name: st
 @pytest.mark.parametrize("value", ["linear[D -> D](x)", "conv[D, S](x[D -> (D, S = 1)], 2)[(D, S) -> D]", "s * x"])
 def test_weights_in_a_program_belong_to_the_model(value: str) -> None:
     declared = "param s: R[D] = 2\n" if value.startswith("s") else ""
-    model = fl.compile(f"model m {{ data x: R[D = 2]\n def loss(x) {{ {declared}y: R[D] = {value}\n mean((y - x) ^ 2) }}\n def plain(x) {{ mean(x) }} }}", seed=0)
+    model = fl.compile(
+        f"model m {{ data x: R[D = 2]\n def loss(x) {{ {declared}y: R[D] = {value}\n mean((y - x) ^ 2) }}\n def plain(x) {{ mean(x) }} }}",
+        seed=0,
+    )
     assert len(list(model.parameters())) >= 1
     model.loss(torch.ones(3, 2)).backward()
     assert all(p.grad is not None for p in model.parameters())

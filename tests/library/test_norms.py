@@ -118,7 +118,10 @@ def test_evonorms_are_the_paper_s(kind: str) -> None:
         assert torch.allclose(module(x), evonorm(kind, inner(module), x, biased), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("call", "dependent"), [("batch_norm()", True), ("evonorm_b0()", True), ("evonorm_s0(2)", False), ("group_norm(2)", False)])
+@pytest.mark.parametrize(
+    ("call", "dependent"),
+    [("batch_norm()", True), ("evonorm_b0()", True), ("evonorm_s0(2)", False), ("group_norm(2)", False)],
+)
 def test_which_norms_couple_the_samples_of_a_batch(call: str, dependent: bool) -> None:
     module = norm(call)
     x, y = data(4, 8, 3, 5), data(4, 8, 3, 5)

@@ -71,7 +71,11 @@ def told(text: str) -> list[tuple[str, str]]:
         ("require weak == 2\n x + h * v(x, t) + g(x, t, dw)", "FL0601", "weak is 1"),
         ("x + h * v(x, t) + 2 * g(x, t, dw)", "FL0602", "does not converge"),
         ("x + g(x, t, dw)", "FL0602", "does not converge"),
-        ("x + h * v(x, t + h) + g(x, t + h, dw) + (g(x + g(x, t, dw), t, dw) - g(x, t, dw)) / 3", "FL0602", "does not converge"),
+        (
+            "x + h * v(x, t + h) + g(x, t + h, dw) + (g(x + g(x, t, dw), t, dw) - g(x, t, dw)) / 3",
+            "FL0602",
+            "does not converge",
+        ),
         ("x + h * v(x, t) + tanh(g(x, t, dw))", "FL0902", "`tanh`"),
     ],
 )
@@ -101,8 +105,13 @@ def test_strong_orders(solver: str, g: str, more: str, order: float) -> None:
     x = torch.ones(4000, 1, dtype=F64)
     w = paths(1)[:, 0]
     drift = 0.6 if "sense" in more else 0.6 - 0.125
-    exact = torch.exp(drift + 0.5 * w) if g == "scaled" else scheme("stochastic_heun", "growth", g, 64).end(x, paths(64))
-    errors = [float((scheme(solver, "growth", g, n, more).end(x, paths(n)) - exact).square().mean().sqrt()) for n in (4, 8, 16)]
+    exact = (
+        torch.exp(drift + 0.5 * w) if g == "scaled" else scheme("stochastic_heun", "growth", g, 64).end(x, paths(64))
+    )
+    errors = [
+        float((scheme(solver, "growth", g, n, more).end(x, paths(n)) - exact).square().mean().sqrt())
+        for n in (4, 8, 16)
+    ]
     assert abs(math.log2(errors[0] / errors[2]) / 2 - order) < 0.2
 
 
@@ -175,7 +184,9 @@ model m(v: net = time_mlp(8)) {
 
 @pytest.mark.parametrize("program", ["euler", "heun", "milstein_end"])
 def test_onnx_takes_the_same_steps_with_noise_as_an_input(program: str, tmp_path: Path) -> None:
-    same_in_onnx(fl.compile(NOISY, seed=0), program, tmp_path, torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
+    same_in_onnx(
+        fl.compile(NOISY, seed=0), program, tmp_path, torch.randn(5, 2, generator=torch.Generator().manual_seed(1))
+    )
 
 
 def test_drawn_increments_have_the_variance_of_the_steps() -> None:
@@ -227,7 +238,14 @@ def test_what_does_not_fit_is_told(asked: str, code: str, words: str) -> None:
     assert errors[0].suggestion
 
 
-@pytest.mark.parametrize("asked", ["milstein(steps = 4), noise = own", "stochastic_heun(steps = 4), noise = 0.3", "euler_maruyama(steps = 4), noise = matrix"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "milstein(steps = 4), noise = own",
+        "stochastic_heun(steps = 4), noise = 0.3",
+        "euler_maruyama(steps = 4), noise = matrix",
+    ],
+)
 def test_what_fits_is_not(asked: str) -> None:
     assert not fl.check(WRONG % asked).errors
 

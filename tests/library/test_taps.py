@@ -35,7 +35,9 @@ net wide(x: R[D]) -> R[out] {
   linear[H -> out](h)
 }
 """
-MODEL = NETS + """
+MODEL = (
+    NETS
+    + """
 model m(v: net = outer(), r: net = rough(), w: net = wide()) {
   data x: R[D = 3]
   def plain(x, t: R) { v(x, t) }
@@ -61,6 +63,7 @@ model m(v: net = outer(), r: net = rough(), w: net = wide()) {
   def still(x, t: R, y: R[D = 3]) { mean(frozen(v).with(last = y)(x, t) ^ 2) }
 }
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +74,20 @@ def model() -> Any:
 @pytest.fixture
 def values() -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 3, generator=g, dtype=torch.float64), torch.rand(4, generator=g, dtype=torch.float64), torch.randn(4, 3, generator=g, dtype=torch.float64)]
+    return [
+        torch.randn(4, 3, generator=g, dtype=torch.float64),
+        torch.rand(4, generator=g, dtype=torch.float64),
+        torch.randn(4, 3, generator=g, dtype=torch.float64),
+    ]
 
 
-def seen(module: Any, x: torch.Tensor, t: torch.Tensor, a: dict[int, torch.Tensor] | None = None, last: torch.Tensor | None = None) -> tuple[Any, ...]:
+def seen(
+    module: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    a: dict[int, torch.Tensor] | None = None,
+    last: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
     """The outer network by the weights of its parts."""
 
     def run(part: Any, h: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,7 +161,10 @@ def test_onnx(tmp_path: Path, values: list[torch.Tensor]) -> None:
     ],
 )  # fmt: skip
 def test_refusals(body: str, code: str) -> None:
-    text = NETS + f"model m(v: net = outer(), r: net = rough(), w: net = wide()) {{\n data x: R[D = 3]\n def f(x, t: R) {{ {body} }} }}"
+    text = (
+        NETS
+        + f"model m(v: net = outer(), r: net = rough(), w: net = wide()) {{\n data x: R[D = 3]\n def f(x, t: R) {{ {body} }} }}"
+    )
     found = [d for d in fl.check(text) if d.severity == "error"]
     assert [d.code for d in found] == [code], found
     assert all(d.suggestion for d in found)
@@ -160,8 +176,11 @@ def test_what_replaces_may_be_where_the_value_may_be() -> None:
 
 
 def test_an_untaken_branch_may_name_places() -> None:
-    text = NETS + """model m(v: net = outer(), deep: bool = false) {
+    text = (
+        NETS
+        + """model m(v: net = outer(), deep: bool = false) {
       data x: R[D = 3]
       def f(x) { if deep { v.with(parts[0].a = x)(x, 0) } else { v(x, 0) } }
     }"""
+    )
     assert not list(fl.check(text))

@@ -15,7 +15,9 @@ from tests.catalogue.nets import count, shaken
 def image_net(call: str, channels: int, size: int, outputs: int = 1) -> Any:
     names = ", ".join(f"u{k}: R[C, H, W]" for k in range(outputs))
     total = " + ".join(f"u{k}" for k in range(outputs))
-    text = f"net n(x: R[C = {channels}, H = {size}, W = {size}], t: R, y: Int) {{\n {names} = {call}(x, t, y)\n {total} }}"
+    text = (
+        f"net n(x: R[C = {channels}, H = {size}, W = {size}], t: R, y: Int) {{\n {names} = {call}(x, t, y)\n {total} }}"
+    )
     return fl.compile(text, flow="n", seed=0)
 
 
@@ -61,7 +63,9 @@ def test_they_go_to_onnx(call: str, tmp_path: Path) -> None:
 
 
 def test_the_embedding_of_a_time_is_that_of_the_authors() -> None:
-    net: Any = fl.compile("net n(t: R) { time_embedding(8, period = 100, scale = 10)(t) }", flow="n", dtype=torch.float64)
+    net: Any = fl.compile(
+        "net n(t: R) { time_embedding(8, period = 100, scale = 10)(t) }", flow="n", dtype=torch.float64
+    )
     t = torch.rand(5, dtype=torch.float64)
     rate = torch.exp(-torch.log(torch.tensor(100.0, dtype=torch.float64)) * torch.arange(4) / 4)
     angle = 10 * t[:, None] * rate

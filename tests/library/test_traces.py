@@ -23,7 +23,10 @@ DRAWS = 4000
 
 @cache
 def flow(trace: str, field: str = "smooth()", dtype: torch.dtype = F64) -> Any:
-    text = FIELDS + f"flow f {{\n data x: R[D = 6]\n cnf(v = {field}, solver = rk4(steps = 3), trace = {trace})\n base normal\n}}"
+    text = (
+        FIELDS
+        + f"flow f {{\n data x: R[D = 6]\n cnf(v = {field}, solver = rk4(steps = 3), trace = {trace})\n base normal\n}}"
+    )
     return fl.compile(text, flow="f", seed=0, dtype=dtype)
 
 
@@ -59,13 +62,19 @@ def test_the_variance_falls_faster_than_by_more_draws() -> None:
 def test_it_is_exact_where_the_sketch_spans_the_jacobian() -> None:
     with torch.no_grad():
         narrow, whole = flow("exact", "narrow()").log_prob(points()), flow("exact").log_prob(points())
-    for probes, field, exact in ((2, "narrow()", narrow), (5, "narrow()", narrow), (6, "smooth()", whole), (9, "smooth()", whole)):
+    for probes, field, exact in (
+        (2, "narrow()", narrow),
+        (5, "narrow()", narrow),
+        (6, "smooth()", whole),
+        (9, "smooth()", whole),
+    ):
         found = estimates(f"hutchpp, probes = {probes}", field)
         assert (found - exact).abs().max() < 1e-9
 
 
 def test_its_gradient_is_unbiased() -> None:
     """By the one parameter vector of a field, whose exact gradient is that of the exact trace."""
+
     def gradient(trace: str, n: int) -> torch.Tensor:
         torch.manual_seed(0)
         made = flow(trace, "scaled()")
@@ -105,7 +114,8 @@ def test_sampling_reads_no_probes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "code"), [("trace = hutchpp, probes = 0", "FL0305"), ("trace = hutchpp, probes = 40", "FL0305"), ("probes = 2", "FL0202")]
+    ("asked", "code"),
+    [("trace = hutchpp, probes = 0", "FL0305"), ("trace = hutchpp, probes = 40", "FL0305"), ("probes = 2", "FL0202")],
 )
 def test_what_does_not_fit_is_told(asked: str, code: str) -> None:
     text = f"bijector b(x: R[D]) {{ integrate(mlp(4, act = tanh), x, t = 0 -> 1, rk4(steps = 2), {asked}) }}\nflow f {{ data x: R[D = 2];  b;  base normal }}"

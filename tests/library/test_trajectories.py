@@ -364,12 +364,29 @@ def test_a_file_that_needs_torch_alone_holds_its_solver(gradient: str) -> None:
     assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("solver", ["euler(steps = 4)", "rk4(steps = 2)", "dopri5(rtol = 1e-5, atol = 1e-5)", "reused_midpoint(steps = 3)", "implicit_midpoint(steps = 2)"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "euler(steps = 4)",
+        "rk4(steps = 2)",
+        "dopri5(rtol = 1e-5, atol = 1e-5)",
+        "reused_midpoint(steps = 3)",
+        "implicit_midpoint(steps = 2)",
+    ],
+)
 def test_a_field_may_read_a_value_that_is_named_t(solver: str) -> None:
     """The time of the field is its own; what stands outside under the name `t`, or `state`, is another value."""
-    net: Any = fl.compile(f"""net f(x: R[D = 1], t: R, state: R) {{
+    net: Any = fl.compile(
+        f"""net f(x: R[D = 1], t: R, state: R) {{
       def field(y, s) {{ t + state * (1 + 0 * y) + 0 * s }}
       integrate(field, x, t = 0 -> 1, {solver})
-    }}""", flow="f", dtype=torch.float64)
-    x, t, state = torch.zeros(3, 1, dtype=torch.float64), torch.tensor([0.7, -1, 2], dtype=torch.float64), torch.tensor([1.0, 0, 5], dtype=torch.float64)
+    }}""",
+        flow="f",
+        dtype=torch.float64,
+    )
+    x, t, state = (
+        torch.zeros(3, 1, dtype=torch.float64),
+        torch.tensor([0.7, -1, 2], dtype=torch.float64),
+        torch.tensor([1.0, 0, 5], dtype=torch.float64),
+    )
     torch.testing.assert_close(net(x, t, state)[:, 0], t + state)

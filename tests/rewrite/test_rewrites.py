@@ -71,9 +71,9 @@ def test_the_new_text_with_the_new_weights_is_the_same_function(case: str, tmp_p
 
 def test_the_text_reads_as_if_written() -> None:
     made = rewrite(trained(CONVOLUTIONS), "fold_batch_norm")
-    assert made.text == CONVOLUTIONS.replace("batch_norm[C]()(conv(x, 4, bias = false, weight = weight_standardization))", "conv(x, 4)").replace(
-        "conv(h, 4, kernel = 3, start = kaiming_normal) |> batch_norm_2d()", "conv(h, 4, kernel = 3)"
-    )
+    assert made.text == CONVOLUTIONS.replace(
+        "batch_norm[C]()(conv(x, 4, bias = false, weight = weight_standardization))", "conv(x, 4)"
+    ).replace("conv(h, 4, kernel = 3, start = kaiming_normal) |> batch_norm_2d()", "conv(h, 4, kernel = 3)")
     made = rewrite(trained(NAMED.replace("NORM", "")), "pre_crmsnorm")
     assert "net vit_pre_crmsnorm(" in made.text
     assert "width = 15" in made.text
@@ -84,7 +84,9 @@ def test_the_command_writes_text_and_weights(tmp_path: Path) -> None:
     spec.write_text(CONVOLUTIONS)
     module = trained(CONVOLUTIONS).float()
     fl.save(module, tmp_path / "w.safetensors")
-    ran = CliRunner().invoke(cli, ["rewrite", str(spec), "--to", "fold_batch_norm", "-w", str(tmp_path / "w.safetensors"), "-o", str(out)])
+    ran = CliRunner().invoke(
+        cli, ["rewrite", str(spec), "--to", "fold_batch_norm", "-w", str(tmp_path / "w.safetensors"), "-o", str(out)]
+    )
     assert ran.exit_code == 0, ran.output
     assert "results differ by" in ran.output
     assert out.with_suffix(".flow").read_text() == rewrite(module, "fold_batch_norm").text

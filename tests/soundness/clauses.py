@@ -90,7 +90,10 @@ def any_above(self: Inverter, p: Any, stuck: list[int]) -> dict[int, list[int]]:
     from flowlang.ir.types import TensorType
 
     return {
-        m: sorted((n for n in self.graph.reachable([m]) & p.unknown if isinstance(self.graph[n].type, TensorType)), reverse=True)
+        m: sorted(
+            (n for n in self.graph.reachable([m]) & p.unknown if isinstance(self.graph[n].type, TensorType)),
+            reverse=True,
+        )
         for m in stuck
     }
 

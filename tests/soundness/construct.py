@@ -29,7 +29,15 @@ class Builder(Shapes):
             case 2:
                 n = b.type(h).size(a)
                 w = self.param(TensorType.of((f"{a}'", n), (a, n)))
-                w = b.op("masked", w, row=f"{a}'", col=a, row_degrees=tuple(range(n)), col_degrees=tuple(range(n)), strict=False)
+                w = b.op(
+                    "masked",
+                    w,
+                    row=f"{a}'",
+                    col=a,
+                    row_degrees=tuple(range(n)),
+                    col_degrees=tuple(range(n)),
+                    strict=False,
+                )
                 out = b.op("rename", b.op("contract", h, w, axes=(a,)), pairs=((f"{a}'", a),))
                 return b.op("order", out, names=b.type(h).names)
             case 3 if not self.depth:
@@ -121,8 +129,22 @@ class Builder(Shapes):
         return self.b.op("permute", x, axis=self.b.type(x).names[0], order=tuple(order))
 
     def make(self) -> Region:
-        layers: list[Callable[[int], int]] = [self.coupling, self.autoregressive, self.scalar, self.linear, self.structure]
-        more = (self.convolution, self.mixing, self.polar, self.bottleneck, self.chosen_coupling, self.rational, self.lagged)
+        layers: list[Callable[[int], int]] = [
+            self.coupling,
+            self.autoregressive,
+            self.scalar,
+            self.linear,
+            self.structure,
+        ]
+        more = (
+            self.convolution,
+            self.mixing,
+            self.polar,
+            self.bottleneck,
+            self.chosen_coupling,
+            self.rational,
+            self.lagged,
+        )
         layers += [partial(f, right=True) for f in more]
         if not self.depth:
             layers += [

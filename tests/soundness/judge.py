@@ -238,6 +238,8 @@ class Judge:
                 for user, _ in self.graph.users(i):
                     if INTO_REAL.get(user.op) == d.name:
                         values[user.id] = z
-            return torch.cat([v.reshape(-1) for v in evaluate(self.graph, values, self.parameters, self.region.outputs)])
+            return torch.cat(
+                [v.reshape(-1) for v in evaluate(self.graph, values, self.parameters, self.region.outputs)]
+            )
 
         return any(bool(follow(f, 0.5 * torch.randn_like(goal), goal).isfinite().all()) for _ in range(3))

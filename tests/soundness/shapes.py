@@ -41,24 +41,36 @@ class Shapes(Maker):
         weight = self.at(window, place, tap, kernel, sizes)
         mask = r.randrange(4)
         if mask == 1:  # nothing in the line of the place itself but what was before it
-            weight = self.at({space[0]: window[space[0]]}, {space[0]: place[space[0]]}, self.at(window, place, tap, b.const(0.0), sizes), weight, sizes)
+            weight = self.at(
+                {space[0]: window[space[0]]},
+                {space[0]: place[space[0]]},
+                self.at(window, place, tap, b.const(0.0), sizes),
+                weight,
+                sizes,
+            )
         elif mask == 2 and not right:
             weight = self.at(window, place, b.const(0.0), kernel, sizes)
         weight = b.op("order", weight, names=("O", channel, *window.values()))
-        padding = tuple((sizes[s] - 1, 0) if back[s] else ((sizes[s] - 1) // 2, sizes[s] - 1 - (sizes[s] - 1) // 2) for s in space)
+        padding = tuple(
+            (sizes[s] - 1, 0) if back[s] else ((sizes[s] - 1) // 2, sizes[s] - 1 - (sizes[s] - 1) // 2) for s in space
+        )
         ones = (1,) * len(space)
         y = b.op("conv", x, weight, channel=channel, space=space, stride=ones, dilation=ones, padding=padding, groups=1)
         y = b.op("order", y, names=t.names)
         if mask == 2:
             added = b.mul(b.op("tanh", y), b.const(0.5))
-            return b.add(x if right or r.random() < 0.7 else b.op("sin", x), y if not right else self.strictly(added, x))
+            return b.add(
+                x if right or r.random() < 0.7 else b.op("sin", x), y if not right else self.strictly(added, x)
+            )
         return y
 
     def strictly(self, h: int, x: int) -> int:
         a = self.b.type(x).names[0]
         return self.b.op("shift", h, axis=a, k=1)
 
-    def at(self, window: dict[str, str], place: dict[str, int], here: int, elsewhere: int, sizes: dict[str, int]) -> int:
+    def at(
+        self, window: dict[str, str], place: dict[str, int], here: int, elsewhere: int, sizes: dict[str, int]
+    ) -> int:
         """`here` at one place of the window, `elsewhere` at all others."""
         b = self.b
         found: int | None = None
@@ -111,7 +123,10 @@ class Shapes(Maker):
         other = angle if right or r.random() < 0.7 else self.param(TensorType(()))
         if not right and r.random() < 0.3:  # bounded, and so regular or not
             s = self.param(TensorType(()), "Interval", *r.choice([(-0.9, 0.9), (-2.0, 2.0)]))
-            return [b.add(parts[0], b.mul(s, parts[1])), b.sub(parts[1], b.mul(s, parts[0])) if r.random() < 0.5 else b.add(parts[1], b.mul(s, parts[0]))]
+            return [
+                b.add(parts[0], b.mul(s, parts[1])),
+                b.sub(parts[1], b.mul(s, parts[0])) if r.random() < 0.5 else b.add(parts[1], b.mul(s, parts[0])),
+            ]
         cos, sin = b.op("cos", angle), b.op("sin", other)
         sign = b.sub if right or r.random() < 0.8 else b.add
         return [sign(b.mul(cos, parts[0]), b.mul(sin, parts[1])), b.add(b.mul(sin, parts[0]), b.mul(cos, parts[1]))]
@@ -124,7 +139,11 @@ class Shapes(Maker):
         arm = b.sub(x, self.param(t)) if r.random() < 0.5 else x
         radius = b.op("length", arm, axes=t.names)
         alpha, beta = self.param(TensorType(()), "Positive"), self.param(TensorType(()), "Positive")
-        push = b.sub(beta, alpha) if right or r.random() < 0.6 else r.choice([beta, b.neg(beta), b.mul(alpha, b.const(-1.0))])
+        push = (
+            b.sub(beta, alpha)
+            if right or r.random() < 0.6
+            else r.choice([beta, b.neg(beta), b.mul(alpha, b.const(-1.0))])
+        )
         moved = arm if right or r.random() < 0.8 else x
         return b.add(x, b.mul(b.div(push, b.add(alpha, radius)), moved))
 
@@ -178,7 +197,9 @@ class Shapes(Maker):
             case 0:
                 return b.add(x, b.mul(b.const(c), b.div(x, b.add(b.const(1.0), square))))
             case 1:
-                return b.add(b.sub(b.mul(square, x), square), x if right else b.mul(x, b.const(r.choice([1.0, 0.3, 0.5]))))
+                return b.add(
+                    b.sub(b.mul(square, x), square), x if right else b.mul(x, b.const(r.choice([1.0, 0.3, 0.5])))
+                )
         return b.add(x, b.div(b.mul(square, x), b.add(b.const(1.0 if right else r.choice([1.0, 0.1])), square)))
 
     def lagged(self, x: int, right: bool = False) -> int:
@@ -189,4 +210,3 @@ class Shapes(Maker):
             h = b.op("shift", h, axis=a, k=r.choice([-1, -2]))
         h = b.op(r.choice(PLAIN), h)
         return b.add(b.mul(x, b.op("exp", b.op("tanh", h))), h)
-

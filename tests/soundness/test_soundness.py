@@ -41,7 +41,9 @@ def test_graphs_that_were_once_accepted_wrongly(seed: int) -> None:
     assert not judge(make(seed), seed).accepted
 
 
-@pytest.mark.parametrize("seed", [pytest.param(18752, marks=pytest.mark.slow), pytest.param(27105, marks=pytest.mark.slow), 8901])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(18752, marks=pytest.mark.slow), pytest.param(27105, marks=pytest.mark.slow), 8901]
+)
 def test_seeds_that_the_judge_once_misjudged(seed: int) -> None:
     """18752: its Newton steps did not come to rest, and what they left was taken for the inverse. 27105: 60 runs of a
     skewed estimator. 8901: the slope of a length at 0 was no number."""

@@ -63,10 +63,28 @@ def test_the_command_trains_it_and_reports_accuracy(tmp_path: Path) -> None:
     x = patterns[y] + 0.5 * torch.randn(400, 64, generator=g)
     x[:, 0] = 0
     file = tmp_path / "d.csv"
-    lines = [",".join([*(f"p{k}" for k in range(64)), "label"]), *(",".join(f"{v:.4f}" for v in r) + f",{int(n)}" for r, n in zip(x, y, strict=True))]
+    lines = [
+        ",".join([*(f"p{k}" for k in range(64)), "label"]),
+        *(",".join(f"{v:.4f}" for v in r) + f",{int(n)}" for r, n in zip(x, y, strict=True)),
+    ]
     file.write_text("\n".join(lines) + "\n")
     out = tmp_path / "run"
-    options = ["--data", str(file), "--given", "label=label", "-o", str(out), "--epochs", "6", "--batch", "50", "--lr", "0.01", "--validation", "0.2"]
+    options = [
+        "--data",
+        str(file),
+        "--given",
+        "label=label",
+        "-o",
+        str(out),
+        "--epochs",
+        "6",
+        "--batch",
+        "50",
+        "--lr",
+        "0.01",
+        "--validation",
+        "0.2",
+    ]
     ran = CliRunner().invoke(cli, ["train", str(FOLDER / "digits_conv.flow"), "--flow", "digits_conv_group", *options])
     assert ran.exit_code == 0, ran.output
     assert "accuracy on the held-out rows then: 0.9" in ran.output or "then: 1.0" in ran.output
@@ -75,5 +93,17 @@ def test_the_command_trains_it_and_reports_accuracy(tmp_path: Path) -> None:
     assert len(rows) == 8
     again: Any = fl.load(out)
     assert again.scores(x[:5].reshape(5, 1, 8, 8)).shape == (5, 10)
-    more = CliRunner().invoke(cli, ["train", str(FOLDER / "digits_conv.flow"), "--flow", "digits_conv_group", *options[:-7], "--resume", "--epochs", "7"])
+    more = CliRunner().invoke(
+        cli,
+        [
+            "train",
+            str(FOLDER / "digits_conv.flow"),
+            "--flow",
+            "digits_conv_group",
+            *options[:-7],
+            "--resume",
+            "--epochs",
+            "7",
+        ],
+    )
     assert more.exit_code == 0, more.output

@@ -29,5 +29,7 @@ def test_reflow_goes_on_from_the_rectified_flow(tmp_path: Path) -> None:
         assert done.exit_code == 0, (done.output, done.exception)
     first: Any = fl.load(tmp_path / "a")
     second: Any = fl.load(tmp_path / "b")
-    assert all(torch.equal(p, q) for p, q in zip(first.flow.v.parameters(), second.flow.teacher.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(first.flow.v.parameters(), second.flow.teacher.parameters(), strict=True)
+    )
     assert second.sample((5,)).shape == (5, 2)

@@ -120,7 +120,9 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
 
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([".csv", ".npy", ".npz"]))
-def test_any_bytes_give_a_table_or_a_diagnostic(tmp_path_factory: pytest.TempPathFactory, blob: bytes, suffix: str) -> None:
+def test_any_bytes_give_a_table_or_a_diagnostic(
+    tmp_path_factory: pytest.TempPathFactory, blob: bytes, suffix: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(blob)
     said, rows = None, 0
@@ -143,7 +145,9 @@ def test_the_printed_step_divides_every_difference(exponent: int, digit: int, pl
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 5), st.floats(0.01, 1e3), st.floats(-1e3, 1e3))
-def test_standardisation_is_undone_and_its_log_det_is_that_of_the_map(n: int, d: int, scale: float, shift: float) -> None:
+def test_standardisation_is_undone_and_its_log_det_is_that_of_the_map(
+    n: int, d: int, scale: float, shift: float
+) -> None:
     x = np.random.default_rng(0).standard_normal((n, d)) * scale + shift
     s = Standardiser.fit(x)
     assert np.allclose(s.undo(s.apply(x)), x)

@@ -25,7 +25,9 @@ net two(inner: net = mlp(8)) (x: R[D], t: R) -> R[D] {
   batch_norm[D](y) + x
 }
 """
-SPEC = NETS + """
+SPEC = (
+    NETS
+    + """
 model m(v: net = two()) {
   data x: R[D = 2]
   slow = ema(v, 0.9)
@@ -39,6 +41,7 @@ model m(v: net = two()) {
   def trained(x, t: R) { v(x, t) }
 }
 """
+)
 
 
 def state(module: Any) -> dict[str, Tensor]:
@@ -61,7 +64,11 @@ def steps(model: Any, count: int) -> list[dict[str, Tensor]]:
 
 def test_averages_and_copies_are_what_they_say() -> None:
     model: Any = fl.compile(SPEC, seed=0)
-    assert all(torch.equal(v, w) for name in ("slow", "start", "target") for v, w in zip(getattr(model, name).state_dict().values(), model.v.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(v, w)
+        for name in ("slow", "start", "target")
+        for v, w in zip(getattr(model, name).state_dict().values(), model.v.state_dict().values(), strict=True)
+    )
     seen = steps(model, 5)
     for name, p in model.slow.named_parameters():
         wanted = seen[0][name]
@@ -101,7 +108,17 @@ def table() -> Table:
 
 
 def options(**changes: Any) -> Options:
-    return Options(**{"epochs": 4, "batch": 64, "lr": 1e-2, "progress": False, "accelerator": "cpu", "schedule": "constant", **changes})
+    return Options(
+        **{
+            "epochs": 4,
+            "batch": 64,
+            "lr": 1e-2,
+            "progress": False,
+            "accelerator": "cpu",
+            "schedule": "constant",
+            **changes,
+        }
+    )
 
 
 def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
@@ -113,7 +130,9 @@ def test_a_resumed_run_is_the_run(tmp_path: Path) -> None:
     for (k, a), (_, b) in zip(whole.state_dict().items(), rest.state_dict().items(), strict=True):
         assert torch.equal(a, b), k
     saved: Any = fl.load(tmp_path / "whole")
-    assert all(torch.equal(a, b) for a, b in zip(saved.flow.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(saved.flow.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
 
 
 REFLOW = """
@@ -140,12 +159,26 @@ def test_a_run_may_begin_with_another_s_weights(tmp_path: Path) -> None:
     common = ["--data", str(tmp_path / "x.csv"), "--epochs", "2", "--accelerator", "cpu"]
     run = CliRunner().invoke(cli, ["train", str(tmp_path / "first.flow"), *common, "-o", str(tmp_path / "a")])
     assert run.exit_code == 0, run.output
-    run = CliRunner().invoke(cli, ["train", str(tmp_path / "second.flow"), *common, "-o", str(tmp_path / "b"), "--start", str(tmp_path / "a")])
+    run = CliRunner().invoke(
+        cli,
+        ["train", str(tmp_path / "second.flow"), *common, "-o", str(tmp_path / "b"), "--start", str(tmp_path / "a")],
+    )
     assert run.exit_code == 0, run.output
     assert "begun anew" not in run.output
     first, second = fl.load(tmp_path / "a").flow, fl.load(tmp_path / "b").flow  # type: ignore[attr-defined]
     assert all(torch.equal(p, q) for p, q in zip(first.v.parameters(), second.teacher.parameters(), strict=True))
-    run = CliRunner().invoke(cli, ["train", str(tmp_path / "second.flow"), *common, "-o", str(tmp_path / "c"), "--start", str(tmp_path / "x.csv")])
+    run = CliRunner().invoke(
+        cli,
+        [
+            "train",
+            str(tmp_path / "second.flow"),
+            *common,
+            "-o",
+            str(tmp_path / "c"),
+            "--start",
+            str(tmp_path / "x.csv"),
+        ],
+    )
     assert run.exit_code != 0
     assert "FL0803" in str(run.exception) or "readable" in str(run.exception)
 
@@ -167,7 +200,9 @@ def test_onnx_and_a_file_of_its_own(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_refusals(text: str, code: str) -> None:
-    found = fl.check(f"model m(v: net = mlp(4)) {{\n data x: R[D = 2]\n {text}\n def f(x) {{ u: R[D] = slow(x)\n u + v(x) }} }}")
+    found = fl.check(
+        f"model m(v: net = mlp(4)) {{\n data x: R[D = 2]\n {text}\n def f(x) {{ u: R[D] = slow(x)\n u + v(x) }} }}"
+    )
     assert [d.code for d in found if d.severity == "error"] == [code], list(found)
 
 

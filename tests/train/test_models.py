@@ -83,7 +83,12 @@ def test_a_saved_model_is_the_model_that_was_trained(tmp_path: Path) -> None:
 def test_a_run_of_a_model_resumes_exactly(tmp_path: Path) -> None:
     train(fl.compile(MATCHING, seed=0), table(), tmp_path / "whole", options(epochs=4, schedule="constant", ema=0.9))
     train(fl.compile(MATCHING, seed=0), table(), tmp_path / "cut", options(epochs=2, schedule="constant", ema=0.9))
-    train(fl.compile(MATCHING, seed=7), table(), tmp_path / "cut", options(epochs=4, schedule="constant", ema=0.9, resume=True))
+    train(
+        fl.compile(MATCHING, seed=7),
+        table(),
+        tmp_path / "cut",
+        options(epochs=4, schedule="constant", ema=0.9, resume=True),
+    )
     one, other = (read_tensors(tmp_path / k / "model.safetensors")[0] for k in ("whole", "cut"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
@@ -129,6 +134,7 @@ def test_the_commands_train_sample_and_score_a_model(
     monkeypatch.chdir(tmp_path)
     Path("m.flow").write_text(MATCHING.replace("D = 2", "D"), "utf-8")
     np.save("x.npy", table().x)
+
     def said(*words: str, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["flowlang", *words])
         try:
@@ -140,7 +146,9 @@ def test_the_commands_train_sample_and_score_a_model(
         assert left == code, found
         return found.out + found.err
 
-    assert "best validation loss" in said("train", "m.flow", "--data", "x.npy", "-o", "out", "--epochs", "2", "--no-standardise")
+    assert "best validation loss" in said(
+        "train", "m.flow", "--data", "x.npy", "-o", "out", "--epochs", "2", "--no-standardise"
+    )
     assert "5 samples of shape (2,)" in said("sample", "-w", "out", "-n", "5", "-o", "s.npy")
     assert np.load("s.npy").shape == (5, 2)
     assert "mean log p" in said("score", "-w", "out", "--data", "x.npy")

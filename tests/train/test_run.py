@@ -66,7 +66,9 @@ class Stop:
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("at", [1, 4, 5, 11])
-def test_a_run_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path, at: int, ema: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
+    tmp_path: Path, at: int, ema: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flowlang.train.problem import Likelihood
 
     o = options(ema=ema, warmup=3)
@@ -197,7 +199,9 @@ def test_an_energy_is_fitted_and_its_constant_found(tmp_path: Path) -> None:
 
 def test_save_and_load_restore_a_flow_with_its_imports(tmp_path: Path) -> None:
     (tmp_path / "mine.flow").write_text("bijector doubled(x: R[D]) { 2 * x }\n")
-    (tmp_path / "main.flow").write_text("import mine (doubled)\nflow f {\n  data x: R[D]\n  doubled\n  actnorm[D]\n  base normal\n}\n")
+    (tmp_path / "main.flow").write_text(
+        "import mine (doubled)\nflow f {\n  data x: R[D]\n  doubled\n  actnorm[D]\n  base normal\n}\n"
+    )
     flow = fl.compile(tmp_path / "main.flow", seed=0, D=3)
     fl.save(flow, tmp_path / "f.safetensors", note="mine")
     (tmp_path / "mine.flow").unlink()
@@ -220,7 +224,7 @@ def test_weights_of_another_spec_are_told_apart_by_name_and_shape(tmp_path: Path
     assert any(n.startswith("the file lacks") and "scale" in n for n in e.value.diagnostics[0].notes)
 
 
-@pytest.mark.parametrize("blob", [b"", b"\x00" * 7, b"\xff" * 64, b"\x10\x00\x00\x00\x00\x00\x00\x00{\"a\": 1, \"b\": 2}"])
+@pytest.mark.parametrize("blob", [b"", b"\x00" * 7, b"\xff" * 64, b'\x10\x00\x00\x00\x00\x00\x00\x00{"a": 1, "b": 2}'])
 def test_damaged_weights_are_refused(tmp_path: Path, blob: bytes) -> None:
     (tmp_path / "f.safetensors").write_bytes(blob)
     with pytest.raises(fl.FlowError) as e:
@@ -266,9 +270,13 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.slow
 def test_ctrl_c_in_the_shell_and_resume(tmp_path: Path, files: tuple[Path, Path]) -> None:
     spec, data = files
-    base = command("train", spec, "--data", data, "--epochs", 60, "--batch", 32, "--accelerator", "cpu", "--patience", 60)
+    base = command(
+        "train", spec, "--data", data, "--epochs", 60, "--batch", 32, "--accelerator", "cpu", "--patience", 60
+    )
     subprocess.run([*base, "-o", str(tmp_path / "whole")], check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen([*base, "-o", str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*base, "-o", str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     until = time.monotonic() + 120
     while not (tmp_path / "cut/last.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.02)
@@ -277,7 +285,12 @@ def test_ctrl_c_in_the_shell_and_resume(tmp_path: Path, files: tuple[Path, Path]
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "go on with `--resume" in said
-    subprocess.run([*command("train", spec, "--data", data, "--resume"), "-o", str(tmp_path / "cut")], check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [*command("train", spec, "--data", data, "--resume"), "-o", str(tmp_path / "cut")],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert same(tmp_path / "whole/last.safetensors", tmp_path / "cut/last.safetensors")
 
 
@@ -286,11 +299,33 @@ def test_ctrl_c_in_the_shell_and_resume(tmp_path: Path, files: tuple[Path, Path]
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, files: tuple[Path, Path], launcher: str) -> None:
     """400 rows, 360 of them in training: batches of 50 and a last one of 10, each shared by two processes."""
     spec, data = files
-    more = ["train", str(spec), "--data", str(data), "--epochs", "2", "--batch", "50", "--lr", "1e-2", "--accelerator", "cpu"]
+    more = [
+        "train",
+        str(spec),
+        "--data",
+        str(data),
+        "--epochs",
+        "2",
+        "--batch",
+        "50",
+        "--lr",
+        "1e-2",
+        "--accelerator",
+        "cpu",
+    ]
     subprocess.run([*command(*more), "-o", str(tmp_path / "one")], check=True, capture_output=True, timeout=300)
     start = command(*more, "--devices", 2)
     if launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", *command(*more)[1:]]
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "29511",
+            *command(*more)[1:],
+        ]
     done = subprocess.run([*start, "-o", str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best validation") == 1  # one process speaks

@@ -304,14 +304,19 @@ class RecordFlow(Flow):
         names = ", ".join(f"`{k}`: {self.types.get(k, s)}" for k, s in self.data_shapes.items())
         if not isinstance(x, tuple | list) or len(x) != len(self.data_shapes):
             found = f"{len(x)} values" if isinstance(x, tuple | list) else "one value"
-            raise bad_input(f"the data of this flow are {names}, and it got {found}", "give a tuple of them, in their order")
+            raise bad_input(
+                f"the data of this flow are {names}, and it got {found}", "give a tuple of them, in their order"
+            )
         return [(k, v, shape) for (k, shape), v in zip(self.data_shapes.items(), x, strict=True)]
 
     def _whole(self, values: Any) -> Any:
         return tuple(values)
 
     def to_distribution(self, **given: Tensor) -> torch.distributions.Distribution:
-        raise bad_input("a flow with several data is no torch distribution, whose values are one tensor", "use `log_prob` and `sample`")
+        raise bad_input(
+            "a flow with several data is no torch distribution, whose values are one tensor",
+            "use `log_prob` and `sample`",
+        )
 
     def extra_repr(self) -> str:
         data = ", ".join(f"{k}: {self.types.get(k, s)}" for k, s in self.data_shapes.items())

@@ -495,7 +495,9 @@ def one_adaptive(
         if not bool(finite((*state, *slope), rank).all()):
             return tuple(torch.full_like(s, float("nan")) for s in state)
         like = first.new_ones(size)
-        h = float(first_step(inner, state, slope, start * like, sign * like, span * like, rtol, atol, method.order, rank))
+        h = float(
+            first_step(inner, state, slope, start * like, sign * like, span * like, rtol, atol, method.order, rank)
+        )
     done, before, power, accepts, rejects = 0.0, 1.0, 1 / method.order, 0, 0
     for _ in range(max_steps):
         if done >= span:

@@ -35,7 +35,6 @@ class Series:
     surrogate: bool = False
 
 
-
 def _made(types: Sequence[TensorType], attrs: Attrs) -> Type:
     raise AssertionError("made with its type")
 

@@ -46,20 +46,30 @@ def _conv_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     x, w, channel = types[0], types[1], attrs["channel"]
     if need(x, channel) != w.axes[1].size * attrs["groups"]:
         expected = w.axes[1].size * attrs["groups"]
-        raise OpProblem("FL0301", f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {expected}", suggestion="give the kernel that many input channels, or change the value's")
+        raise OpProblem(
+            "FL0301",
+            f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {expected}",
+            suggestion="give the kernel that many input channels, or change the value's",
+        )
     return _moved(types, attrs, x.resized(channel, w.axes[0].size))
 
 
 def _transpose_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     x, w, channel = types[0], types[1], attrs["channel"]
     if need(x, channel) != w.axes[0].size:
-        raise OpProblem("FL0301", f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {w.axes[0].size}", suggestion="give the kernel that many input channels, or change the value's")
+        raise OpProblem(
+            "FL0301",
+            f"axis `{channel}` has size {x.size(channel)}, and the kernel expects {w.axes[0].size}",
+            suggestion="give the kernel that many input channels, or change the value's",
+        )
     out = x.resized(channel, w.axes[1].size * attrs["groups"])
     for k, s in enumerate(attrs["space"]):
         reach = (w.axes[2 + k].size - 1) * attrs["dilation"][k] + 1
         made = (need(x, s) - 1) * attrs["stride"][k] + reach - sum(attrs["padding"][k])
         if made < 1:
-            raise OpProblem("FL0301", f"nothing of axis `{s}` would be left", suggestion="choose a smaller kernel or stride, or pad")
+            raise OpProblem(
+                "FL0301", f"nothing of axis `{s}` would be left", suggestion="choose a smaller kernel or stride, or pad"
+            )
         out = out.resized(s, made)
     return out
 
@@ -151,7 +161,9 @@ OPS.append(Op(
 def _pool_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     for k, (before, after) in enumerate(attrs["padding"]):
         if max(before, after) >= attrs["kernel"][k]:
-            raise OpProblem("FL0301", "a window would hold nothing but padding", suggestion="pad by less than the window")
+            raise OpProblem(
+                "FL0301", "a window would hold nothing but padding", suggestion="pad by less than the window"
+            )
     return _moved(types, attrs, types[0])
 
 

@@ -34,7 +34,11 @@ def aligned(types: Sequence[TensorType], kind: str) -> TensorType:
                 sizes[a.name] = a.size
                 axes.append(a)
             elif sizes[a.name] != a.size:
-                raise OpProblem("FL0301", f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}", suggestion="sizes agree where values meet; slice, join or rename one of them")
+                raise OpProblem(
+                    "FL0301",
+                    f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}",
+                    suggestion="sizes agree where values meet; slice, join or rename one of them",
+                )
     return TensorType(tuple(axes), kind)
 
 
@@ -636,6 +640,8 @@ unary(
     weight=1,
     why="`floor` is piecewise constant",
 )
+
+
 def _whole_bounds(a: Interval) -> Interval:
     hi = a.hi if a.hi == inf else float(math.ceil(a.hi) - 1 if a.hi_open else math.floor(a.hi))
     return Interval(a.lo if a.lo == -inf else float(math.floor(a.lo)), hi, a.lo == -inf, hi == inf)
@@ -666,7 +672,11 @@ unary(
     why="`round` is piecewise constant",
 )
 unary(
-    "stop", bounds=lambda a: a, d=lambda b, x, y: None, zero=True, weight=0,
+    "stop",
+    bounds=lambda a: a,
+    d=lambda b, x, y: None,
+    zero=True,
+    weight=0,
     why="`stop` hides the gradient of its value",
 )
 unary(

@@ -208,10 +208,18 @@ def _contract_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     a, c = types
     for n in attrs["axes"]:
         if need(a, n) != need(c, n):
-            raise OpProblem("FL0301", f"axis `{n}` has size {a.size(n)} and size {c.size(n)}", suggestion="sizes agree where values meet")
+            raise OpProblem(
+                "FL0301",
+                f"axis `{n}` has size {a.size(n)} and size {c.size(n)}",
+                suggestion="sizes agree where values meet",
+            )
     for x in a.axes:
         if c.has(x.name) and c.size(x.name) != x.size:
-            raise OpProblem("FL0301", f"axis `{x.name}` has size {x.size} and size {c.size(x.name)}", suggestion="sizes agree where values meet")
+            raise OpProblem(
+                "FL0301",
+                f"axis `{x.name}` has size {x.size} and size {c.size(x.name)}",
+                suggestion="sizes agree where values meet",
+            )
     left = a.without(attrs["axes"])
     rest = [x for x in c.without(attrs["axes"]).axes if not left.has(x.name)]
     return TensorType((*left.axes, *rest))

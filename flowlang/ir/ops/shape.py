@@ -20,7 +20,9 @@ OPS: list[Op] = []
 def need(t: TensorType, axis: str) -> int:
     if not t.has(axis):
         raise OpProblem(
-            "FL0302", f"this value has no axis `{axis}`; its axes are {', '.join(f'`{n}`' for n in t.names) or 'none'}", suggestion="name one of its axes, or rename one, as in `x[D -> E]`"
+            "FL0302",
+            f"this value has no axis `{axis}`; its axes are {', '.join(f'`{n}`' for n in t.names) or 'none'}",
+            suggestion="name one of its axes, or rename one, as in `x[D -> E]`",
         )
     return t.size(axis)
 
@@ -147,7 +149,11 @@ def _join_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     first = types[0]
     for t in types[1:]:
         if t.resized(axis, 1).axes != first.resized(axis, 1).axes:
-            raise OpProblem("FL0301", f"the parts of a join differ beside `{axis}`: `{first}` and `{t}`", suggestion="parts of a join agree in all other axes")
+            raise OpProblem(
+                "FL0301",
+                f"the parts of a join differ beside `{axis}`: `{first}` and `{t}`",
+                suggestion="parts of a join agree in all other axes",
+            )
     kind = "int" if all(t.kind == "int" for t in types) else "real"
     return first.resized(axis, total).as_kind(kind)
 
@@ -200,7 +206,11 @@ def _stack_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     first = types[0]
     for t in types[1:]:
         if t.axes != first.axes:
-            raise OpProblem("FL0301", f"the parts of a stack differ: `{first}` and `{t}`", suggestion="parts of a stack have the same axes and sizes")
+            raise OpProblem(
+                "FL0301",
+                f"the parts of a stack differ: `{first}` and `{t}`",
+                suggestion="parts of a stack have the same axes and sizes",
+            )
     kind = "int" if all(t.kind == "int" for t in types) else "real"
     return first.with_axis(attrs["axis"], len(types), 0).as_kind(kind)
 
@@ -274,7 +284,11 @@ OPS.append(Op(
 def _permute_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     n = need(types[0], attrs["axis"])
     if sorted(attrs["order"]) != list(range(n)):
-        raise OpProblem("FL0305", f"an order of axis `{attrs['axis']}` names each of 0..{n} once", suggestion="as in `permute[D]([1, 0])` for two")
+        raise OpProblem(
+            "FL0305",
+            f"an order of axis `{attrs['axis']}` names each of 0..{n} once",
+            suggestion="as in `permute[D]([1, 0])` for two",
+        )
     return types[0]
 
 
@@ -302,7 +316,11 @@ def _rename_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
         need(types[0], old)
     found = types[0].renamed(pairs)
     if len(set(found.names)) != len(found.names):
-        raise OpProblem("FL0307", f"two axes would have one name in `{found}`", suggestion="choose another name, or a prime as in `D'`")
+        raise OpProblem(
+            "FL0307",
+            f"two axes would have one name in `{found}`",
+            suggestion="choose another name, or a prime as in `D'`",
+        )
     return found
 
 
@@ -375,12 +393,18 @@ def _split_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     for _, s in attrs["into"]:
         total *= s
     if total != n:
-        raise OpProblem("FL0301", f"axis `{attrs['axis']}` of size {n} does not split into {total}", suggestion="choose sizes whose sum is the axis's")
+        raise OpProblem(
+            "FL0301",
+            f"axis `{attrs['axis']}` of size {n} does not split into {total}",
+            suggestion="choose sizes whose sum is the axis's",
+        )
     at = types[0].position(attrs["axis"])
     axes = list(types[0].axes)
     axes[at : at + 1] = [Axis(a, s) for a, s in attrs["into"]]
     if len({a.name for a in axes}) != len(axes):
-        raise OpProblem("FL0307", "two axes would have one name", suggestion="choose another name, or a prime as in `D'`")
+        raise OpProblem(
+            "FL0307", "two axes would have one name", suggestion="choose another name, or a prime as in `D'`"
+        )
     return TensorType(tuple(axes), types[0].kind)
 
 
@@ -442,7 +466,9 @@ def _merge_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     axes = list(types[0].axes)
     axes[at : at + len(names)] = [Axis(attrs["into"], total)]
     if len({a.name for a in axes}) != len(axes):
-        raise OpProblem("FL0307", "two axes would have one name", suggestion="choose another name, or a prime as in `D'`")
+        raise OpProblem(
+            "FL0307", "two axes would have one name", suggestion="choose another name, or a prime as in `D'`"
+        )
     return TensorType(tuple(axes), types[0].kind)
 
 
@@ -490,9 +516,17 @@ def _expand_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     target = TensorType.of(*attrs["axes"], kind=types[0].kind)
     for a in types[0].axes:
         if not target.has(a.name):
-            raise OpProblem("FL0307", f"axis `{a.name}` cannot be broadcast away", suggestion="reduce over it, as by `sum` or `mean`")
+            raise OpProblem(
+                "FL0307",
+                f"axis `{a.name}` cannot be broadcast away",
+                suggestion="reduce over it, as by `sum` or `mean`",
+            )
         if target.size(a.name) != a.size:
-            raise OpProblem("FL0301", f"axis `{a.name}` has size {a.size} and size {target.size(a.name)}", suggestion="sizes agree where values meet")
+            raise OpProblem(
+                "FL0301",
+                f"axis `{a.name}` has size {a.size} and size {target.size(a.name)}",
+                suggestion="sizes agree where values meet",
+            )
     return target
 
 
@@ -522,7 +556,11 @@ def _gather_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
     rest = types[0].without((attrs["axis"],))
     for a in types[1].axes:
         if rest.has(a.name) and rest.size(a.name) != a.size:
-            raise OpProblem("FL0301", f"axis `{a.name}` has size {rest.size(a.name)} and size {a.size}", suggestion="sizes agree where values meet")
+            raise OpProblem(
+                "FL0301",
+                f"axis `{a.name}` has size {rest.size(a.name)} and size {a.size}",
+                suggestion="sizes agree where values meet",
+            )
     axes = [a for a in types[1].axes if not rest.has(a.name)]
     return TensorType((*axes, *rest.axes), types[0].kind)
 

@@ -85,13 +85,18 @@ def _infer(kind: str) -> object:
         for (name, offset), p in zip(spec.raw.items(), params, strict=True):
             axis = bin_axis(x, p, attrs)
             if axis is None:
-                raise OpProblem("FL0307", f"`{name}` of `{kind}` need an axis of bins, which x does not have", suggestion="as in `widths: R[D, K = 8]` for `x: R[D]`")
+                raise OpProblem(
+                    "FL0307",
+                    f"`{name}` of `{kind}` need an axis of bins, which x does not have",
+                    suggestion="as in `widths: R[D, K = 8]` for `x: R[D]`",
+                )
             bins = bins or axis.size
             wanted = offset.count if isinstance(offset, Fixed) else bins + offset
             if axis.size != wanted:
                 raise OpProblem(
                     "FL0301",
-                    f"`{kind}` with {bins} bins needs {wanted} {name} along `{axis.name}`, and gets {axis.size}", suggestion="give that many along the axis of bins"
+                    f"`{kind}` with {bins} bins needs {wanted} {name} along `{axis.name}`, and gets {axis.size}",
+                    suggestion="give that many along the axis of bins",
                 )
             for a in p.axes:
                 if a is axis:
@@ -100,13 +105,25 @@ def _infer(kind: str) -> object:
                     sizes[a.name] = a.size
                     out.append(a)
                 elif sizes[a.name] != a.size:
-                    raise OpProblem("FL0301", f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}", suggestion="the tables have the sizes of x, and one axis of bins")
+                    raise OpProblem(
+                        "FL0301",
+                        f"axis `{a.name}` has size {sizes[a.name]} and size {a.size}",
+                        suggestion="the tables have the sizes of x, and one axis of bins",
+                    )
         for k in ("min_width", "min_height"):
             least = float(attrs.get(k, spec.numbers.get(k, 0)))
             if not 0 <= least * bins < 1:
-                raise OpProblem("FL0305", f"{bins} bins of at least {least:g} of the box do not fit into it (`{k}`)", suggestion="fewer bins or a smaller least width")
+                raise OpProblem(
+                    "FL0305",
+                    f"{bins} bins of at least {least:g} of the box do not fit into it (`{k}`)",
+                    suggestion="fewer bins or a smaller least width",
+                )
         if not 0 < float(attrs.get("min_slope", LEAST)) < 1 / 3 or not float(attrs.get("bound", 1.0)) > 0:
-            raise OpProblem("FL0305", "`min_slope` lies between 0 and 1/3, and `bound` is above 0", suggestion="leave both out for the usual ones")
+            raise OpProblem(
+                "FL0305",
+                "`min_slope` lies between 0 and 1/3, and `bound` is above 0",
+                suggestion="leave both out for the usual ones",
+            )
         return TensorType(tuple(out))
 
     return infer

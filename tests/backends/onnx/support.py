@@ -66,7 +66,9 @@ def data_of(comp: Compilation, name: str, shape: tuple[int, ...], generator: np.
     return lo + np.logaddexp(0, x) + 1e-3 if math.isfinite(lo) else hi - np.logaddexp(0, x) - 1e-3
 
 
-def context_of(comp: Compilation, name: str, label: str, shape: list[int], generator: np.random.Generator) -> np.ndarray:
+def context_of(
+    comp: Compilation, name: str, label: str, shape: list[int], generator: np.random.Generator
+) -> np.ndarray:
     """Normal numbers; whole numbers of its range for a label."""
     region = comp.regions[name]
     domain = next((region.graph[c].attrs.get("domain") for c in region.context if region.graph[c].label == label), None)

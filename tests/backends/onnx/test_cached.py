@@ -15,7 +15,9 @@ from tests.backends.torch.specs import build, context, data
 from tests.backends.torch.test_cached_attention import ATTENTION, BLOCKS, CONVOLUTIONS, MORE
 
 
-def written(block: str, norm: str, heads: int, one_key: str, bias: str, *, label: bool, reversed_: bool, first: bool) -> str:
+def written(
+    block: str, norm: str, heads: int, one_key: str, bias: str, *, label: bool, reversed_: bool, first: bool
+) -> str:
     text = ATTENTION.format(
         given=" given y: R[K]" if label else "", label="h := h + tanh(linear[K -> E](y))" if label else "",
         argument=", y" if label else "", width=4, layers=2,

@@ -148,7 +148,9 @@ def test_axes_that_weights_depend_on_are_fixed_and_said_when_asked_for(tmp_path:
 def test_weights_of_the_size_of_a_point_fix_their_axis(tmp_path: Path) -> None:
     """5 and 6 are sizes at which programs are lowered."""
     for size in (5, 6):
-        flow = fl.compile("flow f { data x: R[T, D]\n affine_coupling[D](net = mlp[D](8))\n base normal }", seed=0, T=3, D=size)
+        flow = fl.compile(
+            "flow f { data x: R[T, D]\n affine_coupling[D](net = mlp[D](8))\n base normal }", seed=0, T=3, D=size
+        )
         (file,) = fl.export_onnx(flow, tmp_path / "f.onnx", ["log_prob"]).values()
         (x,) = onnx.load(file).graph.input
         assert [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] == ["batch", "T", size]

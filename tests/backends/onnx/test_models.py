@@ -195,7 +195,9 @@ def test_an_autoregressive_sampler_does_not_grow_with_the_dimension(step: str) -
     text = f"flow ar {{ data x: R[D = 8]\n {step}(hidden = [32, 32])\n base normal }}"
     counts = {d: sum(1 for _ in nodes(model_of(text, "sample", D=d)[2].graph)) for d in (4, 8, 16, 128)}
     assert counts[4] == counts[8] == counts[16]
-    assert counts[128] <= counts[4] + 2  # layers whose stages differ in width do not share the table of places: one each
+    assert (
+        counts[128] <= counts[4] + 2
+    )  # layers whose stages differ in width do not share the table of places: one each
 
 
 def test_the_incremental_loop_reads_each_hidden_unit_once() -> None:
@@ -338,7 +340,9 @@ def test_the_command_writes_models(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert x.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
 
 
-def test_the_command_tells_the_interface_and_compares_with_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_tells_the_interface_and_compares_with_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("pair.flow").write_text(COUPLING)
     done = CliRunner().invoke(cli, ["export", "pair.flow", "-o", "p.onnx"], catch_exceptions=False)
@@ -347,12 +351,16 @@ def test_the_command_tells_the_interface_and_compares_with_pytorch(tmp_path: Pat
     errors = [float(e) for e in re.findall(r"within (\S+) of PyTorch", done.output)]
     assert len(errors) == 2
     assert max(errors) <= 1e-5
-    done = CliRunner().invoke(cli, ["export", "pair.flow", "--no-check", "--seed", "1", "-o", "p.onnx"], catch_exceptions=False)
+    done = CliRunner().invoke(
+        cli, ["export", "pair.flow", "--no-check", "--seed", "1", "-o", "p.onnx"], catch_exceptions=False
+    )
     assert "PyTorch" not in done.output
 
 
 def test_a_written_model_is_compared_on_its_own_noise_and_in_the_datas_units(tmp_path: Path) -> None:
-    flow = Standardised(fl.compile(COUPLING, seed=0).eval(), [100.0, 0, 0, 0], [3.0, 1, 1, 1], {"c": ([1.0, 2.0], [2.0, 2.0])})
+    flow = Standardised(
+        fl.compile(COUPLING, seed=0).eval(), [100.0, 0, 0, 0], [3.0, 1, 1, 1], {"c": ([1.0, 2.0], [2.0, 2.0])}
+    )
     written = fl.export_onnx(flow, tmp_path / "p.onnx", PROGRAMS)
     found = fl.compare_onnx(flow, written)
     assert set(found) == set(PROGRAMS)

@@ -175,7 +175,11 @@ def test_the_highest_opset_has_kernels(name: str, program: str) -> None:
     """The lowest is what all other tests use."""
     comp = compiled(step_flow(name))
     (flow,) = comp.flows()
-    session(export(comp.regions[flow], comp.analyses, flow_of(comp, flow, torch.float32), program, Options(opset=HIGHEST_OPSET)))
+    session(
+        export(
+            comp.regions[flow], comp.analyses, flow_of(comp, flow, torch.float32), program, Options(opset=HIGHEST_OPSET)
+        )
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda p: p.stem)

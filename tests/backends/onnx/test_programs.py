@@ -220,7 +220,9 @@ def test_the_command_exports_a_models_programs(tmp_path: Path, monkeypatch: pyte
     Path("r.flow").write_text(RESULTS)
     done = CliRunner().invoke(cli, ["export", "m.flow", "-o", "m.onnx"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert sorted(p.name for p in Path().glob("*.onnx")) == [f"m.{k}.onnx" for k in ("from_noise", "log_prob", "sample")]
+    assert sorted(p.name for p in Path().glob("*.onnx")) == [
+        f"m.{k}.onnx" for k in ("from_noise", "log_prob", "sample")
+    ]
     done = CliRunner().invoke(cli, ["export", "r.flow", "-o", "r.onnx"], catch_exceptions=False)
     assert done.exit_code == 0, done.output  # all but losses
     assert sorted(p.name for p in Path().glob("r*.onnx")) == ["r.pair.onnx", "r.prior.onnx"]

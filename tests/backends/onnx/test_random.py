@@ -26,9 +26,7 @@ class Bare(Model):
     """A program of a region that is no flow."""
 
     def inputs(self, program: Program) -> list[Value]:
-        made = [
-            self.g.input(f"in{k}", ("batch", *program.graph[i].tensor.shape)) for k, i in enumerate(program.inputs)
-        ]
+        made = [self.g.input(f"in{k}", ("batch", *program.graph[i].tensor.shape)) for k, i in enumerate(program.inputs)]
         self.see(made[0])
         return made
 
@@ -69,7 +67,10 @@ def test_random_maps() -> None:
             [torch.randn(3, *region.graph[i].tensor.shape, generator=generator) for i in side]
             for side in (region.inputs, region.context)
         )
-        x = [INTO.get(region.graph[i].attrs["domain"].name, lambda v: v)(v) for i, v in zip(region.inputs, x, strict=True)]
+        x = [
+            INTO.get(region.graph[i].attrs["domain"].name, lambda v: v)(v)
+            for i, v in zip(region.inputs, x, strict=True)
+        ]
         with torch.no_grad():
             forward = module.forward(*x, *context)
             for program, given in (("forward", [*x, *context]), ("inverse", [*forward[:-1], *context])):

@@ -58,7 +58,9 @@ def test_values_and_gradients_are_the_formula_s(case: str, monkeypatch: pytest.M
     inside = next(vars(m) for n, m in __import__("sys").modules.items() if n == type(module).__module__)
     ours = [v.clone().requires_grad_() for v in values]
     y = module(*ours)
-    monkeypatch.setitem(inside, "attend", lambda q, k, v, scale, causal=False: runtime.attend_plain(q, k, v, scale, causal))
+    monkeypatch.setitem(
+        inside, "attend", lambda q, k, v, scale, causal=False: runtime.attend_plain(q, k, v, scale, causal)
+    )
     theirs = [v.clone().requires_grad_() for v in values]
     z = module(*theirs)
     torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)

@@ -94,7 +94,9 @@ def assert_as_plain(spec: str) -> Any:
     return flow
 
 
-@settings(max_examples=24, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=24, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(attending())
 def test_the_cached_inverse_is_the_plain_one(spec: str) -> None:
     assert None not in plans(spec), spec
@@ -275,7 +277,9 @@ COSTS = {
 def test_all_steps_together_cost_about_one_pass(kind: str, size: int) -> None:
     """With the pass for the log-det two; the plain scan takes a pass for each row."""
     spec = COSTS[kind].format(size)
-    x = torch.randn(3, *((size, 2) if kind == "attention" else (1, size, 6)), generator=torch.Generator().manual_seed(1))
+    x = torch.randn(
+        3, *((size, 2) if kind == "attention" else (1, size, 6)), generator=torch.Generator().manual_seed(1)
+    )
     flow = fl.compile(spec, seed=0)
     forward = flops(lambda: flow(x))
     assert flops(lambda: flow.inverse(x)) <= 2.2 * forward

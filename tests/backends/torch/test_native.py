@@ -81,7 +81,10 @@ def test_the_gated_norm_has_the_formula_s_gradients(call: str) -> None:
     assert "gated_norm(" in text
     mine = fl.compile(f"norm n(x: R[C = 4, H = 2, W = 3]) {{ {call}(x) }}\n", flow="n", dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
-    parameters = {n: (p + torch.randn(p.shape, generator=g, dtype=p.dtype)).detach().requires_grad_() for n, p in mine.named_parameters()}
+    parameters = {
+        n: (p + torch.randn(p.shape, generator=g, dtype=p.dtype)).detach().requires_grad_()
+        for n, p in mine.named_parameters()
+    }
     x = torch.randn(3, 4, 2, 3, generator=g, dtype=torch.float64).requires_grad_()
 
     def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
@@ -125,7 +128,10 @@ def test_gradients_by_hand_are_those_of_the_formula(body: str) -> None:
     assert call in " ".join(text.split()).replace("( ", "(").replace(", )", ")")
     mine = fl.compile(spec, flow="n", dtype=torch.float64)
     g = torch.Generator().manual_seed(1)
-    parameters = {n: (p + 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)).detach().requires_grad_() for n, p in mine.named_parameters()}
+    parameters = {
+        n: (p + 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)).detach().requires_grad_()
+        for n, p in mine.named_parameters()
+    }
     shape = [int(a.split("=")[1]) for a in axes.split(",")]
     x = (2 * torch.randn(3, *shape, generator=g, dtype=torch.float64)).requires_grad_()
 

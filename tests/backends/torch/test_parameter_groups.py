@@ -23,7 +23,9 @@ def test_weights_decay_and_vectors_do_not() -> None:
 
 def test_rules_by_name_win_in_order() -> None:
     module = net(BODY, C=2, H=4, W=4)
-    groups = module.parameter_groups({"*": {"lr": 0.5}, "weight_norm.*": {"lr": 0.01, "weight_decay": 0.2}}, weight_decay=0.1)
+    groups = module.parameter_groups(
+        {"*": {"lr": 0.5}, "weight_norm.*": {"lr": 0.01, "weight_decay": 0.2}}, weight_decay=0.1
+    )
     rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     named = dict(module.named_parameters())
     assert rates[id(named["weight_norm.g"])] == (0.01, 0.2)

@@ -163,7 +163,9 @@ def test_what_cannot_be_undone_is_told() -> None:
         assert [d.code for d in caught.value.diagnostics] == ["FL0704"]
         assert any(reason in n for n in caught.value.diagnostics[0].notes)
     with pytest.raises(fl.FlowError, match="FL0704"):
-        fl.compile("flow f {\n data x: R[D = 4]\n affine_coupling(net = mlp(8))\n base normal\n}\n", memory="reversible")
+        fl.compile(
+            "flow f {\n data x: R[D = 4]\n affine_coupling(net = mlp(8))\n base normal\n}\n", memory="reversible"
+        )
     with pytest.raises(fl.FlowError, match="FL0804"):
         fl.compile(spec(STEPS["coupling"]), memory="reversable")
 
