@@ -218,11 +218,14 @@ class Judge:
 
         Products of many small factors do so. A value that the map does not take at all is not a number, or small.
         """
+        if point.isinf().any():  # differences of infinite values may stand beside them, and are not numbers
+            return True
         if point.isnan().any():
             return False
-        if point.isinf().any():
+        jacobian = torch.autograd.functional.jacobian(self.forward, point)
+        if not jacobian.isfinite().all():
             return True
-        values = torch.linalg.svdvals(torch.autograd.functional.jacobian(self.forward, point))
+        values = torch.linalg.svdvals(jacobian)
         return bool(values[-1] <= 1e-12 * values[0])
 
     def coordinates(self, flat: Tensor) -> Iterator[tuple[Tensor, Domain]]:
