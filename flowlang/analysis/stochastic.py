@@ -188,7 +188,7 @@ def one_step(rule: Rule, e: Equation) -> Pair:
 
     def field(polys: Sequence[Poly]) -> Callable[[Any, Any], Pair]:
         def call(value: Any, time: Any) -> Pair:
-            if not isinstance(value, Pair):
+            if not isinstance(value, Pair) or isinstance(time, Pair):
                 raise TypeError
             place = [a - c for a, c in zip([*value.items, time], [*START, TIME], strict=True)]
             return Pair(tuple(series({one: Fraction(1)}) * p.at(place) for p in polys))
@@ -205,7 +205,7 @@ def one_step(rule: Rule, e: Equation) -> Pair:
     found = rule(
         field(e.drift), noise, lambda value, along, time: slopes(value, time) * along, x, series({one: TIME}), s2, dw
     )
-    if not isinstance(found, Pair):
+    if not isinstance(found, Pair) or any(isinstance(i, Pair) for i in found.items):
         raise TypeError
     return found
 

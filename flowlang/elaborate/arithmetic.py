@@ -194,7 +194,7 @@ class Evaluator:
 
     def value(self, e: tree.Expr) -> Any:
         found = self.ev(e)
-        if isinstance(found, tuple | LocalFunction | bool) or found is None:
+        if isinstance(found, tuple | LocalFunction) or found is None or is_truth(found):
             raise NotPlain(e.span, "this value")
         return found
 
@@ -255,6 +255,8 @@ class Evaluator:
         function = self.algebra.functions.get(fn.id)
         if function is None or found is not None:
             raise NotPlain(fn.span, f"`{fn.id}`")
+        if any(map(is_truth, arguments)):
+            raise NotPlain(span, f"`{fn.id}` of a truth value")
         try:
             return function(*arguments)
         except TypeError:
@@ -274,6 +276,11 @@ class Evaluator:
         finally:
             self.names = saved
             self.depth -= 4
+
+
+def is_truth(value: Any) -> bool:
+    """Whether a value is true or false, or a comparison of symbols that is left open."""
+    return isinstance(value, bool) or any(getattr(value, kind, False) for kind in ("is_Boolean", "is_Relational"))
 
 
 def static_names(algebra: Algebra, declaration: tree.Declaration, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, is_truth, static_names
 from flowlang.elaborate.values import PathFunction
 from flowlang.syntax import tree
 
@@ -33,7 +33,10 @@ def symbolic(declaration: tree.Declaration, given: Mapping[str, Any] | None = No
     names = static_names(algebra, declaration, {k: sp.sympify(v) for k, v in (given or {}).items()})
     symbols = dict(zip(("t", "x0", "x1"), sp.symbols("t x0 x1", real=True), strict=True))
     names.update({p.name: symbols[p.name] for ps in declaration.parameters for p in ps if p.name in symbols})
-    return Evaluator(algebra, names).run(declaration.body or ())
+    found = Evaluator(algebra, names).run(declaration.body or ())
+    if is_truth(found) or isinstance(found, tuple | list):
+        raise NotPlain(declaration.span, "a result that is no number")
+    return found
 
 
 # ---- paths as functions of tensors --------------------------------------------------------------

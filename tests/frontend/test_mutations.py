@@ -76,3 +76,17 @@ def test_options_of_a_convolution_are_whole_numbers(option: str) -> None:
 def test_ddof_is_a_whole_number() -> None:
     spec = "norm n(x: R[C = 4]) { x / std[C](x, ddof = tanh) }\n"
     assert len(compile_source(Source.of("std.flow", spec)).report.errors) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path p(t, x0, x1) { x_t = x1 + 1 == (2 ^ (1 - t)) * x0 }\n",
+        "path p(t, x0, x1) { x_t = x1 + sqrt(1 != -exp(-t)) * x0 }\n",
+        "path p(t, x0, x1) { x_t = x0 < x1 }\n",
+        "path p(t, x0, x1) { x_t = (x0, x1) }\n",
+        "solver s (v, g, x, t, h, dw) { x + h * v(x, t) + g(x, x, dw) }\n",
+    ],
+)
+def test_specs_that_once_broke_the_checks_of_paths_and_solvers(text: str) -> None:
+    survive(text)
