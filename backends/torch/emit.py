@@ -431,12 +431,17 @@ def _start(w: Writer, n: Node) -> Expr:
     return Expr(f"{own}()" if constrained else own)
 
 
-@emitter("batch_mean", "batch_var", "batch_sum", "batch_max", "batch_min")
+OVER_BATCH = {"batch_sum": "torch.sum", "batch_max": "torch.amax", "batch_min": "torch.amin"}
+
+
+@emitter("batch_mean", "batch_var", *OVER_BATCH)
 def _batch_moment(w: Writer, n: Node) -> Expr:
     x = n.inputs[0]
     t = w.type(x)
     dims = [w.dim(x, a) for a in n.attrs["axes"]]
     ddof = f", {n.attrs['ddof']}" if n.attrs.get("ddof") else ""
+    if n.op in OVER_BATCH:
+        return Expr(f"{w.scope.use('over_batch')}({OVER_BATCH[n.op]}, {argument(w, x)}, {t.rank}, {tuple(dims)!r})")
     return Expr(f"{w.scope.use(n.op)}({argument(w, x)}, {t.rank}, {tuple(dims)!r}{ddof})")
 
 

@@ -132,15 +132,7 @@ def with_attention(program: Program) -> Program:
     for n in sorted((needed | set(program.inputs)) - inside):
         node, a = graph[n], found.get(n)
         if a is None:
-            ids[n] = b.graph.add(
-                node.op,
-                tuple(ids[i] for i in node.inputs),
-                node.type,
-                node.attrs,
-                span=node.span,
-                label=node.label,
-                batched=node.batched,
-            ).id
+            ids[n] = b.graph.again(node, [ids[i] for i in node.inputs])
             continue
         t, s, d, e = a.axes
         wanted = ((a.q, (*a.lead, t, d)), (a.k, (*a.lead, s, d)), (a.v, (*a.lead, s, e)))
@@ -235,15 +227,7 @@ def regrouped(program: Program) -> Program:
         if n in inside and n not in chains:
             continue
         if n not in chains:
-            ids[n] = b.graph.add(
-                node.op,
-                tuple(ids[i] for i in node.inputs),
-                node.type,
-                node.attrs,
-                span=node.span,
-                label=node.label,
-                batched=node.batched,
-            ).id
+            ids[n] = b.graph.again(node, [ids[i] for i in node.inputs])
             continue
         x, factors = chains[n]
         above, below = ([ids[s] for op, s in factors if op == kind] for kind in ("mul", "div"))
@@ -301,12 +285,7 @@ class Reader:
         """(the other operand, the parameter over these axes) of a sum or product."""
         for k in (1, 0):
             other = self.graph[node.inputs[k]]
-            if (
-                not other.batched
-                and other.op in ("param", "expand", "input")
-                and other.tensor.names == names
-                and other.op == "param"
-            ):
+            if not other.batched and other.op == "param" and other.tensor.names == names:
                 return node.inputs[1 - k], other.id
         return None
 

@@ -45,9 +45,7 @@ def rewritten(region: Region, rewrite: Rewrite) -> Region | None:
             if node.label:
                 b.graph.relabel(new, node.label)
         elif not isinstance(node.type, TensorType) or "region" in node.attrs or node.op == "get":
-            new = b.graph.add(
-                node.op, tuple(inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
-            ).id
+            new = b.graph.again(node, inputs)
         else:
             new = b.copy(node, inputs)
         env[node.id] = new

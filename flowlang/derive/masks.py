@@ -139,8 +139,6 @@ class _Splitter:
     def copy(self, node: Node) -> None:
         inputs = [self.joined(i) for i in node.inputs]
         if not isinstance(node.type, TensorType) or "region" in node.attrs or node.op == "get":
-            self.whole[node.id] = self.b.graph.add(
-                node.op, tuple(inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
-            ).id
+            self.whole[node.id] = self.b.graph.again(node, inputs)
         else:
             self.whole[node.id] = self.b.copy(node, inputs)

@@ -29,16 +29,7 @@ def prune(program: Program) -> Program:
     env: dict[int, int] = {}
     for n in sorted(needed):
         node = graph[n]
-        added = new.add(
-            node.op,
-            tuple(env[i] for i in node.inputs),
-            node.type,
-            node.attrs,
-            span=node.span,
-            label=node.label,
-            batched=node.batched,
-        )
-        env[n] = added.id
+        env[n] = new.again(node, [env[i] for i in node.inputs])
     program.graph = new
     program.inputs = [env[i] for i in program.inputs]
     program.outputs = [env[o] for o in program.outputs]

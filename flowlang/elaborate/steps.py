@@ -85,23 +85,23 @@ class RuleBody(Body):
         self.kept.append((entry.name, entry.span))
 
     def whole(self, value: Any, span: Span) -> int:
-        """A value with the type of what is integrated."""
-        if isinstance(value, Poison):
-            raise Poisoned
-        if isinstance(value, Tuple):
-            raise self.fail("FL0308", "a step gives one value, the next x", span, suggestion="keep others as `state`")
-        id = self.tensor(value, span)
-        have, want = self.b.type(id), self.state_type
-        if have.kind == "bool" or not set(have.axes) <= set(want.axes):
-            raise self.fail(
-                "FL0301",
-                f"what is integrated is `{want}`, and this is `{have}`",
-                span,
-                suggestion="reduce it to the axes of x, or to one number",
-            )
-        if set(have.axes) != set(want.axes):
-            id = self.b.expand(id, want)
-        return id if self.b.type(id).names == want.names else self.b.op("order", id, names=want.names)
+        return fitted(self, value, self.state_type, span, "keep others as `state`")
+
+
+def fitted(body: Body, value: Any, state: TensorType, span: Span, others: str = "give x alone") -> int:
+    """A value with the type of what is integrated; `others` says what to do with more than one."""
+    if isinstance(value, Poison):
+        raise Poisoned
+    if isinstance(value, Tuple):
+        raise body.fail("FL0308", "a step gives one value, the next x", span, suggestion=others)
+    id = body.tensor(value, span)
+    have = body.b.type(id)
+    if have.kind == "bool" or not set(have.axes) <= set(state.axes):
+        raise body.fail("FL0301", f"what is integrated is `{state}`, and this is `{have}`", span,
+                        suggestion="reduce it to the axes of x, or to one number")  # fmt: skip
+    if set(have.axes) != set(state.axes):
+        id = body.b.expand(id, state)
+    return id if body.b.type(id).names == state.names else body.b.op("order", id, names=state.names)
 
 
 def step_rule(body: Body, solver: Instance, state: TensorType) -> Rule | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.calls import Arguments, apply, instance_of, parameters_of
-from flowlang.elaborate.steps import parts
+from flowlang.elaborate.steps import fitted, parts
 from flowlang.elaborate.values import POISON, Builtin, Declared, Instance, Pending, Poison, Tensor, Tuple, describe
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import Axis, TensorType, TupleType
@@ -212,26 +212,6 @@ def measured(
     return inner.region, tuple(a for a in found.axes if a not in state.axes)
 
 
-def fitted(inner: Body, value: Any, state: TensorType, span: Span) -> int:
-    """A value with the type of what is integrated."""
-    if isinstance(value, Poison):
-        raise Poisoned
-    if isinstance(value, Tuple):
-        raise inner.fail("FL0308", "a step gives one value, the next x", span, suggestion="give x alone")
-    id = inner.tensor(value, span)
-    have = inner.b.type(id)
-    if have.kind == "bool" or not set(have.axes) <= set(state.axes):
-        raise inner.fail(
-            "FL0301",
-            f"what is integrated is `{state}`, and this is `{have}`",
-            span,
-            suggestion="reduce it to the axes of x, or to one number",
-        )
-    if set(have.axes) != set(state.axes):
-        id = inner.b.expand(id, state)
-    return id if inner.b.type(id).names == state.names else inner.b.op("order", id, names=state.names)
-
-
 class Equation:
     """`v` and `g` of a rule, as calls of the functions that were given."""
 
@@ -245,12 +225,14 @@ class Equation:
         ends: tuple[float, float],
     ):
         self.inner, self.state, self.extra, self.ends = inner, state, extra, ends
+        assert inner.region.span is not None
+        self.where = inner.region.span
         self.fns = {"v": self.owned(args.positional[0], "v"), "g": self.owned(args.keywords["noise"], "g")}
         self.steep = False
 
     def owned(self, fn: Any, label: str) -> Any:
         """A fresh network is one network, of the step."""
-        fn = instance_of(self.inner.elab, fn, self.inner.region.span)  # type: ignore[arg-type]
+        fn = instance_of(self.inner.elab, fn, self.where)
         if isinstance(fn, Instance) and fn.owner is None:
             fn.owner, fn.name, fn.label = self.inner, self.inner.fresh_child_name(fn.target.name), fn.label or label
         return fn
@@ -283,7 +265,8 @@ class Equation:
 
     def drift(self, b: Body, args: Arguments) -> Any:
         self.expect(b, args, "v", 2)
-        return Tensor(fitted(b, self.value(b, "v", args), self.state, args.span), b)  # type: ignore[arg-type]
+        assert args.span is not None
+        return Tensor(fitted(b, self.value(b, "v", args), self.state, args.span), b)
 
     def noise(self, b: Body, args: Arguments) -> Any:
         """`g(x, t)`: the noise of each entry; `g(x, t, dw)`: the noise on an increment."""
@@ -314,8 +297,9 @@ class Equation:
 
     def expect(self, b: Body, args: Arguments, name: str, *counts: int) -> None:
         if len(args.positional) not in counts or args.keywords:
+            assert args.span is not None
             raise b.fail("FL0203", f"`{name}` of a solver takes a value and a time{', and perhaps an increment' if 3 in counts else ''}",
-                         args.span, suggestion=f"as in `{name}(x, t)`")  # type: ignore[arg-type]  # fmt: skip
+                         args.span, suggestion=f"as in `{name}(x, t)`")  # fmt: skip
 
 
 __all__ = ["SENSES", "NoiseUse", "is_stochastic", "stochastic"]

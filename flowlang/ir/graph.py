@@ -64,6 +64,13 @@ class Graph:
             self._users.setdefault(source, []).append((node.id, slot))
         return node
 
+    def again(self, node: Node, inputs: Iterable[int]) -> int:
+        """The node of another graph, with its type as it is, on other inputs."""
+        made = self.add(
+            node.op, tuple(inputs), node.type, node.attrs, span=node.span, label=node.label, batched=node.batched
+        )
+        return made.id
+
     def relabel(self, id: int, label: str) -> None:
         """Gives a node the name under which the spec binds it (the first name stays)."""
         old = self._nodes[id]

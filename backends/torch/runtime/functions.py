@@ -154,26 +154,13 @@ def unit_vector(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
     """The mean over all batch dimensions (those before the last `rank`) and over `dims`."""
+    return over_batch(torch.mean, x, rank, dims)
+
+
+def over_batch(act: Callable[..., Tensor], x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
+    """A reduction of torch, `act(x, dims)`, over all batch dimensions and over `dims`."""
     every = (*range(x.dim() - rank), *dims)
-    return x.mean(every) if every else x
-
-
-def batch_sum(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
-    """The sum over all batch dimensions and over `dims`."""
-    every = (*range(x.dim() - rank), *dims)
-    return x.sum(every) if every else x
-
-
-def batch_max(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
-    """The largest over all batch dimensions and over `dims`."""
-    every = (*range(x.dim() - rank), *dims)
-    return x.amax(every) if every else x
-
-
-def batch_min(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
-    """The smallest over all batch dimensions and over `dims`."""
-    every = (*range(x.dim() - rank), *dims)
-    return x.amin(every) if every else x
+    return act(x, every) if every else x
 
 
 def batch_var(x: Tensor, rank: int, dims: tuple[int, ...], ddof: int = 0) -> Tensor:
