@@ -129,7 +129,7 @@ def main() -> None:
         print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  torch's own layer")
     for name, body, shape, formula in COMPOSED:
         module = compiled(body, shape)
-        a, b = compare(module, lambda x, f=formula, m=module: f(x, m), torch.randn(*shape), args.rounds)  # type: ignore[misc]
+        a, b = compare(module, lambda x, f=formula, m=module: f(x, m), torch.randn(*shape), args.rounds)
         print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  composition of torch ops")
 
 

@@ -383,7 +383,7 @@ def pool(node: Node, t: TensorType, x: Tensor) -> Tensor:
         at, to = [slice(None)] * t.rank, [slice(None)] * t.rank
         for p, s, k, stride, (before, _) in zip(place, a["space"], a["kernel"], a["stride"], a["padding"], strict=True):
             first = p * stride - before
-            at[t.position(s)], to[t.position(s)] = slice(max(first, 0), first + k), p  # type: ignore[call-overload]
+            at[t.position(s)], to[t.position(s)] = slice(max(first, 0), first + k), p
         dims = [t.position(s) for s in a["space"]]
         made[tuple(to)] = x[tuple(at)].amax(dims) if node.op == "max_pool" else x[tuple(at)].mean(dims)
     return made

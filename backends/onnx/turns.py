@@ -205,7 +205,7 @@ def change(node: Node, plan: Plan) -> None:
     if id(node) in plan.rows or id(node) in plan.columns:
         weight = node.inputs[1]
         assert weight is not None
-        columns = np.arange(weight.shape[1])  # type: ignore[arg-type]
+        columns = np.arange(weight.shape[1])  # type: ignore[arg-type]  # a weight has no open dims
         for start, order in plan.columns.get(id(node), {}).items():
             columns[start : start + len(order)] = start + order
         matrix = np.asarray(weight.array)[plan.rows.get(id(node), slice(None))][:, columns]

@@ -143,7 +143,7 @@ class StandardisedModel(Scales, Model):
             flow.types,
             flow.context,
             flow.exactness,
-        )  # type: ignore[misc]
+        )  # type: ignore[misc]  # class attributes of a model are an instance's here
         self.data_name, self.data_shape, self.given_shapes = flow.data_name, flow.data_shape, flow.given_shapes  # type: ignore[misc]
         self._keep(mean, scale, given)
         self.origin = getattr(flow, "origin", None)

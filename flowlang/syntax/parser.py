@@ -218,7 +218,7 @@ class _Parser:
         at = last.end_pos if last is not None else 0
         k = 0
         try:
-            for k, t in enumerate(tokens):  # noqa: B007
+            for k, t in enumerate(tokens):  # noqa: B007 - k tells the token that failed
                 parser.feed_token(t)
             k = len(tokens)
             return parser.feed_token(Token("$END", "", at, at))

@@ -25,7 +25,7 @@ def test_dominators_agree_with_networkx() -> None:
         stuck = draw.sample(range(count), draw.randint(1, count))
         found = Inverter.dominators(
             SimpleNamespace(graph=nodes), SimpleNamespace(unknown=unknown, targets=targets), stuck
-        )  # type: ignore[arg-type]
+        )
         g: nx.DiGraph[int] = nx.DiGraph()
         g.add_node(-1)
         for n in unknown | set(stuck):

@@ -110,7 +110,7 @@ def test_determinants_and_jacobians() -> None:
     def g(v: torch.Tensor) -> torch.Tensor:
         return v.square().sum() * v + torch.sin(v)
 
-    wanted = torch.stack([torch.linalg.det(torch.autograd.functional.jacobian(g, v)) for v in x])  # type: ignore[no-untyped-call]
+    wanted = torch.stack([torch.linalg.det(torch.autograd.functional.jacobian(g, v)) for v in x])
     torch.testing.assert_close(f(x), wanted, rtol=1e-10, atol=1e-10)
     v = x.clone().requires_grad_()
     assert torch.autograd.gradcheck(f, v)

@@ -132,7 +132,7 @@ def test_3_the_convex_gradient_map_is_that_of_the_potential() -> None:
         def pinned(v: Tensor, k: int = k) -> Tensor:
             return f(torch.nn.functional.normalize(v, dim=0)[None], **{n: t[k : k + 1] for n, t in given.items()})[0][0]
 
-        j = torch.autograd.functional.jacobian(pinned, p[k])  # type: ignore[no-untyped-call]
+        j = torch.autograd.functional.jacobian(pinned, p[k])
         assert abs(float(torch.linalg.slogdet(basis(z[k]).mT @ j @ basis(p[k]))[1] - log_det[k])) < 1e-6
 
 
@@ -167,7 +167,7 @@ def test_3_log_dets_are_those_of_the_tangent_map(name: str, n: int) -> None:
     f, p, w = flow(name, n), points(6, n), inside(6, n)
     z, log_det = f(p, w=w)
     for k in range(6):
-        j = torch.autograd.functional.jacobian(lambda v, k=k: f(v.unsqueeze(0), w=w[k : k + 1])[0][0], p[k])  # type: ignore[no-untyped-call]
+        j = torch.autograd.functional.jacobian(lambda v, k=k: f(v.unsqueeze(0), w=w[k : k + 1])[0][0], p[k])
         tangential = basis(z[k]).mT @ j @ basis(p[k])
         assert abs(float(torch.linalg.slogdet(tangential)[1] - log_det[k])) < 1e-6
 
@@ -314,7 +314,7 @@ def test_the_whole_flow_is_a_bijection_with_its_log_det(text: str) -> None:
             parts = [p.reshape(1, *w.shape[1:]) for p, w in zip(v.split(sizes), x, strict=True)]
             return torch.cat([o.reshape(-1) for o in f(tuple(parts))[:-1]])
 
-        j = torch.autograd.functional.jacobian(image, torch.cat([v[k].reshape(-1) for v in x]))  # type: ignore[no-untyped-call]
+        j = torch.autograd.functional.jacobian(image, torch.cat([v[k].reshape(-1) for v in x]))
         own = tangential(j, [v[k] for v in x], on, [v[k] for v in z], on)
         assert abs(float(torch.linalg.slogdet(own)[1] - log_det[k])) < 1e-6
 

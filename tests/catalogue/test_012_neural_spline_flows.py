@@ -52,7 +52,7 @@ def card_knots(raw: Tensor) -> Tensor:
 
 def raw_spline(scale: float = 1.0, k: int = K, size: int = 4, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return tuple(scale * torch.randn(n, size, generator=g, dtype=torch.float64) for n in (k, k, k - 1))  # type: ignore[return-value]
+    return tuple(scale * torch.randn(n, size, generator=g, dtype=torch.float64) for n in (k, k, k - 1))
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)

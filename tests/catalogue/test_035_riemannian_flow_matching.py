@@ -97,7 +97,10 @@ def icosahedron() -> tuple[np.ndarray, np.ndarray]:
     points = np.array([p for a, b in itertools.product((-1, 1), (-g, g)) for p in ((0, a, b), (a, b, 0), (b, 0, a))])
     points = points / np.linalg.norm(points[0])
     edge = min(np.linalg.norm(points[0] - p) for p in points[1:])
-    near = lambda i, j: abs(np.linalg.norm(points[i] - points[j]) - edge) < 1e-6  # noqa: E731
+
+    def near(i: int, j: int) -> bool:
+        return bool(abs(np.linalg.norm(points[i] - points[j]) - edge) < 1e-6)
+
     faces = [
         f for f in itertools.combinations(range(12), 3) if all(near(i, j) for i, j in itertools.combinations(f, 2))
     ]

@@ -27,7 +27,7 @@ def weight(module: Any) -> Tensor:
 
 
 def used(module: Any) -> Tensor:
-    return module.spectral(weight(module))  # type: ignore[no-any-return]
+    return module.spectral(weight(module))
 
 
 def matrix(w: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def standard(w: Tensor, ddof: int = 1) -> Tensor:
     """The library's map of a kernel."""
     sizes = dict(zip(("O", "I", "kh", "kw"), w.shape, strict=True))
     module = net(f"weight_standardization(ddof = {ddof})(x)", kind="norm", **sizes)
-    return module(w)  # type: ignore[no-any-return]
+    return module(w)
 
 
 def test_the_layer_is_its_equations_with_gradients() -> None:

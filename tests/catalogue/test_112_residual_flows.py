@@ -297,7 +297,7 @@ def test_the_exact_log_det_is_autograd_s() -> None:
     flow = grown(tiny()).eval()
     g = nets(flow)[0]
     x = points(4)
-    rows = torch.stack([torch.autograd.functional.jacobian(g, v) for v in x])  # type: ignore[misc]
+    rows = torch.stack([torch.autograd.functional.jacobian(g, v) for v in x])
     wanted = torch.linalg.slogdet(torch.eye(2, dtype=torch.float64) + rows)[1]
     torch.testing.assert_close(exact_log_det(g, x, 1), wanted, rtol=0, atol=1e-12)
 

@@ -27,9 +27,9 @@ def flow() -> Any:
 OPTIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "dtype as text": ("FL0804", lambda m: fl.compile(TEXT, dtype="float")),
     "dtype of whole numbers": ("FL0804", lambda m: fl.compile(TEXT, dtype=torch.int64)),
-    "seed as text": ("FL0804", lambda m: fl.compile(TEXT, seed="x")),  # type: ignore[arg-type]
+    "seed as text": ("FL0804", lambda m: fl.compile(TEXT, seed="x")),
     "a name longer than files have": ("FL0801", lambda m: fl.compile("a" * 5000)),
-    "weights by number": ("FL0801", lambda m: fl.load(3)),  # type: ignore[arg-type]
+    "weights by number": ("FL0801", lambda m: fl.load(3)),
     "saving to a folder": ("FL0801", lambda m: fl.save(m, ".")),
     "sample of a text": ("FL0702", lambda m: m.sample("3")),
     "sample of a part": ("FL0702", lambda m: m.sample(2.5)),

@@ -67,7 +67,7 @@ def data(tmp_path: Path) -> Path:
 def test_the_first_lines_of_the_help_are_those_of_the_commands(run: Run) -> None:
     assert isinstance(cli, Commands)
     for name, (_, line) in LAZY.items():
-        command = cli.get_command(None, name)  # type: ignore[arg-type]
+        command = cli.get_command(None, name)
         assert command is not None
         assert (command.help or "").split("\n", 1)[0] == line
     code, out, _ = run("--help")

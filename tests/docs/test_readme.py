@@ -58,12 +58,12 @@ def test_the_guide_to_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     export, serve = blocks(SERVING, "python")
     scope: dict[str, object] = {}
     exec(compile(export, "onnx.md", "exec"), scope)
-    assert all(c.error is not None and c.error <= 1e-5 for c in scope["compared"].values())  # type: ignore[attr-defined]
+    assert all(c.error is not None and c.error <= 1e-5 for c in scope["compared"].values())
     assert "flowlang" not in serve
     scope = {}
     exec(compile(serve, "onnx.md", "exec"), scope)
-    assert scope["log_prob"].shape == (2,)  # type: ignore[attr-defined]
-    assert scope["samples"].shape == (1000, 2)  # type: ignore[attr-defined]
+    assert scope["log_prob"].shape == (2,)
+    assert scope["samples"].shape == (1000, 2)
     commands = [line for block in blocks(SERVING, "sh") for line in block.splitlines() if " export " in line]
     assert commands
     for line in commands:

@@ -122,13 +122,13 @@ def check_spans(module: tree.Module) -> None:
                 assert found.items == (node,)
             case tree.Paren(items=(tree.Item(type=kind),)) if kind is not None and not text.startswith("("):
                 pass  # a typed result `e: T` has no parentheses of its own
-            case _ if isinstance(node, tree.Expr):  # type: ignore[arg-type]
+            case _ if isinstance(node, tree.Expr):
                 assert parse_expression(text) == node
             case _ if isinstance(node, tree.Import | tree.Require) or (
                 isinstance(node, tree.Declaration) and node.kind != "def"
             ):
                 assert good(text).items == (node,)
-            case _ if isinstance(node, tree.Statement) and not isinstance(node, tree.Declaration):  # type: ignore[arg-type]
+            case _ if isinstance(node, tree.Statement) and not isinstance(node, tree.Declaration):
                 assert statement(text) == node
 
 
@@ -338,7 +338,7 @@ def test_precedence(text: str, meant: str) -> None:
             changes = {
                 f.name: plain(getattr(e, f.name)) for f in dataclasses.fields(e) if f.name not in ("span", "op", "id")
             }
-            return dataclasses.replace(e, **changes)  # type: ignore[type-var]
+            return dataclasses.replace(e, **changes)
         return e
 
     assert plain(parse_expression(text)) == plain(parse_expression(meant))

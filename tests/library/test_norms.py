@@ -38,9 +38,9 @@ def data(*shape: int, seed: int = 1) -> Tensor:
 def copied(to: nn.Module, source: Any) -> nn.Module:
     to = to.double()
     with torch.no_grad():
-        to.weight.copy_(source.gamma)  # type: ignore[operator]
+        to.weight.copy_(source.gamma)
         if getattr(to, "bias", None) is not None:
-            to.bias.copy_(source.beta)  # type: ignore[operator]
+            to.bias.copy_(source.beta)
     return to
 
 

@@ -57,8 +57,8 @@ def test_a_scan_is_a_loop_over_slices(batch: tuple[int, ...], reverse: bool) -> 
     h, out = torch.zeros(*batch, 4, dtype=torch.float64), [None] * 5
     for t in reversed(range(5)) if reverse else range(5):
         h = torch.tanh(first[..., t, :] + torch.nn.functional.linear(h, module.back_weight, module.back_bias))
-        out[t] = 2 * h  # type: ignore[call-overload]
-    expected = torch.stack(out, -2)  # type: ignore[arg-type]
+        out[t] = 2 * h
+    expected = torch.stack(out, -2)
     assert torch.allclose(module(x), expected, rtol=1e-12)
     assert torch.allclose(*(torch.autograd.grad(v.square().sum(), x)[0] for v in (module(x), expected)), rtol=1e-10)
 
@@ -175,7 +175,7 @@ def test_a_state_in_the_gradient_s_way_does_not_break_it() -> None:
     module = compiled("norm f(x: R[C]) { state m: R[C] = 2\n y = x * m\n m := mean[B](x)\n y }", C=3)
     x = data(5, 3).requires_grad_()
     module(x).sum().backward()
-    assert torch.equal(x.grad, torch.full((5, 3), 2.0, dtype=torch.float64))  # type: ignore[arg-type]
+    assert torch.equal(x.grad, torch.full((5, 3), 2.0, dtype=torch.float64))
     assert torch.allclose(module.m, x.mean(0))
 
 

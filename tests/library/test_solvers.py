@@ -79,10 +79,10 @@ def test_the_library_s_rules_keep_their_claims() -> None:
     path = Path(__file__).parents[2] / "stdlib" / "solvers" / "multistep.flow"
     for declaration in parse(Source.of("multistep", path.read_text()), Report()).module.items:
         report = Report()
-        facts = check_solver(declaration, report)  # type: ignore[arg-type]
+        facts = check_solver(declaration, report)
         assert report.ok
         assert not list(report)
-        assert facts["order"] == {"ab2": 2, "ab3": 3, "ab4": 4, "abm4": 4, "reused_midpoint": 2}[declaration.name]  # type: ignore[union-attr]
+        assert facts["order"] == {"ab2": 2, "ab3": 3, "ab4": 4, "abm4": 4, "reused_midpoint": 2}[declaration.name]
 
 
 def test_a_wrong_start_of_a_multistep_method_is_found() -> None:
@@ -96,7 +96,7 @@ def test_a_wrong_start_of_a_multistep_method_is_found() -> None:
       if i < 2 { x + h * k } else { x + h / 12 * (23 * k - 16 * one + 5 * two) }
     }"""
     report = Report()
-    check_solver(parse(Source.of("s", text), Report()).module.items[0], report)  # type: ignore[arg-type]
+    check_solver(parse(Source.of("s", text), Report()).module.items[0], report)
     (error,) = report.errors
     assert error.code == "FL0601"
 

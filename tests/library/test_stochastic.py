@@ -59,7 +59,7 @@ def test_the_library_s_rules_keep_their_claims(solver: str, facts: tuple[Any, ..
 
 def told(text: str) -> list[tuple[str, str]]:
     report = Report()
-    check_solver(parse(Source.of("s", text), Report()).module.items[0], report)  # type: ignore[arg-type]
+    check_solver(parse(Source.of("s", text), Report()).module.items[0], report)
     return [(d.code, d.message) for d in report]
 
 

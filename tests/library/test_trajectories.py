@@ -24,7 +24,7 @@ STANDARD = Path(__file__).parents[2] / "stdlib" / "solvers" / "runge_kutta.flow"
 
 def tableaus() -> dict[str, Tableau]:
     module = parse(Source.of("solvers", STANDARD.read_text()), Report()).module
-    return {d.name: read_tableau(d) for d in module.items if tableau_of(d) is not None}  # type: ignore[arg-type,union-attr]
+    return {d.name: read_tableau(d) for d in module.items if tableau_of(d) is not None}
 
 
 EXPLICIT = {n: t for n, t in tableaus().items() if t.explicit}

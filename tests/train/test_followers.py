@@ -165,7 +165,7 @@ def test_a_run_may_begin_with_another_s_weights(tmp_path: Path) -> None:
     )
     assert run.exit_code == 0, run.output
     assert "begun anew" not in run.output
-    first, second = fl.load(tmp_path / "a").flow, fl.load(tmp_path / "b").flow  # type: ignore[attr-defined]
+    first, second = fl.load(tmp_path / "a").flow, fl.load(tmp_path / "b").flow
     assert all(torch.equal(p, q) for p, q in zip(first.v.parameters(), second.teacher.parameters(), strict=True))
     run = CliRunner().invoke(
         cli,

@@ -41,7 +41,7 @@ class OwnGradient(torch.autograd.Function):
         return (None, None, None, *found, *(None,) * (ctx.count - len(found)))
 
 
-class ByHand(torch.autograd.Function):
+class ByHand(torch.autograd.Function):  # ignores below: torch's functions of autograd are untyped
     """A value whose gradient is written by hand, in fewer passes over memory than those of its parts.
 
     `plain` says what it is: gradients of gradients are left to it. `run` gives the value and what `back` reads beside

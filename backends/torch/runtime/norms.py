@@ -153,7 +153,7 @@ def over_larger_back(
     found = [
         d if d is None else (d.sum(0) if t.dim() == 1 else d.view(t.shape))
         for d, t in ((dslope, slope), (dspread, spread))
-    ]  # type: ignore[union-attr]
+    ]  # type: ignore[union-attr]  # d is None only where the slope is a number
     return dx.view(x.shape), None, dfloor, found[0], found[1], dgain, doffset
 
 

@@ -34,7 +34,7 @@ def run_steps(
     return (*values, *total)
 
 
-class Recalled(torch.autograd.Function):
+class Recalled(torch.autograd.Function):  # ignores below: torch's functions of autograd are untyped
     """What a network gave when a step was undone, as what it gives now: its graph is there already."""
 
     @staticmethod
@@ -106,7 +106,7 @@ class Steps:
             self.of.append([places.setdefault(id(w), len(places)) for w in reached])
 
 
-class ReversibleChain(torch.autograd.Function):
+class ReversibleChain(torch.autograd.Function):  # ignores below: torch's functions of autograd are untyped
     """The values at the end of a chain, and its log-det; only the values are kept for the way back."""
 
     @staticmethod

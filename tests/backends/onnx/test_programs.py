@@ -228,6 +228,6 @@ def test_the_command_exports_a_models_programs(tmp_path: Path, monkeypatch: pyte
     assert sorted(p.name for p in Path().glob("r*.onnx")) == ["r.pair.onnx", "r.prior.onnx"]
     done = CliRunner().invoke(cli, ["export", "m.flow", "--program", "forward", "-o", "m.onnx"])
     assert done.exit_code != 0
-    (d,) = done.exception.diagnostics  # type: ignore[union-attr]
+    (d,) = done.exception.diagnostics
     assert d.code == "FL0804"
     assert "`from_noise`" in d.suggestion

@@ -15,7 +15,7 @@ from tests.soundness.generate import make
 SEEDS = range(20_000, 20_220)
 
 
-def test_incremental_scans_of_random_graphs(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_incremental_scans_of_random_graphs(monkeypatch) -> None:
     compared = 0
     for seed in SEEDS:
         region, analyses = make(seed), Analyses()
