@@ -15,7 +15,6 @@ from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.followers import follower
 from flowlang.elaborate.grids import GRIDS
 from flowlang.elaborate.networks import NETWORKS
-from flowlang.elaborate.scope import did_you_mean, name_help
 from flowlang.elaborate.series import SERIES_OPTIONS, residual_log_det
 from flowlang.elaborate.types import static_size
 from flowlang.elaborate.values import (
@@ -45,7 +44,6 @@ from flowlang.ir.ops.splines import SPLINES
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
-from flowlang.syntax.habits import NAMES
 
 if TYPE_CHECKING:
     from flowlang.elaborate.body import Body
@@ -65,12 +63,7 @@ def expect(
     body: Body, args: Arguments, name: str, least: int, most: int | None = None, words: tuple[str, ...] = ()
 ) -> None:
     """Counts positional arguments and refuses unknown keywords."""
-    for k in args.keywords:
-        if k not in words:
-            raise body.fail(
-                "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
-                suggestion=name_help(k, words) if words else NAMES.get(k, "leave it out"),
-            )  # fmt: skip
+    args.only(body, name, words)
     most = least if most is None else most
     if not least <= len(args.positional) <= most:
         wanted = str(least) if least == most else f"{least} to {most}"
@@ -703,12 +696,8 @@ def spline(op: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
         tensors = [(v, s) for v, s in zip(args.positional, args.spans, strict=True) if isinstance(v, Tensor | Pending)]
         numbers = [v for v in args.positional if isinstance(v, int | float) and not isinstance(v, bool)]
+        args.only(body, op, kind.numbers)
         for k, v in args.keywords.items():
-            if k not in kind.numbers:
-                raise body.fail(
-                    "FL0202", f"`{op}` has no argument `{k}`", args.keyword_spans[k],
-                    suggestion=name_help(k, kind.numbers),
-                )  # fmt: skip
             if not isinstance(v, int | float) or isinstance(v, bool):
                 raise body.fail(
                     "FL0306", f"`{k}` of `{op}` is a number", args.keyword_spans[k], suggestion=f"as in `{k} = 0.5`"
@@ -911,14 +900,8 @@ def not_yet(name: str, what: str) -> Fn:
 
 def named_arguments(body: Body, args: Arguments, name: str, names: list[str]) -> dict[str, Any]:
     """Numbers and tensors by the names of a distribution's parameters."""
-    values: dict[str, Any] = {}
-    for k, v in args.keywords.items():
-        if k not in names:
-            raise body.fail(
-                "FL0202", f"`{name}` has no argument `{k}`", args.keyword_spans[k],
-                suggestion=did_you_mean(k, names) or f"its arguments are {', '.join(f'`{n}`' for n in names)}",
-            )  # fmt: skip
-        values[k] = v
+    args.only(body, name, names)
+    values: dict[str, Any] = dict(args.keywords)
     free = [n for n in names if n not in values]
     if len(args.positional) > len(free):
         raise body.fail("FL0202", f"`{name}` takes {len(names)} arguments", span(args), suggestion="leave out the rest")

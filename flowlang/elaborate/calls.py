@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from flowlang.elaborate import taps as tap_rules
 from flowlang.elaborate.later import ARGUMENTS
 from flowlang.elaborate.paths import call_path
 from flowlang.elaborate.results import cut, pieces_of
-from flowlang.elaborate.scope import close_names, did_you_mean, item_name, name_help
+from flowlang.elaborate.scope import NAMES, close_names, did_you_mean, item_name, name_help
 from flowlang.elaborate.types import is_optional, is_tensor_type, one_of_words, static_size
 from flowlang.elaborate.values import (
     ABSENT,
@@ -71,6 +71,13 @@ class Arguments:
     @property
     def poisoned(self) -> bool:
         return any(isinstance(v, Poison) for v in (*self.positional, *self.keywords.values()))
+
+    def only(self, body: Body, name: str, known: Collection[str]) -> None:
+        """Refuses a keyword that `name` does not have."""
+        for k in self.keywords:
+            if k not in known:
+                advice = name_help(k, known) if known else NAMES.get(k, "leave it out")
+                raise body.fail("FL0202", f"`{name}` has no argument `{k}`", self.keyword_spans[k], suggestion=advice)
 
 
 def make_call(body: Body, expr: tree.Call) -> Any:
@@ -489,13 +496,8 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
     params = [p for ps in declaration.parameters for p in ps]
     values: dict[str, Any] = {}
     names = {p.name for p in params}
-    for name, value in args.keywords.items():
-        if name not in names:
-            raise body.fail(
-                "FL0202", f"`{declaration.name}` has no argument `{name}`", args.keyword_spans[name],
-                suggestion=name_help(name, names),
-            )  # fmt: skip
-        values[name] = value
+    args.only(body, declaration.name, names)
+    values |= args.keywords
     free = [p for p in params if p.name not in values]
     given = list(args.positional)
     while len(given) > len(free) and isinstance(given[-1], Absent):

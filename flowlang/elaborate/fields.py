@@ -48,12 +48,7 @@ def integrate(body: Body, args: Arguments) -> Any:
     span = args.span
     assert span is not None
     known = ("t", "solver", "trace", "log_det", "at", "gradient", "noise", "sense", "increments", "probes")
-    for name in args.keywords:
-        if name not in known:
-            raise body.fail(
-                "FL0202", f"`integrate` has no argument `{name}`", args.keyword_spans[name],
-                suggestion=f"its keyword arguments are {', '.join(f'`{n}`' for n in known)}",
-            )  # fmt: skip
+    args.only(body, "integrate", known)
     if not 2 <= len(args.positional) <= 3:
         raise body.fail("FL0203", "`integrate` takes a field, a value and a solver", span,
                         suggestion="as in `integrate(v, x, t = 0 -> 1, rk4(steps = 20))`")  # fmt: skip

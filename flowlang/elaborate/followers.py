@@ -56,11 +56,8 @@ def how(body: Body, kind: str, args: Arguments) -> tuple[float, int]:
     span = args.span
     assert span is not None
     word = {"ema": "decay", "copy": "every"}[kind]
+    args.only(body, kind, (word,))
     given = {**dict(zip((word,), args.positional[1:], strict=False)), **args.keywords}
-    for name in given.keys() - {word}:
-        raise body.fail(
-            "FL0202", f"`{kind}` has no argument `{name}`", args.keyword_spans[name], suggestion=f"it has `{word}`"
-        )
     if len(args.positional) > 2:
         raise body.fail("FL0203", f"`{kind}` takes a network and `{word}`", span, suggestion=f"as in {EXAMPLES[kind]}")
     value = given.get(word, 0.999 if kind == "ema" else 0)

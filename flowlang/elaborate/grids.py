@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flowlang.elaborate import axes as axis_rules
-from flowlang.elaborate.scope import name_help
 from flowlang.elaborate.types import static_size
 from flowlang.elaborate.values import Builtin, Option, Tensor, describe
 from flowlang.source import Span
@@ -23,11 +22,7 @@ def pad(body: Body, args: Arguments) -> Any:
     """`pad[H, W](x, 2, border = reflect)`: entries before and after, one number or `[before, after]` for each axis alike."""
     where = args.span
     assert where is not None
-    for k in args.keywords:
-        if k != "border":
-            raise body.fail(
-                "FL0202", f"`pad` has no argument `{k}`", args.keyword_spans[k], suggestion=name_help(k, ("border",))
-            )
+    args.only(body, "pad", ("border",))
     amount = args.positional[1] if len(args.positional) == 2 else None
     pair = [amount, amount] if isinstance(amount, int) and not isinstance(amount, bool) else amount
     if (
@@ -76,11 +71,7 @@ def resize(body: Body, args: Arguments) -> Any:
     """`resize[H = 8, W = 8](x, method = linear)`: places are the middles of equal cells, as in torch's `interpolate`."""
     where = args.span
     assert where is not None
-    for k in args.keywords:
-        if k != "method":
-            raise body.fail(
-                "FL0202", f"`resize` has no argument `{k}`", args.keyword_spans[k], suggestion=name_help(k, ("method",))
-            )
+    args.only(body, "resize", ("method",))
     if len(args.positional) != 1 or not args.axes or any(i.eq is None for i in args.axes):
         raise body.fail(
             "FL0203",

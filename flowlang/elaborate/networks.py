@@ -43,14 +43,7 @@ def split_arguments(args: Arguments) -> tuple[list[tuple[Any, Span]], list[tuple
 
 
 def keywords(body: Body, inst: Instance, args: Arguments, known: tuple[str, ...]) -> dict[str, Any]:
-    from flowlang.elaborate.scope import name_help
-
-    for k in args.keywords:
-        if k not in known:
-            raise body.fail(
-                "FL0202", f"`{inst.target.name}` has no argument `{k}`", args.keyword_spans[k],
-                suggestion=name_help(k, known),
-            )  # fmt: skip
+    args.only(body, inst.target.name, known)
     merged = {**inst.arguments, **args.keywords}
     return {k: (v.word if isinstance(v, Option) else v) for k, v in merged.items()}
 

@@ -25,10 +25,7 @@ def residual_log_det(body: Body, args: Arguments) -> Any:
     """One number for each sample. `law`, `rate` and `terms` say how the series is cut, `inference` its terms then."""
     span = args.span
     assert span is not None
-    for k in args.keywords:
-        if k not in WORDS:
-            raise body.fail("FL0202", f"`residual_log_det` has no argument `{k}`", args.keyword_spans[k],
-                            suggestion=f"its options are {', '.join(f'`{w}`' for w in WORDS)}")  # fmt: skip
+    args.only(body, "residual_log_det", WORDS)
     if len(args.positional) != 2:
         raise body.fail("FL0203", "`residual_log_det` takes a network and a value", span,
                         suggestion="as in `residual_log_det(g, x, terms = 2)`")  # fmt: skip
