@@ -30,7 +30,7 @@ HOMES = {
     ),
     "flowlang.library": ("library_folders",),
     "flowlang.diagnostics": ("Diagnostic", "FlowError", "Report"),
-    "flowlang.backends.torch.runtime": ("NumericalWarning", "count_steps"),
+    "flowlang.backends.torch.runtime": ("NumericalWarning", "count_steps", "record_paths"),
 }
 
 

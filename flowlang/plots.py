@@ -66,13 +66,14 @@ def learning_curve(history: Sequence[dict[str, float]], path: str | Path, unit: 
     write(fig, path)
 
 
-def samples_plot(data: Any, samples: Any, path: str | Path, columns: Sequence[str] = ()) -> None:
-    """Samples beside data, if there are any: a histogram, a scatter, all pairs of up to four coordinates, or images."""
+def samples_plot(data: Any, samples: Any, path: str | Path, columns: Sequence[str] = (), across: int = 0) -> None:
+    """Samples beside data, if there are any: a histogram, a scatter, all pairs of up to four coordinates, or images
+    (`across` in a row)."""
     samples = np.asarray(samples)
     rows = [("data", np.asarray(data), DATA)] if data is not None else []
     rows.append(("samples", samples, SAMPLES))
     if samples.ndim > 2:
-        image_grid(rows[-1][1], path)
+        image_grid(rows[-1][1], path, across)
         return
     reference = rows[0][1]
     k = min(samples.shape[1], 4)
@@ -120,16 +121,17 @@ def histogram(rows: Sequence[tuple[str, Any, str]], span: tuple[float, float], n
     write(fig, path)
 
 
-def image_grid(samples: Any, path: str | Path) -> None:
-    """Up to 64 images [n, C, H, W] or [n, H, W] in a grid."""
-    images = samples[:64]
+def image_grid(samples: Any, path: str | Path, columns: int = 0) -> None:
+    """Images [n, C, H, W] or [n, H, W] in a grid: up to 64 in a square, or up to 12 rows of `columns`."""
+    images = samples[: 12 * columns or 64]
     if images.ndim == 4:
         images = images.mean(axis=1) if images.shape[1] != 3 else np.moveaxis(images, 1, -1)
     if images.ndim != 3 and not (images.ndim == 4 and images.shape[-1] == 3):
         images = images.reshape(len(images), 1, -1)
-    side = int(np.ceil(np.sqrt(len(images))))
-    fig = figure(5, 5)
-    axes = np.asarray(fig.subplots(side, side, squeeze=False)).reshape(-1)
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    fig = figure(5, 5 * rows / columns)
+    axes = np.asarray(fig.subplots(rows, columns, squeeze=False)).reshape(-1)
     low, high = np.quantile(images[np.isfinite(images)], [0.01, 0.99])
     for ax in axes:
         ax.axis("off")

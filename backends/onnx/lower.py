@@ -248,7 +248,9 @@ NAMES = {
 }  # fmt: skip
 
 # Ops without an emitter, with what to do instead; the registry test reads it.
-DECLINED: dict[str, str] = {}
+DECLINED: dict[str, str] = {
+    "paired": "pairs are for training; export the programs that sample or score",
+}
 
 
 def results_of(node: Node) -> int:

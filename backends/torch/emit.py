@@ -1098,6 +1098,12 @@ def _random(w: Writer, n: Node) -> Expr:
     )
 
 
+@emitter("paired")
+def _paired(w: Writer, n: Node) -> Expr:
+    x, y = n.inputs
+    return Expr(f"{w.scope.use('paired')}({argument(w, x)}, {argument(w, y)}, {n.tensor.rank})")
+
+
 # ---- calls --------------------------------------------------------------------------------------
 
 

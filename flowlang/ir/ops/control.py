@@ -74,3 +74,10 @@ for _name in (
     "choose",
 ):
     OPS.append(Op(_name, _made, _full, pure=_name in ("get",), made=True, why_not=WHY))
+
+ACROSS = "moves values between samples, which rules for one sample cannot say"
+# paired(x, y): x's samples in the order of the batch in which the sum of |x - y|² is least.
+OPS.append(
+    Op("paired", _made, _full, interval=lambda operands, types, node: operands[0], pure=False, made=True,
+       cost=lambda node, types: 3 * types[0].count, why_not={k: ACROSS for k in ("infer", "jvp", "invert", "lipschitz")})
+)  # fmt: skip
