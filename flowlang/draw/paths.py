@@ -21,6 +21,7 @@ def followed(module: Any, draw: Callable[[], Any]) -> tuple[Any, Any]:
     they have its shape; a flow's are in the coordinates in which it integrates.
     """
     import torch
+
     from flowlang.backends.torch.runtime import record_paths
 
     with record_paths() as ways, torch.no_grad():

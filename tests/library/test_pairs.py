@@ -93,7 +93,9 @@ def test_the_loss_regresses_on_paired_draws() -> None:
 def test_the_library_model_pairs_where_it_is_asked() -> None:
     x1 = torch.randn(16, 2, generator=generator(10))
     apart, near = (
-        fl.compile(f"model m = flow_matching(path = cond_ot, coupling = {c})", D=2, seed=0).loss(x1, generator=generator(11))
+        fl.compile(f"model m = flow_matching(path = cond_ot, coupling = {c})", D=2, seed=0).loss(
+            x1, generator=generator(11)
+        )
         for c in ("independent", "ot")
     )
     assert near < apart  # velocities x1 - x0 are shorter

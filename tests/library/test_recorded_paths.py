@@ -26,7 +26,13 @@ model m {{
   def go(x) {{ integrate(grow(), x, t = 0 -> 1, {solver}{more}) }}
 }}
 """
-FIXED = ["rk4(steps = 16)", "rk4(times = [0, 0.1, 0.4, 0.7, 1])", "ab4(steps = 16)", "rf_solver2(steps = 50)", "gauss4(steps = 8)"]
+FIXED = [
+    "rk4(steps = 16)",
+    "rk4(times = [0, 0.1, 0.4, 0.7, 1])",
+    "ab4(steps = 16)",
+    "rf_solver2(steps = 50)",
+    "gauss4(steps = 8)",
+]
 
 
 def points(n: int = 5) -> torch.Tensor:
@@ -135,7 +141,20 @@ def test_labels_in_turn_and_ways_of_images(tmp_path: Path, monkeypatch: pytest.M
     g = np.random.default_rng(0)
     y = g.integers(0, 3, 60)
     np.savez("d.npz", x=g.standard_normal((60, 1, 4, 4)) + y[:, None, None, None], y=y)
-    told("train", str(write("images.flow", IMAGES)), "--data", "d.npz", "--given", "y=y", "-o", "run", "--epochs", "1", "--batch", "30")
+    told(
+        "train",
+        str(write("images.flow", IMAGES)),
+        "--data",
+        "d.npz",
+        "--given",
+        "y=y",
+        "-o",
+        "run",
+        "--epochs",
+        "1",
+        "--batch",
+        "30",
+    )
     assert Path("run/paths.png").is_file()
     told("sample", "-w", "run", "--given", "y=0,1,2", "-n", "7", "-o", "turns.npy")
     own = np.load("turns.npy")

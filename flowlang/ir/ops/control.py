@@ -79,5 +79,5 @@ ACROSS = "moves values between samples, which rules for one sample cannot say"
 # paired(x, y): x's samples in the order of the batch in which the sum of |x - y|² is least.
 OPS.append(
     Op("paired", _made, _full, interval=lambda operands, types, node: operands[0], pure=False, made=True,
-       cost=lambda node, types: 3 * types[0].count, why_not={k: ACROSS for k in ("infer", "jvp", "invert", "lipschitz")})
+       cost=lambda node, types: 3 * types[0].count, why_not=dict.fromkeys(("infer", "jvp", "invert", "lipschitz"), ACROSS))
 )  # fmt: skip
