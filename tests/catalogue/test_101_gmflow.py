@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import flowlang as fl
+from flowlang.analysis.size import parameter_count
+from flowlang.api import analyse
 from tests.catalogue.programs import same_in_onnx
 
 F64 = torch.float64
@@ -303,3 +305,175 @@ def test_onnx(tmp_path: Path) -> None:
         tolerance=1e-3,
         dynamic=(),
     )
+
+
+# ---- the learned spectrum -------------------------------------------------------------------------
+
+TRANSPORT = """
+model m {
+  data x: R[C = 2, H = 3, W = 4]
+  f = gm_transport
+  def there(x, means: R[K = 3, C = 2, H = 3, W = 4], w: R[K = 3, H = 3, W = 4], s: R) { z, d = f(x, means, w, s);  z, d }
+  def back(x, means: R[K = 3, C = 2, H = 3, W = 4], w: R[K = 3, H = 3, W = 4], s: R) { z, d = inverse(f)(x, means, w, s);  z, d }
+  def transform(x) { y: R[C, H, W] = hartley(x);  y }
+}
+"""
+
+
+@cache
+def transport() -> Any:
+    return fl.compile(TRANSPORT, dtype=F64)
+
+
+def a_mixture(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        rand(n, 3, 2, 3, 4, seed=20),
+        rand(n, 3, 3, 4, seed=21).log_softmax(1),
+        0.3 * rand(n, seed=22),
+    )
+
+
+def fourier(x: Tensor) -> Tensor:
+    f = torch.fft.fft2(x, norm="ortho")
+    return f.real + f.imag
+
+
+def by_hand(x: Tensor, means: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    """The transport, channel by channel, in the normal distribution function."""
+    std, weights, out = s.exp()[:, None, None, None], w, []
+    for c in range(x.shape[1]):
+        away = (x[:, None, c] - means[:, :, c]) / std
+        out.append(torch.special.ndtri((weights.softmax(1) * torch.special.ndtr(away)).sum(1)))
+        weights = weights - 0.5 * away**2
+    return torch.stack(out, 1)
+
+
+def test_the_transport_is_derived_and_its_density_is_the_mixtures() -> None:
+    """Only the forward map is written: the inverse and the log-det are the compiler's, and give the mixture's density."""
+    n, m = 20, transport()
+    means, w, s = a_mixture(n)
+    x = rand(n, 2, 3, 4, seed=23)
+    z, log_det = m.there(x, means, w, s)
+    torch.testing.assert_close(z, by_hand(x, means, w, s), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m.back(z, means, w, s)[0], x, rtol=1e-9, atol=1e-9)
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=w.permute(0, 2, 3, 1)),
+        torch.distributions.Independent(
+            torch.distributions.Normal(means.permute(0, 3, 4, 1, 2), s.exp()[:, None, None, None, None]), 1
+        ),
+    )
+    wanted = mixture.log_prob(x.permute(0, 2, 3, 1)).sum((1, 2))
+    found = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum((1, 2, 3)) + log_det
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_transform_is_fourier_s_and_its_own_inverse() -> None:
+    x = rand(5, 2, 3, 4, seed=24)
+    found = transport().transform(x)
+    torch.testing.assert_close(found, fourier(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(transport().transform(found), x, rtol=1e-9, atol=1e-9)
+
+
+def pairs_of(net: Any) -> list[tuple[Tensor, Tensor]]:
+    every = list(net.parameters())
+    return list(zip(every[::2], every[1::2], strict=True))
+
+
+SPECTRAL = "model m = gmflow(v = gm_mlp2d(3, 16), steps = 3, spectral = true)"
+
+
+def test_the_spectral_loss_is_the_formula_and_trains_the_spectrum_alone() -> None:
+    n = 6
+    model: Any = fl.compile(SPECTRAL, C=2, H=4, W=4, seed=0, dtype=F64)
+    with torch.no_grad():
+        for p in model.spectrum.parameters():
+            p.add_(0.3 * rand(*p.shape, seed=25))
+    x1, x, t = rand(n, 2, 4, 4, seed=26), rand(n, 2, 4, 4, seed=27), full(n, 0.6)
+    found = model.spectral_loss(x1, x, t)
+    with torch.no_grad():
+        A, w, s = model.v(x, t)
+        means, log_std = x[:, None] - 0.6 * A, s + math.log(0.6)
+        f = fourier(by_hand(x1, means, w, log_std).clamp(-5, 5))
+        mean = (w.exp()[:, :, None] * means).sum(1)
+        V = (2 * log_std).exp() + (w.exp()[:, :, None] * (means - mean[:, None]) ** 2).sum(1).mean((1, 2, 3))
+    h = torch.stack([V, mean.var((2, 3)).mean(1)], -1)
+    *inner, last = pairs_of(model.spectrum)
+    for weight, bias in inner:
+        h = torch.nn.functional.silu(h @ weight.mT + bias)
+    o = (h @ last[0].mT + last[1]).reshape(n, 2, 16)
+    lv = (o.log_softmax(-1) + math.log(16)).reshape(n, 2, 4, 4)
+    torch.testing.assert_close(lv.exp().mean((2, 3)), torch.ones(n, 2, dtype=F64))
+    wanted = (f**2 * ((-lv).exp() - 1) + lv).mean()  # 0.5 · C, C = 2
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    found.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.v.parameters())
+    assert all(p.grad.any() for p in model.spectrum.parameters())
+
+
+def test_the_loss_is_the_sum_of_both() -> None:
+    whole: Any = fl.compile(SPECTRAL, C=2, H=4, W=4, seed=0, dtype=F64)
+    plain: Any = fl.compile(SPECTRAL.replace("true", "false"), C=2, H=4, W=4, seed=0, dtype=F64)
+    x1 = rand(6, 2, 4, 4, seed=28)
+    g = generator(29)
+    a, b = (torch.randn(6, 2, 4, 4, dtype=F64, generator=g) for _ in range(2))
+    t = torch.rand(6, dtype=F64, generator=g).clamp_min(1e-4)
+    low = 0.1 * t
+    step = (1 - t) / (1 - low)
+    near = (1 - low)[:, None, None, None] * x1 + low[:, None, None, None] * a
+    far = step[:, None, None, None] * near + (t**2 - (step * low) ** 2).sqrt()[:, None, None, None] * b
+    first = plain.loss(x1, generator=generator(29))
+    torch.testing.assert_close(first, plain.transition_loss(x1, generator=generator(29)))
+    torch.testing.assert_close(whole.loss(x1, generator=generator(29)), first + whole.spectral_loss(x1, far, t))
+
+
+def correlated(n: int, g: torch.Generator) -> Tensor:
+    """Stationary images whose neighbours go together: white noise, each frequency by its own factor."""
+    k = torch.fft.fftfreq(8)
+    factor = torch.exp(-6 * (k[:, None] ** 2 + k**2).sqrt())
+    return torch.fft.ifft2(
+        torch.fft.fft2(torch.randn(n, 1, 8, 8, generator=g)) * factor / factor.square().mean().sqrt()
+    ).real
+
+
+@pytest.mark.slow
+def test_draws_with_the_learned_spectrum_go_together_as_the_data_do() -> None:
+    """One component at each place, which knows nothing of its neighbours: from noise in one step, only the spectrum joins them."""
+    model: Any = fl.compile(
+        "net still(x: R[C, H, W], t: R) { stack[K](x), stack[K](0 * x[C = 0]), 0 * t }"
+        + "\nmodel m = gmflow(v = still(), steps = 1, spectral = true)", C=1, H=8, W=8, seed=0,
+    )  # fmt: skip
+    g, optimizer = generator(30), torch.optim.Adam(model.spectrum.parameters(), lr=3e-2)
+    for _ in range(300):
+        x1 = correlated(64, g)
+        optimizer.zero_grad()
+        model.spectral_loss(x1, torch.randn(64, 1, 8, 8, generator=g), torch.ones(64)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        drawn = model.sample_sde((4000,), generator=g)
+
+    def beside(x: Tensor, dim: int) -> float:
+        return float((x * x.roll(1, dim)).mean() / x.square().mean())
+
+    data = correlated(4000, g)
+    for dim in (2, 3):
+        assert beside(data, dim) > 0.5
+        assert abs(beside(drawn, dim) - beside(data, dim)) <= 0.05
+    assert abs(float(drawn.std()) - 1) <= 0.05
+
+
+def test_onnx_of_the_spectral_sampler(tmp_path: Path) -> None:
+    model: Any = fl.compile("model m = gmflow(v = gm_mlp2d(2, 8), steps = 2, spectral = true)", C=2, H=2, W=2, seed=0)
+    with torch.no_grad():
+        for p in model.spectrum.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator(31)))
+    same_in_onnx(model, "sample_sde", tmp_path, dynamic=(), tolerance=1e-3)
+
+
+def test_the_published_network_has_its_size() -> None:
+    """DiT-XL/2 of 675,129,632 numbers with 8 channels out, in the place of which are 40 and the deviation's two layers; less the
+    fixed positions that the DiT's authors count."""
+    text = "net f(x: R[C = 4, H = 32, W = 32], t: R, y: Int) { gm_dit()(x, t, y) }"
+    region = analyse(text, {}, sized=True, build="f").regions["f"]
+    last = (1152 + 1) * 4 * 40 - (1152 + 1) * 4 * 8
+    deviation = (1152 + 1) * 1024 + 1024 + 1
+    assert parameter_count(region) == 675_129_632 - 256 * 1152 + last + deviation
