@@ -250,11 +250,57 @@ def first_difference(v: Vector) -> int:
     return TERMS
 
 
+@dataclass(frozen=True)
+class Change:
+    """A smooth change of time and scale, s(r)·x(T(r)), by polynomials in r with generic coefficients, which a rule is told at so
+    many `places` in each step: at k the values T, s and their slopes."""
+
+    places: int
+    time: tuple[Fraction, ...] = (
+        TIME,
+        Fraction(5, 4),
+        Fraction(-3, 8),
+        Fraction(7, 8),
+        Fraction(-1, 2),
+        Fraction(5, 8),
+    )
+    scale: tuple[Fraction, ...] = (
+        Fraction(3, 4),
+        Fraction(-5, 8),
+        Fraction(7, 4),
+        Fraction(-9, 8),
+        Fraction(3, 8),
+        Fraction(1, 4),
+    )
+
+    def at(self, k: Any) -> tuple[Series, ...]:
+        r = Series.of(Fraction(0), Fraction(k) / self.places)
+        slopes = [tuple(i * c for i, c in enumerate(p))[1:] for p in (self.time, self.scale)]
+        return tuple(composed(p, r) for p in (self.time, self.scale, *slopes))
+
+    def passed(self, steps: int) -> Series:
+        """The time that so many steps take."""
+        return self.at(steps * self.places)[0] - self.time[0]
+
+
+def composed(outer: Sequence[Number], inner: Series) -> Series:
+    """Σ c_k·inner^k."""
+    out = Series.of(Fraction(0))
+    for c in reversed(outer):
+        out = out * inner + c
+    return out
+
+
 StepRule = Callable[[Callable[[Any, Any], Vector], Vector, Series, Series, int], Vector]
 
 
-def rule_order(steps_of: Callable[[], StepRule], seeds: Sequence[int] = (1, 2), steps: int = STEPS) -> int:
-    """The order of a rule. `steps_of()` gives a fresh rule (with fresh state): (v, x, t, h, i) -> next x."""
+def rule_order(
+    steps_of: Callable[[], StepRule], seeds: Sequence[int] = (1, 2), steps: int = STEPS, change: Change | None = None
+) -> int:
+    """The order of a rule. `steps_of()` gives a fresh rule (with fresh state): (v, x, t, h, i) -> next x.
+
+    Under a change of time the steps lead to where the solution is at the changed times.
+    """
     best = TERMS
     for seed in seeds:
         field = generic_field(seed)
@@ -265,7 +311,9 @@ def rule_order(steps_of: Callable[[], StepRule], seeds: Sequence[int] = (1, 2), 
         before: Vector | None = None
         for i in range(steps):
             x = rule(field, x, Series.of(TIME, Fraction(i)), h, i)
-            error = x - Vector(tuple(scaled(s, i + 1) for s in exact.items))
+            error = x - Vector(
+                tuple(scaled(s, i + 1) if change is None else composed(s.c, change.passed(i + 1)) for s in exact.items)
+            )
             best = min(best, first_difference(error) if before is None else first_difference(error - before) - 1)
             before = error
     return max(min(best, TERMS - 2), 0)
@@ -276,4 +324,4 @@ def scaled(s: Series, factor: int) -> Series:
     return Series(tuple(c * factor**k for k, c in enumerate(s.c)))
 
 
-__all__ = ["FUNCTIONS", "Series", "Vector", "rule_order"]
+__all__ = ["FUNCTIONS", "Change", "Series", "Vector", "rule_order"]

@@ -30,12 +30,12 @@ class Claims:
                 self.judge(part)
 
     def judge(self, e: tree.Expr) -> None:
-        if not (
-            isinstance(e, tree.Binary) and e.op in COMPARE and isinstance(e.left, tree.Name) and e.left.id in self.facts
-        ):
+        name = fact_name(e.left) if isinstance(e, tree.Binary) and e.op in COMPARE else ""
+        if name not in self.facts:
             self.unknown(e)
             return
-        have = self.facts[e.left.id]
+        assert isinstance(e, tree.Binary)
+        have = self.facts[name]
         if isinstance(have, str):
             self.word(e, have)
             return
@@ -43,14 +43,14 @@ class Claims:
         if want is None:
             self.unknown(e)
         elif not COMPARE[e.op](have, want):
-            why = self.facts.get(f"{e.left.id}_fails")
+            why = self.facts.get(f"{name}_fails")
             self.report.add(
                 Diagnostic(
                     self.code,
-                    f"{e.left.id} {e.op} {want:g} is required, and the {e.left.id} is {have:g}",
+                    f"{name} {e.op} {want:g} is required, and the {name.partition('(')[0]} is {have:g}",
                     e.span,
                     notes=(f"the first condition that fails: {why}",) if why else (),
-                    suggestion=f"correct the coefficients, or claim `{e.left.id} {e.op} {have:g}`",
+                    suggestion=f"correct the coefficients, or claim `{name} {e.op} {have:g}`",
                 )
             )
 
@@ -75,6 +75,20 @@ class Claims:
                 suggestion=f"what is known here: {known}" if known else "nothing can be required here",
             )
         )  # fmt: skip
+
+
+def fact_name(e: tree.Expr) -> str:
+    """`order`, or a fact under a condition: `order(grid = smooth(2))`."""
+    match e:
+        case tree.Name():
+            return e.id
+        case tree.Call(
+            fn=tree.Name(id=fact),
+            items=(tree.Item(left=tree.Name(id=name), eq=tree.Call(fn=tree.Name(id=what), items=(one,))),),
+        ):
+            number = one.left
+            return f"{fact}({name} = {what}({number.text}))" if isinstance(number, tree.Number) else ""
+    return ""
 
 
 def claims(declaration: tree.Declaration) -> Iterator[tree.Expr]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from flowlang.analysis.series import FUNCTIONS, STEPS, Series, StepRule, Vector, rule_order
+from flowlang.analysis.series import FUNCTIONS, STEPS, Change, Series, StepRule, Vector, rule_order
 from flowlang.analysis.solvers import condition, order, row_sum_faults
 from flowlang.analysis.stochastic import stochastic_orders
-from flowlang.checks.claims import Claims
+from flowlang.checks.claims import Claims, claims, fact_name
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
 from flowlang.elaborate.steps import asked_index
@@ -90,9 +90,9 @@ class RuleEvaluator(Evaluator):
         return result
 
 
-def step_rule(declaration: tree.Declaration) -> StepRule:
-    """The body as a function of series, with state of its own."""
-    names = static_names(SERIES, declaration, {})
+def step_rule(declaration: tree.Declaration, known: Mapping[str, Any] | None = None) -> StepRule:
+    """The body as a function of series, with state of its own; `known` are names that a claim says more of."""
+    names = {**static_names(SERIES, declaration, {}), **(known or {})}
     state: dict[str, Any] = {}
 
     def step(v: Any, x: Vector, t: Series, h: Series, i: int) -> Vector:
@@ -130,14 +130,30 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
         )
     if is_stochastic(declaration):
         return stochastic_facts(declaration, report)
+    steps = max(STEPS, asked_index(declaration.body or ()) + 3)
+    facts = {}
     try:
-        return {
-            "order": rule_order(
-                lambda: step_rule(declaration), steps=max(STEPS, asked_index(declaration.body or ()) + 3)
-            )
-        }
+        for claim, name, change in smooth_claims(declaration):
+            facts[claim] = rule_order(
+                lambda n=name, c=change: step_rule(declaration, {n: c.at}), steps=steps, change=change
+            )  # type: ignore[misc]
+        return facts or {"order": rule_order(lambda: step_rule(declaration), steps=steps)}
     except NotPlain as stop:
         return not_shown(declaration, stop, report)
+
+
+def smooth_claims(declaration: tree.Declaration) -> list[tuple[str, str, Change]]:
+    """`require order(grid = smooth(2)) == 2`: the order where the net `grid` tells, at 2 places in each step, a smooth time, a
+    smooth scale and their slopes."""
+    found = []
+    for e in claims(declaration):
+        if isinstance(e, tree.Binary) and isinstance(e.left, tree.Call):
+            name = fact_name(e.left)
+            what, _, rest = name.partition("(")
+            which, _, places = rest.removesuffix("))").partition(" = smooth(")
+            if what == "order" and places.isdigit() and int(places) > 0:
+                found.append((name, which, Change(int(places))))
+    return found
 
 
 def not_shown(declaration: tree.Declaration, stop: NotPlain, report: Report) -> dict[str, Any]:

@@ -14,10 +14,14 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import flowlang as fl
+from flowlang.checks.solvers import check_solver
+from flowlang.diagnostics import Report
 from tests.catalogue.programs import same_in_onnx
 from tests.catalogue.test_051_flow_matching_guide import GAUSSIAN
+from tests.library.registry import declaration
 
 F64 = torch.float64
+SOLVERS = Path(__file__).parents[2] / "stdlib" / "solvers" / "bespoke.flow"
 PARTS = {"rk1_bespoke": 1, "rk2_bespoke": 2}
 FIELDS = """
 net swirl(x: R[D], t: R) -> R[D] {{ join[D](-x[D = 1..2], x[D = 0..1]) * (1 + t) + 0.3 * sin(x) }}
@@ -92,6 +96,43 @@ def test_item_3_order_with_smooth_time_and_scale(name: str, order: int, within: 
         for n in (32, 64)
     ]
     assert abs(math.log2(float((errors[0].norm() / errors[1].norm()).detach())) - order) <= within
+
+
+@pytest.mark.parametrize(("name", "order"), [("rk1_bespoke", 1), ("rk2_bespoke", 2)])
+def test_item_3_the_orders_are_proved_for_every_smooth_grid(name: str, order: int) -> None:
+    """By exact series in h with generic polynomials for time and scale; the claim stands in the library's text."""
+    report = Report()
+    facts = check_solver(declaration(name), report)
+    assert not list(report)
+    assert facts == {f"order(grid = smooth({order}))": order}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "found"),
+    [
+        ("s1 / s2", "s0 / s2", 0),  # a scale of another place is not even consistent
+        ("h * ds0) * x", "h / 2 * ds0) * x", 1),
+        ("v(z / s1, t0)", "v(z / s1, t1)", 1),
+        ("dt0 * s1 * v", "dt1 * s1 * v", 1),
+    ],
+)
+def test_item_3_a_damaged_rule_has_not_its_order(wrong: str, right: str, found: int) -> None:
+    text = SOLVERS.read_text("utf-8")
+    rule = text[text.index("solver rk2_bespoke(") :].split("\n\n")[0].replace("rk2_bespoke", "damaged")
+    assert rule.count(right) == 1
+    assert not fl.check(rule).errors
+    (error,) = fl.check(rule.replace(right, wrong)).errors
+    assert error.code == "FL0601"
+    assert f"the order is {found}" in error.message
+
+
+def test_a_claim_of_smoothness_that_is_none_is_told() -> None:
+    rule = """solver s(grid: net = bespoke_grid(4, 1)) (v, x, t, h, i) {
+      require order(grid = rough(1)) == 1
+      t0, s0, dt0, ds0 = grid(i)
+      x + h * dt0 * v(x, t0)
+    }"""
+    assert any(d.code == "FL0902" and "not one that is checked" in d.message for d in fl.check(rule))
 
 
 @pytest.mark.parametrize("name", PARTS)
