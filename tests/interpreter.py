@@ -311,9 +311,25 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
             return matrix_solve(x[0], t[0], x[1], t[1], a["axis"], a["given"], out)
         case "det":
             return torch.linalg.det(x[0].movedim((dim(a["row"]), dim(a["col"])), (-2, -1)))
+        case "eigen":
+            turned = x[0].movedim((dim(a["row"]), dim(a["col"])), (-2, -1))
+            half = (turned + turned.mT) / 2
+            made = torch.stack([of_eigenvalues(h, a) for h in half.reshape(-1, *half.shape[-2:])]).reshape(half.shape)
+            return made.movedim((-2, -1), (dim(a["row"]), dim(a["col"])))
         case "matrix_log_det":
             return torch.linalg.slogdet(x[0])[1]
     raise NotImplementedError(node.op)
+
+
+def of_eigenvalues(m: Tensor, a: Any) -> Tensor:
+    """By the general solver, which knows no symmetry; the exponential by its series."""
+    if a["function"] == "matrix_exp":
+        found: Tensor = torch.linalg.matrix_exp(m)
+        return found
+    values, vectors = torch.linalg.eig(m)
+    kept = values.real.clamp_min(a["floor"])
+    inner = kept.log() if a["function"] == "matrix_log" else kept ** a["power"]
+    return (vectors.real * inner) @ torch.linalg.inv(vectors.real)
 
 
 def gather(x: Tensor, tx: TensorType, index: Tensor, ti: TensorType, axis: str, out: TensorType) -> Tensor:

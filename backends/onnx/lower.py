@@ -250,6 +250,7 @@ NAMES = {
 # Ops without an emitter, with what to do instead; the registry test reads it.
 DECLINED: dict[str, str] = {
     "paired": "pairs are for training; export the programs that sample or score",
+    "eigen": "ONNX has no eigenvalues: compute this part outside, or write it by products of matrices",
 }
 
 

@@ -587,7 +587,7 @@ class ClassScope:
         shape = node.tensor.shape
         init = node.attrs.get("init")
         domain: Domain = node.attrs["domain"]
-        value = self.start(init, shape)
+        value = self.start(init, shape, plain=node.op == "state" or domain.structure is None)
         comment = f"  # {plain(str(node.type))}" if shape else ""
         if node.op == "state":
             if node.tensor.kind == "int":
@@ -600,12 +600,15 @@ class ClassScope:
         else:
             self.lines.append(f"self.{name} = {made}{comment}")
 
-    def start(self, init: Any, shape: tuple[int, ...]) -> str:
+    def start(self, init: Any, shape: tuple[int, ...], plain: bool = True) -> str:
+        """Text that makes a start; a parametrised matrix (not `plain`) makes its own."""
         if isinstance(init, tuple) and init and init[0] == "values":
             self.use("initial_values")
             return f"initial_values({list(init[1])!r}, {shape!r})"
         if isinstance(init, tuple) and init and init[0] in ("orthogonal", "identity"):
-            return ""
+            if not plain:
+                return ""
+            init = ("orthogonal_rows", 1.0) if init[0] == "orthogonal" else init
         self.use("initial")
         if isinstance(init, tuple):
             return f"initial({shape!r}, {', '.join(string(a) if isinstance(a, str) else repr(a) for a in init)})"

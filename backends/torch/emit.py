@@ -990,6 +990,12 @@ def _det(w: Writer, n: Node) -> Expr:
     return Expr(f"{w.scope.use('determinant')}({text})")
 
 
+@emitter("eigen")
+def _eigen(w: Writer, n: Node) -> Expr:
+    a = n.attrs
+    return moving(w, n, "of_eigenvalues", [a["row"], a["col"]], [repr(a["function"]), repr(a["power"]), repr(a["floor"])])
+
+
 @emitter("norm_bounded")
 def _norm_bounded(w: Writer, n: Node) -> Expr:
     t = n.tensor

@@ -568,6 +568,45 @@ def det(body: Body, args: Arguments) -> Any:
     return body.node("det", x, row=names[0], col=names[1], span=span(args))
 
 
+def eigen(function: str) -> Fn:
+    """`matrix_log[D', D](M, floor = 1e-12)` and its like: functions of the eigenvalues of symmetric matrices."""
+
+    def call(body: Body, args: Arguments) -> Any:
+        powers = function == "matrix_power"
+        expect(body, args, function, 2 if powers and "power" not in args.keywords else 1, 2 if powers else 1,
+               () if function == "matrix_exp" else ("power", "floor") if powers else ("floor",))  # fmt: skip
+        x = operand(body, args)
+        t, names = body.b.type(x), axis_list(body, args)
+        if not names and t.rank == 2:
+            names = list(t.names)
+        if len(names) != 2:
+            raise body.fail(
+                "FL0307",
+                f"`{function}` is of a matrix, whose two axes must be named",
+                span(args),
+                suggestion=f"as in `{function}[D', D](M)`",
+            )
+        for n in names:
+            axis_rules.need_axis(body, t, n, span(args))
+        numbers = {"floor": args.keywords.get("floor", 1e-12), "power": args.keywords.get("power", 1)}
+        if len(args.positional) > 1:
+            numbers["power"] = args.positional[1]
+        for k, v in numbers.items():
+            if not isinstance(v, int | float) or isinstance(v, bool) or (k == "floor" and v <= 0):
+                raise body.fail(
+                    "FL0306",
+                    f"`{k}` of `{function}` is a {'positive ' if k == 'floor' else ''}number",
+                    args.keyword_spans.get(k, span(args)),
+                    suggestion=f"as in `{k} = {'1e-6' if k == 'floor' else '0.5'}`; a power that is computed is `matrix_exp(p * matrix_log(M))`",
+                )
+        return body.node(
+            "eigen", x, row=names[0], col=names[1], function=function, power=float(numbers["power"]), floor=float(numbers["floor"]),
+            span=span(args),
+        )  # fmt: skip
+
+    return call
+
+
 def shift(body: Body, args: Arguments) -> Any:
     expect(body, args, "shift", 2)
     x = operand(body, args)
@@ -1042,6 +1081,8 @@ def _table() -> dict[str, Any]:
     put("join", join)
     put("stack", stack)
     put("det", det)
+    for word in ("matrix_exp", "matrix_log", "matrix_power"):
+        put(word, eigen(word))
     put("reverse", reverse, step=True)
     put("shift", shift)
     put("permute", permute, step=True)

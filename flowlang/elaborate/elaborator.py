@@ -939,7 +939,7 @@ class Elaborator:
                     known = s if s is not None else scratch.axes.get(n, size_of(n))
                     if known is None:
                         raise scope.fail("FL0310", f"the size of axis `{n}` of `{p.name}` is open", p.span,
-                                         suggestion=f"set it, as in `compile(.., {n}=8)`")  # fmt: skip
+                                         suggestion=f"set it, as in `compile(.., {n}=8)` or by `--set {n}=8`")  # fmt: skip
                     axes.append(Axis(n, scratch.axes.setdefault(n, known)))
                 if spec.rest and (not axes or rest.keys() != {"D"}):
                     axes[spec.rest_at : spec.rest_at] = [Axis(n, v) for n, v in rest.items() if n not in scratch.axes]
@@ -953,7 +953,7 @@ class Elaborator:
                     open_sizes = {n: v for n in shape.open_axes if (v := size_of(n)) is not None}
                     if len(open_sizes) < len(shape.open_axes):
                         raise scope.fail("FL0310", f"the size of axis `{shape.open_axes[0]}` of the result is open", span,
-                                         suggestion=f"set it, as in `compile(.., {shape.open_axes[0]}=8)`")  # fmt: skip
+                                         suggestion=f"set it, as in `compile(.., {shape.open_axes[0]}=8)` or by `--set {shape.open_axes[0]}=8`")  # fmt: skip
             if not inputs and declaration.kind == "bijector":
                 inputs = {"x": self.chain_input(scope, inst, max(size_of("D") or 2, 2), span)}
             return self.instantiate(scope, inst, inputs, open_sizes, span)

@@ -701,6 +701,13 @@ def initial_value(body: Body, domain: Domain, entry: tree.Entry, type_: TensorTy
         return scheme_start(name, args[0], Fans(into, shape[0] * window))
     if name in SCHEMES:
         args = ()
+    if name == "identity" and (type_.rank < 2 or type_.shape[-1] != type_.shape[-2]):
+        raise body.fail(
+            "FL0305",
+            f"`identity` starts square matrices, and this is `{type_}`",
+            entry.value.span,
+            suggestion="two axes of one size stand last, as in `R[D', D]`",
+        )
     return (name, *args)
 
 

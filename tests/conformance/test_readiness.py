@@ -1,7 +1,6 @@
 """Norms and transformers to come: the main entry of each card is said by the language, runs and has gradients.
 
-`readiness/NNN.flow` is a trial of the card of that number, not an entry. Cards 033, 069, 093 and 117 have entries; card 135
-needs eigenvectors, which the language lacks.
+`readiness/NNN.flow` is a trial of the card of that number, not an entry. Cards 033, 069, 093 and 117 have entries.
 """
 
 from __future__ import annotations
@@ -118,3 +117,80 @@ def test_132_the_moments_of_the_mixture() -> None:
     var = spread.mean(1) + mixed.square().mean(1) - mean**2
     torch.testing.assert_close(net(x), (x - mean[..., None, None]) / (var[..., None, None] + 1e-5).sqrt())
     torch.testing.assert_close(state.M, old_m + 0.1 * (p * (mu[:, None] - old_m)).mean(0))
+
+
+def spd(batch: int, size: int, seed: int = 0) -> Tensor:
+    a = data(batch, size, size, seed=seed)
+    return a @ a.mT + 0.3 * torch.eye(size, dtype=torch.float64)
+
+
+def log_of(m: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(m)
+    return (vectors * values.log().unsqueeze(-2)) @ vectors.mT
+
+
+def flat(m: Tensor) -> Tensor:
+    """Log-Cholesky coordinates."""
+    low = torch.linalg.cholesky(m)
+    return low.tril(-1) + torch.diag_embed(low.diagonal(dim1=-2, dim2=-1).log())
+
+
+def lie(norm: str, size: int = 3, **start: Tensor) -> Any:
+    net = module("135", f"net g(x: R[E = {size}, D = {size}]) {{ {norm}(x) }}", "g")
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(start[name.rsplit(".", 1)[-1]])
+    return net
+
+
+@pytest.mark.parametrize("norm", ["liebn_lem()", "liebn_lcm()", "liebn_lcm(0.5)", "liebn_aim(25)"])
+def test_135_mean_and_dispersion_are_what_is_asked(norm: str) -> None:
+    """Items 1 to 3 of the card: the Frechet mean of the outputs is the bias, their dispersion s² v / (v + eps)."""
+    shift = data(3, 3, seed=8) * 0.4
+    s, x = torch.tensor(1.7, dtype=torch.float64), spd(8, 3)
+    y = lie(norm, P=shift, s=s)(x)
+    assert torch.linalg.eigvalsh(y).min() > 0
+    if "aim" not in norm:
+        theta = 0.5 if "0.5" in norm else 1.0
+
+        def chart(m: Tensor) -> Tensor:
+            return log_of(m) if "lem" in norm else flat(torch.matrix_exp(theta * log_of(m)))
+
+        d, e = chart(x), chart(y)
+        bias = (shift + shift.mT) / 2 if "lem" in norm else shift.tril()
+        v = (d - d.mean(0)).square().sum((1, 2)).mean() / theta**2
+        torch.testing.assert_close(e.mean(0), bias, rtol=0, atol=1e-8)
+        torch.testing.assert_close((e - bias).square().sum((1, 2)).mean() / theta**2, s**2 * v / (v + 1e-5), rtol=1e-6, atol=0)
+        return
+    bias = torch.matrix_exp((shift + shift.mT) / 2)
+    back = torch.matrix_exp(-0.5 * log_of(bias))
+    logs = log_of(back @ y @ back)
+    assert logs.mean(0).abs().max() < 1e-6
+    m = x.mean(0)
+    for _ in range(100):
+        half, inner = torch.matrix_exp(0.5 * log_of(m)), torch.matrix_exp(-0.5 * log_of(m))
+        m = half @ torch.matrix_exp(log_of(inner @ x @ inner).mean(0)) @ half
+    low = torch.linalg.cholesky(m).inverse()
+    v = log_of(low @ x @ low.mT).square().sum((1, 2)).mean()
+    torch.testing.assert_close(logs.square().sum((1, 2)).mean(), s**2 * v / (v + 1e-5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["liebn_lem()", "liebn_aim(5)", "liebn_lcm()", "liebn_lcm(0.5)"])
+def test_135_of_one_number_it_is_batch_norm_of_the_logarithm(norm: str) -> None:
+    """Item 4: with the factor 2 that log-Cholesky has."""
+    shift, s, x = data(1, 1, seed=8), torch.tensor(1.3, dtype=torch.float64), data(9, seed=2).exp()
+    y = lie(norm, 1, P=shift, s=s)(x[:, None, None]).flatten()
+    logs, v = x.log(), x.log().var(correction=0)
+    half = 2 if "lcm" in norm else 1
+    theta = 0.5 if "0.5" in norm else 1.0  # the bias stands in the chart of x^θ, whose factor is its root
+    bias = shift.flatten() * (2 / theta if half == 2 else 1)
+    expected = (half * s * (logs - logs.mean()) / (v + half**2 * 1e-5).sqrt() + bias).exp()
+    torch.testing.assert_close(y, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_135_gradients_where_eigenvalues_repeat() -> None:
+    """Item 7: at the identity, against finite differences."""
+    for call in ("matrix_log[E, D](x)", "matrix_power[E, D](x, 0.5)", "matrix_exp[E, D](x)"):
+        net = fl.compile(f"net g(x: R[E = 3, D = 3]) {{ {call} }}", flow="g", dtype=torch.float64)
+        for x in (torch.eye(3, dtype=torch.float64)[None], spd(2, 3), torch.diag(torch.tensor([1.0, 1.0, 2.0]).double())[None]):
+            assert torch.autograd.gradcheck(net, x.requires_grad_(), atol=1e-5)

@@ -319,6 +319,9 @@ def matrix_cases() -> Iterator[Case]:
     for n in (1, 2, 3, 4):
         yield Case("det", (Operand(real(("D", n), ("E", 2), ("F", n)), edges=False),), {"row": "D", "col": "F"}, str(n))
     yield Case("det", (Operand(real(("F", 3), ("D", 3)), batched=False),), {"row": "D", "col": "F"}, "turned")
+    for n, function in ((1, "matrix_exp"), (3, "matrix_exp"), (3, "matrix_log"), (3, "matrix_power")):
+        eigen = {"row": "D", "col": "F", "function": function, "power": 0.5, "floor": 0.1}
+        yield Case("eigen", (Operand(real(("D", n), ("E", 2), ("F", n)), edges=False),), eigen, f"{function}{n}")
     for name, args in MATRICES:
         found = domain(name, args)
         assert found is not None

@@ -145,6 +145,47 @@ def determinant(m: Tensor) -> Tensor:
     return (a * torch.linalg.cross(b, m[..., 2, :])).sum(-1)
 
 
+def on_values(v: Tensor, function: str, power: float, floor: float) -> tuple[Tensor, Tensor]:
+    """A function of eigenvalues, and its slope."""
+    if function == "matrix_exp":
+        return v.exp(), v.exp()
+    kept, above = v.clamp_min(floor), (v > floor).to(v.dtype)
+    if function == "matrix_log":
+        return kept.log(), above / kept
+    return kept**power, above * power * kept ** (power - 1)
+
+
+def of_eigenvalues_plain(m: Tensor, function: str, power: float, floor: float) -> Tensor:
+    values, vectors = torch.linalg.eigh((m + m.mT) / 2)
+    return (vectors * on_values(values, function, power, floor)[0].unsqueeze(-2)) @ vectors.mT
+
+
+def of_eigenvalues_run(m: Tensor, function: str, power: float, floor: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    values, vectors = torch.linalg.eigh((m + m.mT) / 2)
+    found = (vectors * on_values(values, function, power, floor)[0].unsqueeze(-2)) @ vectors.mT
+    return found, (values, vectors)
+
+
+def of_eigenvalues_back(
+    dy: Tensor, kept: tuple[Tensor, Tensor], m: Tensor, function: str, power: float, floor: float
+) -> tuple[Any, ...]:
+    """By divided differences (Daleckii & Krein 1965); by the slope between eigenvalues that are nearly equal, where those round."""
+    values, vectors = kept
+    a, b = values.unsqueeze(-1), values.unsqueeze(-2)
+    f, gap = on_values(values, function, power, floor)[0], a - b
+    size = torch.maximum(a.abs(), b.abs()).clamp_min(1.0 if function == "matrix_exp" else floor)
+    near = gap.abs() <= torch.finfo(m.dtype).eps ** (1 / 3) * size
+    slope = on_values((a + b) / 2, function, power, floor)[1]
+    quotient = torch.where(near, slope, (f.unsqueeze(-1) - f.unsqueeze(-2)) / torch.where(near, torch.ones_like(gap), gap))
+    dm = vectors @ (quotient * (vectors.mT @ dy @ vectors)) @ vectors.mT
+    return (dm + dm.mT) / 2, None, None, None
+
+
+def of_eigenvalues(m: Tensor, function: str, power: float, floor: float) -> Tensor:
+    """A function of the eigenvalues of the symmetric parts of matrices in the last two dimensions; finite gradients where they repeat."""
+    return by_hand(of_eigenvalues_plain, of_eigenvalues_run, of_eigenvalues_back, m, function, power, floor)
+
+
 def unit_vector(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x over its Euclidean norm along `dims`; where that is 0, the vector of equal entries, without gradient."""
     length = torch.linalg.vector_norm(x, dim=dims, keepdim=True)

@@ -25,6 +25,8 @@ def initial(shape: Sequence[int], kind: str | float, *args: float) -> Tensor:
     if kind == "unit_normal":
         t.normal_()
         return t / t.norm().clamp_min(1e-12)
+    if kind == "identity":  # each matrix of the last two dims
+        return t.copy_(torch.eye(*t.shape[-2:]))
     if kind == "orthogonal_rows":  # of the matrix [out, everything else]; made on the cpu by a QR decomposition
         return t if t.is_meta else torch.nn.init.orthogonal_(t, args[0])
     raise ValueError(kind)

@@ -173,6 +173,33 @@ OPS.append(Op(
 ))  # fmt: skip
 
 
+# ---- functions of symmetric matrices ------------------------------------------------------------
+
+
+def _eigen_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    row, col = attrs["row"], attrs["col"]
+    need(types[0], row)
+    need(types[0], col)
+    if row == col or types[0].size(row) != types[0].size(col):
+        raise OpProblem("FL0311", f"`{attrs['function']}` is of a square matrix, and `{row}` and `{col}` of `{types[0]}` are not one",
+                        suggestion="name two axes of one size, as in `matrix_log[D', D](M)`")  # fmt: skip
+    return types[0]
+
+
+def _eigen_depend(node: Node, types: Sequence[TensorType], slot: int, supports: Sequence[Support | None]) -> Relation:
+    return Relation.equal(node.tensor.axes, types[slot].axes, but=(node.attrs["row"], node.attrs["col"]))
+
+
+# eigen(M; row, col, function, power, floor): the symmetric part of M with a function applied to its eigenvalues: `matrix_exp`;
+# `matrix_log` and `matrix_power`, for which eigenvalues below `floor` count as `floor`.
+OPS.append(Op(
+    "eigen", _eigen_infer, _eigen_depend, interval=lambda ivs, types, node: REAL,
+    cost=lambda node, types: 10 * types[0].count * types[0].size(node.attrs["col"]),
+    why_not={"invert": "another function of the matrix gives it back, where it was symmetric", "jvp": "its eigenvectors are no value of the graph",
+             "lipschitz": "no bound is known"},
+))  # fmt: skip
+
+
 # ---- weights with a bounded spectral norm -------------------------------------------------------
 
 # W · min(1, bound / ‖W‖₂), the matrix being `out` against all other axes; the norm is exact (SVD).

@@ -215,3 +215,13 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
         cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert done.stdout == "the same\n", done.stderr[-2000:]
+
+
+def test_parameters_and_states_start_as_the_identity() -> None:
+    """Without a matrix domain too; what is not square is refused at its place."""
+    text = "norm n(x: R[D]) {{ param W: R[E = {size}, D] ~ identity; state S: R[K = 2, E = 3, D] ~ identity; sum[D](W * x) + sum[K, D](S) }}"
+    module = fl.compile(text.format(size=3), flow="n", D=3)
+    assert torch.equal(module.W, torch.eye(3))
+    assert torch.equal(module.S, torch.eye(3).expand(2, 3, 3))
+    with pytest.raises(fl.FlowError, match="starts square matrices"):
+        fl.compile(text.format(size=4), flow="n", D=3)
