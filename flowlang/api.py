@@ -121,8 +121,8 @@ def pick_flow(comp: Compilation, name: str | None) -> str:
             raise FlowError(
                 Diagnostic(
                     "FL0804",
-                    f"`{name}` is no flow or model of this spec",
-                    suggestion=f"it has {', '.join(f'`{f}`' for f in flows) or 'none'}",
+                    f"`{name}` is no flow or model of this spec, nor a net whose sizes are known",
+                    suggestion=f"it has {', '.join(f'`{f}`' for f in (*flows, *(n for n in comp.nets() if n in comp.regions))) or 'none'}",
                 )
             )
         return name

@@ -125,7 +125,7 @@ def compile_source(
         report.add(
             Diagnostic(
                 "FL0804", f"nothing is named `{name}` that could be set", None,
-                suggestion="sizes of a flow's `data` and `given` and its static parameters can be set",
+                suggestion="sizes of a flow's `data` and `given` and its static parameters can be set, and those of a net that --flow names",
             )
         )  # fmt: skip
     return comp

@@ -96,19 +96,20 @@ def make_folder(path: Path) -> None:
 
 
 def load(
-    spec: str, sets: tuple[str, ...], *, sized: bool = False, max_parameters: int = limits.PARAMETERS
-) -> Compilation:
+    spec: str, sets: tuple[str, ...], *, sized: bool = False, max_parameters: int = limits.PARAMETERS, build: str | None = None
+) -> Compilation:  # fmt: skip
     source, folder = read_source(spec)
     return compile_source(
-        source, loader=Folders(folder), sets=parse_sets(sets), sized=sized, max_parameters=max_parameters
+        source, loader=Folders(folder), sets=parse_sets(sets), sized=sized, max_parameters=max_parameters, build=build
     )
 
 
 def load_ok(
-    spec: str, sets: tuple[str, ...], as_json: bool, *, sized: bool = False, max_parameters: int = limits.PARAMETERS
-) -> Compilation:
-    """A spec without errors; others are shown and end the command."""
-    comp = load(spec, sets, sized=sized, max_parameters=max_parameters)
+    spec: str, sets: tuple[str, ...], as_json: bool, *, sized: bool = False, max_parameters: int = limits.PARAMETERS,
+    build: str | None = None,
+) -> Compilation:  # fmt: skip
+    """A spec without errors; others are shown and end the command. `build` names a net whose open sizes are those set."""
+    comp = load(spec, sets, sized=sized, max_parameters=max_parameters, build=build)
     if not comp.ok:
         stop(comp.report, as_json)
     return comp

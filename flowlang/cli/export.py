@@ -44,7 +44,7 @@ def export(
     need_onnx()
     check_opset(opset)
     if weights is None:
-        made: Any = compile_from(load_ok(spec, sets, False, sized=True), flow, seed=0)
+        made: Any = compile_from(load_ok(spec, sets, False, sized=True, build=flow), flow, seed=0)
         module = made
     else:
         from flowlang.cli.training import trained_flow

@@ -197,7 +197,7 @@ def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, si
     from flowlang.api import pick_flow
     from flowlang.draw.chain import mermaid, svg
 
-    comp = load_ok(spec, sets, False)
+    comp = load_ok(spec, sets, False, build=flow)
     if signal_:
         draw_signal(comp, flow, out)
         return

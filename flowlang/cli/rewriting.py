@@ -48,7 +48,7 @@ def rewrite(
     from flowlang.cli.common import load_ok
     from flowlang.rewrite import rewrite as run
 
-    comp = load_ok(spec, sets, as_json, sized=True)
+    comp = load_ok(spec, sets, as_json, sized=True, build=flow)
     nets = [n for n in comp.nets() if n in comp.regions]
     name = pick_flow(comp, flow if flow is not None or not nets else nets[-1])
     module: Any = compile_from(comp, name, seed=seed)

@@ -62,7 +62,7 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
 )
 def build(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, memory: str, fold: bool) -> None:
     """Write the flow as one Python file that needs torch alone."""
-    comp = load_ok(spec, sets, False, sized=True)
+    comp = load_ok(spec, sets, False, sized=True, build=flow)
     verify_rules(comp, pick_flow(comp, flow))
     if fold:
         name = pick_flow(comp, flow)

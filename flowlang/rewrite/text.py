@@ -10,6 +10,7 @@ from flowlang.compiler import Compilation
 from flowlang.derive.folding import Verdict
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.elaborate.later import walk
+from flowlang.elaborate.types import is_tensor_type
 from flowlang.ir.graph import Region
 from flowlang.source import Source, Span
 from flowlang.syntax import tree
@@ -73,32 +74,51 @@ def with_arguments(comp: Compilation, name: str, arguments: Mapping[str, str], n
             Diagnostic("FL0804", f"`{name}` has no parameters {words}, and calls nothing that has them", region.span,
                        suggestion=f"declare them, as in `net {name}({', '.join(f'{k}: ..' for k in arguments)}) (x: ..)`, and hand them on")
         )  # fmt: skip
+    applied = {id(c.fn) for c in walk(own) if isinstance(c, tree.Call)}  # calls whose result is called: all of their values are static
     edits = [
         Edit(own.name_span.start, own.name_span.end, new),
-        *(e for c in calls for e in argument_edits(c, arguments)),
+        *(e for c in calls for e in argument_edits(c, called(comp, declared, c), arguments, id(c) in applied)),
     ]
     return f"{comp.source.text.rstrip()}\n\n{edited(own.span, edits)}\n"
+
+
+def called(comp: Compilation, declared: Mapping[str, tree.Declaration], call: tree.Call) -> tree.Declaration | None:
+    """The declaration that a call names: the spec's own, or the library's."""
+    fn = call.fn.value if isinstance(call.fn, tree.Brackets) else call.fn
+    if not isinstance(fn, tree.Name):
+        return None
+    if fn.id in declared:
+        return declared[fn.id]
+    source = comp.elab.library.find(fn.id)
+    return next((d for d in declarations(source) if d.name == fn.id), None) if source is not None else None
 
 
 def takes(
     comp: Compilation, declared: Mapping[str, tree.Declaration], call: tree.Call, arguments: Mapping[str, str]
 ) -> bool:
-    fn = call.fn.value if isinstance(call.fn, tree.Brackets) else call.fn
-    if not isinstance(fn, tree.Name):
-        return False
-    found = declared.get(fn.id)
-    if found is None:
-        source = comp.elab.library.find(fn.id)
-        found = next((d for d in declarations(source) if d.name == fn.id), None) if source is not None else None
+    found = called(comp, declared, call)
     return found is not None and set(arguments) <= set(static_names(found))
 
 
-def argument_edits(call: tree.Call, arguments: Mapping[str, str]) -> Iterator[Edit]:
+def argument_edits(
+    call: tree.Call, declaration: tree.Declaration | None, arguments: Mapping[str, str], applied: bool
+) -> Iterator[Edit]:
+    """New values in the places of those given by name or by position; the others are added by name."""
     given = {i.left.id: i for i in call.items if i.eq is not None and isinstance(i.left, tree.Name)}
+    values = {name: (item, f"{name} = ") for name, item in given.items()}
+    if declaration is not None:
+        free = [
+            p.name for ps in declaration.parameters for p in ps if not is_tensor_type(p.type) and p.name not in given
+        ]
+        positions = [
+            i for i in call.items if i.eq is None and (applied or isinstance(i.left, tree.Number | tree.ListExpr))
+        ]
+        values |= {name: (item, "") for name, item in zip(free, positions, strict=False)}
     for name, value in arguments.items():
-        if name in given:
-            yield Edit(given[name].span.start, given[name].span.end, f"{name} = {value}")
-    missing = ", ".join(f"{k} = {v}" for k, v in arguments.items() if k not in given)
+        if name in values:
+            item, word = values[name]
+            yield Edit(item.span.start, item.span.end, f"{word}{value}")
+    missing = ", ".join(f"{k} = {v}" for k, v in arguments.items() if k not in values)
     if missing:
         at = call.span.end - 1
         yield Edit(at, at, f", {missing}" if call.items else missing)

@@ -301,3 +301,18 @@ def test_any_arguments_give_an_exit_code_and_no_traceback(run: Run, small: Path,
     (small.parent / "free.flow").write_text(OPEN)
     assert run(*words)[0] in (0, 1, 2)
     small.write_text(SPEC)
+
+
+def test_a_net_s_open_sizes_are_set(run: Run, tmp_path: Path) -> None:
+    """By --set, where --flow names the net: for its source, its ONNX model and its signal. Without them it is refused."""
+    (tmp_path / "n.flow").write_text("norm mine(x: R[C, H]) { param g: R[C] = 1; x / sqrt(mean[H](x ^ 2) + 1e-5) * g }\n")
+    sizes = ["--set", "C=4", "--set", "H=3"]
+    code, out, _ = run("build", "n.flow", "--flow", "mine", *sizes)
+    assert code == 0
+    assert "R[C = 4, H = 3]" in out
+    assert run("export", "n.flow", "--flow", "mine", *sizes, "-o", "n.onnx")[0] == 0
+    assert run("draw", "n.flow", "--signal", "--flow", "mine", *sizes)[0] == 0
+    code, _, err = run("build", "n.flow", "--flow", "mine")
+    assert code == 1
+    assert "the size of axis `C` of `x` is open" in err
+    assert "--set C=8" in err

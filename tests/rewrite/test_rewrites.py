@@ -31,7 +31,8 @@ SPIKES = """net snn(lif: net = lif_mpbn()) (x: R[C = 3, H = 8, W = 8]) -> R[K = 
 """
 CASES = {
     "plain": ("pre_rmsnorm", VIT.replace("NORM", "")), "with gain and offset": ("pre_rmsnorm", VIT.replace("NORM", ", norm = layer_norm")),
-    "compressed": ("pre_crmsnorm", NAMED.replace("NORM", "")), "convolutions": ("fold_batch_norm", CONVOLUTIONS),
+    "compressed": ("pre_crmsnorm", NAMED.replace("NORM", "")),
+    "compressed, by positions": ("pre_crmsnorm", VIT.replace("NORM", "").replace("(16, inner = 8,", "(16, 8,")), "convolutions": ("fold_batch_norm", CONVOLUTIONS),
     "library": ("fold_batch_norm", RESNET), "spikes": ("thresholds", SPIKES),
 }  # fmt: skip
 
