@@ -193,6 +193,27 @@ def test_presets(name: str, stages: list[int]) -> None:
     assert count(text, C=3, H=32, W=32) == convolutions(128, stages)
 
 
+def test_the_modified_resnet20() -> None:
+    """Three convolutions of 64 channels first, stages of 64 to 512, branches that start at 0."""
+    text = "net f(x: R[C, H, W]) -> R[K = 10] { mpbn_resnet20_modified()(x) }"
+    stem = 9 * 3 * 64 + 2 * 9 * 64 * 64 + 3 * 4 * 64
+    assert count(text, C=3, H=32, W=32) == stem + convolutions(64, [2, 2, 2, 2]) - (9 * 3 * 64 + 4 * 64)
+    small = "net f(x: R[C = 3, H = 16, W = 16]) -> R[K = 4] { mpbn_resnet20_modified(4, [1, 1])(x) }"
+    module = fl.compile(small, flow="f", seed=0)
+    gains = [m.gamma for m in module.modules() if type(m).__name__.startswith("BatchNormTime")]
+    assert sum(bool((g == 0).all()) for g in gains) == 2
+    x, label = data(32, 3, 16, 16, dtype=torch.float32), torch.arange(32) % 4
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+    losses = []
+    for _ in range(8):
+        optimiser.zero_grad()
+        loss = nn.functional.cross_entropy(module(x), label)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[4:]) < losses[0]
+
+
 def test_element_wise_statistics() -> None:
     """The element-wise form: statistics and affine for each (C, H, W)."""
     module = norm("lif_mpbn(bn = batch_norm_all())", T=2, C=3, H=2, W=2)

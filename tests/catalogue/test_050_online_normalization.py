@@ -72,11 +72,18 @@ def test_item_2_causality() -> None:
     assert torch.allclose(ys[2] - ys[1], ys[1] - ys[0], atol=1e-9)
 
 
-def test_item_3_the_closed_form_of_the_mean() -> None:
+def test_item_3_the_closed_forms_of_mean_and_variance() -> None:
+    """Weighted sums of everything seen, against the recursions: μ of the samples' means, σ² of their second moments less μ²."""
     module, x = core(C=4), data(12, 4)
     module(x)
     weights = 0.1 * 0.9 ** torch.arange(11, -1, -1, dtype=torch.float64)
     assert torch.allclose(state(module).mu, weights @ x, atol=1e-6)
+    module, x = core(), data(12, 4, 3, 3, scale=2, shift=1)
+    module(x)
+    mu = weights @ x.mean((2, 3))
+    second = weights @ x.square().mean((2, 3)) + 0.9**12  # σ² begins at 1, μ at 0
+    assert torch.allclose(state(module).mu, mu, rtol=0, atol=1e-6)
+    assert torch.allclose(state(module).sigma2, second - mu**2, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -127,6 +134,7 @@ def test_item_5_the_gradient_is_unbiased() -> None:
         ours.append(x.grad)
         naive.append(g / sd)
         outs.append(y.detach())
+        assert max(float(state(module).u.abs().max()), float(state(module).v.abs().max())) < 200  # 1 / (1 - ab) times |g|
     y = torch.cat(outs)
     # Measured: 0.003 and 0.009, against 0.42 and 0.85 for the gradient over the deviation.
     for found, low in ((torch.cat(ours), True), (torch.cat(naive), False)):

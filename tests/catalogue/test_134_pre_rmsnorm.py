@@ -11,7 +11,8 @@ from torch import Tensor
 
 import flowlang as fl
 from flowlang.diagnostics import FlowError
-from flowlang.rewrite import equivalent
+from flowlang.rewrite import equivalent, rewrite
+from flowlang.rewrite.prenorm import pre_crmsnorm
 from tests.catalogue.nets import count, data, in_onnx, net
 
 D = 32
@@ -55,7 +56,10 @@ def test_1_four_networks_are_one_function() -> None:
     module = vit()
     x = data(4, 3, 16, 16)
     expected = module(x)
-    for other in (equivalent(module, **ZERO), equivalent(module, norm="rmsnorm_plain", **ZERO), compressed(module)):
+    by_command = [rewrite(module, to).module for to in ("pre_rmsnorm", "pre_crmsnorm")]
+    for other in (
+        equivalent(module, **ZERO), equivalent(module, norm="rmsnorm_plain", **ZERO), compressed(module), *by_command,
+    ):  # fmt: skip
         torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-8)
     wrong = equivalent(module, norm="rmsnorm_plain")  # the norms alone are not equal
     assert not torch.allclose(wrong(x), expected, rtol=1e-2)
@@ -145,16 +149,20 @@ def test_6_counts() -> None:
         if "linear_out" in name or name.endswith("place") or p.dim() == 2:
             assert q.numel() * D == p.numel() * (D - 1), name
     assert count(equivalent(module, norm="rmsnorm_plain", **ZERO)) == count(module)
+    for p, q in zip(pre_crmsnorm(module).parameters(), small.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 def test_7_gradients_and_a_step_of_descent() -> None:
     """Item 7: equal gradients in the input, and equal functions after one step of SGD on the free weights."""
     first = vit()
-    second = equivalent(first, norm="rmsnorm_plain", **ZERO)
+    second, third = equivalent(first, norm="rmsnorm_plain", **ZERO), pre_crmsnorm(first)
     x, weight = data(2, 3, 16, 16), data(2, 7, seed=8)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    (first(a) * weight).sum().backward(), (second(b) * weight).sum().backward()
+    a, b, c = (x.clone().requires_grad_() for _ in range(3))
+    for module, v in ((first, a), (second, b), (third, c)):
+        (module(v) * weight).sum().backward()
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(a.grad, c.grad, rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         for module in (first, second):
             for p in module.parameters():
@@ -162,11 +170,46 @@ def test_7_gradients_and_a_step_of_descent() -> None:
     torch.testing.assert_close(first(x), second(x), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("arguments", [{}, {**ZERO}, {**ZERO, "norm": "rmsnorm_plain"}], ids=["ln", "zero", "rms"])
-def test_variants_export(arguments: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ln", "zero", "rms", "crms"])
+def test_variants_export(kind: str, tmp_path: Path) -> None:
     module = fl.compile(VIT, flow="vit", seed=0)
-    if arguments:
-        module = equivalent(module, **arguments)
+    if kind == "zero":
+        module = equivalent(module, **ZERO)
+    elif kind != "ln":
+        module = rewrite(module, f"pre_{kind}norm").module
     x = data(2, 3, 16, 16, dtype=torch.float32)
     found, _ = in_onnx(module.eval(), x, tmp_path)
     torch.testing.assert_close(torch.as_tensor(found), module(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "width", "hidden", "depth", "numbers"), [
+    ("t", 192, 768, 12, 5_717_416), ("s", 384, 1536, 12, 22_050_664), ("b", 768, 3072, 12, 86_567_656), ("l", 1024, 4096, 24, 304_326_632),
+])  # fmt: skip
+def test_published_sizes(name: str, width: int, hidden: int, depth: int, numbers: int) -> None:
+    """ViT-T, S, B and L for 224 x 224 pixels, as published, and what Pre-RMSNorm and Pre-CRMSNorm save: an offset for each norm, since
+    the gains are the next layer's, and one row or column in the width."""
+    sizes = {"C": 3, "H": 224, "W": 224}
+    with torch.device("meta"):
+        found = [
+            count(net(f"pre_ln_vit_{name}({options})(x)", torch.float32, **sizes))
+            for options in ("", "norm = layernorm_plain", f"norm = crmsnorm, width = {width - 1}")
+        ]
+    norms = 2 * depth + 1
+    assert found[0] == numbers
+    assert found[1] == numbers - 2 * width * norms
+    one = 768 + 1 + 197 + 1 + depth * (3 * width + width + 1 + hidden + hidden + 1) + 1000  # patches, tokens, blocks, head
+    assert found[2] == found[1] - one
+
+
+def test_a_class_token_is_rewritten_too() -> None:
+    """From layer norms with gain and offset to RMSNorms, and without them to CRMSNorm: as for the networks of the presets."""
+    base = "net small(norm: net = {}, out: net = linear_out, centred: bool = false, width: int = 12) (x: R[C = 3, H = 8, W = 8]) {{\n"
+    base += "  pre_ln_transformer(width, 12, 3, 24, 2, 5, 4, norm, out, centred, true)(x)\n}}\n"
+    for norm, to in (("layer_norm", "pre_rmsnorm"), ("layernorm_plain", "pre_rmsnorm"), ("layernorm_plain", "pre_crmsnorm")):
+        module: Any = fl.compile(base.format(norm), flow="small", seed=0, dtype=torch.float64)
+        g = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.copy_(torch.randn(p.shape, generator=g))
+        x = data(4, 3, 8, 8)
+        torch.testing.assert_close(rewrite(module, to).module(x), module(x), rtol=1e-9, atol=1e-9)

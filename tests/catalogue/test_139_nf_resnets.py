@@ -174,11 +174,87 @@ def test_8_batch_norm_s_variance_grows() -> None:
     assert found[8] < 0.6 * found[7]
 
 
-def test_published_sizes() -> None:
-    """NF-ResNet-50 and NF-ResNet-101."""
+def test_8_the_library_s_networks_show_it_too() -> None:
+    """Item 8 on `bn_resnet`, and item 3's growth on `nf_resnet` beside it: the two plots of the paper's figure 1."""
+    x = data(8, 3, 64, 64, dtype=torch.float32)
+    options = "depths = [6, 3], widths = [64, 128], stem = 64, classes = 5"
+    found, _ = plot(outputs(net(f"bn_resnet({options})(x)", torch.float32, C=3, H=64, W=64), "bn_block", x))
+    assert np.polyfit(range(6), found[:6], 1)[0] > 0.5
+    assert found[6] < 0.6 * found[5]
+    found, _ = plot(outputs(net(f"nf_resnet({options}, skip = 1)(x)", torch.float32, C=3, H=64, W=64), "nf_block", x))
+    for a, b in [*pairwise(found[:6]), *pairwise(found[6:])]:  # from what the maximum pool leaves, by alpha² a block
+        assert abs(b - a - 0.04) < 0.02
+
+
+def test_skipinit_s_block_starts_as_the_identity() -> None:
+    x = data(2, 8, 6, 6)
+    assert torch.equal(net("skipinit_block(8)(x)", C=8, H=6, W=6)(x), x)
+    assert not torch.allclose(net("skipinit_block(8, skip = 1)(x)", C=8, H=6, W=6)(x), x)
+
+
+def resnet_size(depths: list[int], widths: list[int], stem: int, classes: int) -> int:
+    """By hand: kernels, a gain and an offset for each unit, a skip gain for each block, the last layer."""
+
+    def conv(k: int, a: int, b: int) -> int:
+        return k * k * a * b + 2 * b
+
+    total, before = conv(7, 3, stem), stem
+    for s, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        for i in range(depth):
+            inner = width // 4
+            total += conv(1, before, inner) + conv(3, inner, inner) + conv(1, inner, width) + 1
+            total += conv(1, before, width) if before != width or (s > 0 and i == 0) else 0
+            before = width
+    return total + before * classes + classes
+
+
+WIDTHS = [256, 512, 1024, 2048]
+
+
+@pytest.mark.parametrize(("name", "depths", "numbers"), [
+    ("nf_resnet50", [3, 4, 6, 3], 25_557_048), ("nf_resnet101", [3, 4, 23, 3], 44_549_193),
+    ("nf_resnet152", [3, 8, 36, 3], 60_192_808 + 50),  # torchvision's ResNet-152 and a gain for each block
+    pytest.param("nf_resnet200", [3, 24, 36, 3], None, marks=pytest.mark.slow),
+    pytest.param("nf_resnet288", [24] * 4, None, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_published_sizes(name: str, depths: list[int], numbers: int | None) -> None:
+    """The presets; NF-ResNet-50 and 101 as published."""
+    expected = resnet_size(depths, WIDTHS, 64, 1000)
+    assert numbers in (None, expected)
     with torch.device("meta"):
-        assert count(net("nf_resnet(x)", torch.float32, C=3, H=64, W=64)) == 25_557_048
-        assert count(net("nf_resnet(depths = [3, 4, 23, 3])(x)", torch.float32, C=3, H=64, W=64)) == 44_549_193
+        assert count(net(f"{name}(x)", torch.float32, C=3, H=64, W=64)) == expected
+
+
+def test_stochastic_depth() -> None:
+    """A sample's branch is left out with the given probability while training, not scaled; never at inference. Rates grow from 0 by
+    the block's index over their number."""
+    mine = net("nf_block(8, skip = 1, drop = 0.4)(x)", C=8, H=3, W=3)
+    x = data(400, 8, 3, 3)
+    whole = mine.eval()(x)
+    torch.manual_seed(0)
+    found = mine.train()(x)
+    gone = (found == x).flatten(1).all(1)
+    assert torch.equal(found[~gone], whole[~gone])
+    assert 0.33 < float(gone.double().mean()) < 0.47
+    text = "nf_resnet(depths = [2, 2], widths = [8, 8], stem = 8, classes = 5, skip = 1, drop = 0.8)(x)"
+    mine = net(text, C=3, H=16, W=16)
+    x = data(300, 3, 16, 16)
+    first, second = (outputs(mine, "nf_block", x) for _ in range(2))
+    torch.testing.assert_close(first[0], second[0])  # rate 0
+    for k in (1, 3):  # blocks without a transition: 0.8 k / 4
+        same = (first[k] == first[k - 1]).flatten(1).all(1).double().mean()
+        assert abs(float(same) - 0.2 * k) < 0.08
+
+
+def test_dropout() -> None:
+    mine = net("dropout(0.3)(x)", T=3, D=50)
+    x = data(40, 3, 50)
+    assert torch.equal(mine.eval()(x), x)
+    torch.manual_seed(0)
+    y = mine.train()(x)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.7)
+    assert abs(float(kept.double().mean()) - 0.7) < 0.02
 
 
 def test_nf_regnet_sizes() -> None:
