@@ -11,6 +11,7 @@ from typing import Any
 
 from flowlang.backends.torch.emit import ATOM, EMITTERS, Expr, Writer, called, method_name
 from flowlang.backends.torch.files import file_text, runtime_names
+from flowlang.backends.torch.forms import cheaper
 from flowlang.backends.torch.names import RESERVED, Names, ascii_name, class_name
 from flowlang.backends.torch.native import with_native_norms
 from flowlang.backends.torch.polish import folded, reuse_names
@@ -324,7 +325,7 @@ class Generator:
     def write_method(self, scope: ClassScope, program: Program, method: str) -> list[str]:
         if self.solved_first(program):
             return self.write_inverse(program, method)
-        program = with_native_norms(program)
+        program = cheaper(with_native_norms(program))
         writer = Writer(scope, program.graph)
         region = program.region
         names: list[str] = []

@@ -803,12 +803,46 @@ def _product(w: Writer, n: Node) -> tuple[str, str] | None:
 
 
 @emitter("slice")
-def _slice(w: Writer, n: Node) -> Expr:
+def _slice(w: Writer, n: Node) -> Expr | None:
     i, axis = n.inputs[0], n.attrs["axis"]
     size = w.type(i).size(axis)
+    parts = parted(w, n)
+    if parts:
+        names = [w.names.fresh(known_as(w, p)) for p in parts]
+        sizes = [p.attrs["stop"] - p.attrs["start"] for p in parts]
+        # (`split` of tensors is Python code, these two are not.)
+        call = f"chunk({len(parts)}" if len(set(sizes)) == 1 else f"split_with_sizes({tuple(sizes)}"
+        w.lines.append(f"{', '.join(names)} = {w.tensor(i)}.{call}, {w.dim(i, axis)})")
+        w.env |= {p.id: Expr(name) for p, name in zip(parts, names, strict=True)}
+        return None
     start = str(n.attrs["start"]) if n.attrs["start"] else ""
     stop = str(n.attrs["stop"]) if n.attrs["stop"] != size else ""
     return Expr(w.at(i, axis, f"{start}:{stop}"))
+
+
+def known_as(w: Writer, part: Node) -> str:
+    """The spec's name for a part of a value, given to it or to the only thing that rearranges it."""
+    users = [user for user, _ in w.graph.users(part.id) if user.id in w.needed]
+    label = users[0].label if len(users) == 1 else None
+    if part.label or label is None:
+        return part.label or "part"
+    return {"rename": label, "order": label, "split": f"{label}_flat", "merge": f"{label}_flat"}.get(
+        users[0].op, "part"
+    )
+
+
+def parted(w: Writer, n: Node) -> list[Node]:
+    """The slices that share out a value without rest, in order; nothing where there is a rest, or an overlap.
+
+    One split of them is one call, and its gradient is one join; each slice alone would fill a tensor of zeros.
+    """
+    i, axis = n.inputs[0], n.attrs["axis"]
+    users = [user for user, _ in w.graph.users(i) if user.id in w.needed]
+    parts = sorted((u for u in users if u.op == "slice" and u.attrs["axis"] == axis), key=lambda u: u.attrs["start"])
+    ends = [0, *(p.attrs["stop"] for p in parts)]
+    fits = [p.attrs["start"] for p in parts] == ends[:-1] and ends[-1] == w.type(i).size(axis)
+    # A view of several is no place to write to, which is for the caller of a method to decide.
+    return parts if fits and len(parts) > 1 and not any(p.id in w.results or p.id in w.env for p in parts) else []
 
 
 @emitter("pick")
