@@ -20,6 +20,7 @@ from flowlang.diagnostics import Diagnostic, FlowError
 @json_option
 def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_json: bool) -> None:
     """Check inverse and log-det numerically, in float64."""
+    from flowlang.verify import SAMPLES
     from flowlang.verify import verify as run
 
     comp = load_ok(spec, sets, as_json, sized=True)
@@ -42,13 +43,11 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
                     f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.error:.2e} (at most {c.tolerance:.0e}){'; ' + c.note if c.note else ''}"
                 )
     if not ok:
-        raise FlowError(
-            Diagnostic(
-                "FL0703",
-                "a numerical check failed",
-                suggestion="see the lines above; if the spec is right, this is a fault of FlowLang",
-            )
-        )
+        failed = {c.name for checks in found.values() for c in checks if not c.ok}
+        advice = "see the lines above; if the spec is right, this is a fault of FlowLang"
+        if failed == {SAMPLES}:
+            advice = "the inverse grows beyond what float64 holds: bound what it multiplies or adds, as by `tanh`"
+        raise FlowError(Diagnostic("FL0703", "a numerical check failed", suggestion=advice))
 
 
 @click.command()
