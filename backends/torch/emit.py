@@ -1027,7 +1027,9 @@ def _det(w: Writer, n: Node) -> Expr:
 @emitter("eigen")
 def _eigen(w: Writer, n: Node) -> Expr:
     a = n.attrs
-    return moving(w, n, "of_eigenvalues", [a["row"], a["col"]], [repr(a["function"]), repr(a["power"]), repr(a["floor"])])
+    return moving(
+        w, n, "of_eigenvalues", [a["row"], a["col"]], [repr(a["function"]), repr(a["power"]), repr(a["floor"])]
+    )
 
 
 @emitter("norm_bounded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from flowlang.analysis.series import FUNCTIONS, STEPS, Change, Series, StepRule, Vector, rule_order
@@ -134,9 +135,8 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
     facts = {}
     try:
         for claim, name, change in smooth_claims(declaration):
-            facts[claim] = rule_order(
-                lambda n=name, c=change: step_rule(declaration, {n: c.at}), steps=steps, change=change
-            )  # type: ignore[misc]
+            make = partial(step_rule, declaration, {name: change.at})
+            facts[claim] = rule_order(make, steps=steps, change=change)
         return facts or {"order": rule_order(lambda: step_rule(declaration), steps=steps)}
     except NotPlain as stop:
         return not_shown(declaration, stop, report)

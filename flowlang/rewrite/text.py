@@ -74,7 +74,9 @@ def with_arguments(comp: Compilation, name: str, arguments: Mapping[str, str], n
             Diagnostic("FL0804", f"`{name}` has no parameters {words}, and calls nothing that has them", region.span,
                        suggestion=f"declare them, as in `net {name}({', '.join(f'{k}: ..' for k in arguments)}) (x: ..)`, and hand them on")
         )  # fmt: skip
-    applied = {id(c.fn) for c in walk(own) if isinstance(c, tree.Call)}  # calls whose result is called: all of their values are static
+    applied = {
+        id(c.fn) for c in walk(own) if isinstance(c, tree.Call)
+    }  # calls whose result is called: all of their values are static
     edits = [
         Edit(own.name_span.start, own.name_span.end, new),
         *(e for c in calls for e in argument_edits(c, called(comp, declared, c), arguments, id(c) in applied)),

@@ -87,9 +87,7 @@ def test_item_7_is_torch_s_layer_and_onnx_s(call: str, sizes: dict[str, int], tm
     same(module, other, data(6, *sizes.values()))
     x, shape, wide = data(6, *sizes.values()), list(sizes.values()), onnx.TensorProto.DOUBLE
     node = onnx.helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"], axis=1, epsilon=1e-5)
-    info = [
-        onnx.helper.make_tensor_value_info(n, wide, s) for n, s in (("x", [6, *shape]), ("g", shape), ("b", shape))
-    ]
+    info = [onnx.helper.make_tensor_value_info(n, wide, s) for n, s in (("x", [6, *shape]), ("g", shape), ("b", shape))]
     out = [onnx.helper.make_tensor_value_info("y", wide, [6, *shape])]
     model = onnx.helper.make_model(
         onnx.helper.make_graph([node], "g", info, out), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9

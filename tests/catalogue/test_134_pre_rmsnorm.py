@@ -197,7 +197,9 @@ def test_published_sizes(name: str, width: int, hidden: int, depth: int, numbers
     norms = 2 * depth + 1
     assert found[0] == numbers
     assert found[1] == numbers - 2 * width * norms
-    one = 768 + 1 + 197 + 1 + depth * (3 * width + width + 1 + hidden + hidden + 1) + 1000  # patches, tokens, blocks, head
+    one = (
+        768 + 1 + 197 + 1 + depth * (3 * width + width + 1 + hidden + hidden + 1) + 1000
+    )  # patches, tokens, blocks, head
     assert found[2] == found[1] - one
 
 
@@ -205,7 +207,11 @@ def test_a_class_token_is_rewritten_too() -> None:
     """From layer norms with gain and offset to RMSNorms, and without them to CRMSNorm: as for the networks of the presets."""
     base = "net small(norm: net = {}, out: net = linear_out, centred: bool = false, width: int = 12) (x: R[C = 3, H = 8, W = 8]) {{\n"
     base += "  pre_ln_transformer(width, 12, 3, 24, 2, 5, 4, norm, out, centred, true)(x)\n}}\n"
-    for norm, to in (("layer_norm", "pre_rmsnorm"), ("layernorm_plain", "pre_rmsnorm"), ("layernorm_plain", "pre_crmsnorm")):
+    for norm, to in (
+        ("layer_norm", "pre_rmsnorm"),
+        ("layernorm_plain", "pre_rmsnorm"),
+        ("layernorm_plain", "pre_crmsnorm"),
+    ):
         module: Any = fl.compile(base.format(norm), flow="small", seed=0, dtype=torch.float64)
         g = torch.Generator().manual_seed(5)
         with torch.no_grad():

@@ -305,7 +305,9 @@ def test_any_arguments_give_an_exit_code_and_no_traceback(run: Run, small: Path,
 
 def test_a_net_s_open_sizes_are_set(run: Run, tmp_path: Path) -> None:
     """By --set, where --flow names the net: for its source, its ONNX model and its signal. Without them it is refused."""
-    (tmp_path / "n.flow").write_text("norm mine(x: R[C, H]) { param g: R[C] = 1; x / sqrt(mean[H](x ^ 2) + 1e-5) * g }\n")
+    (tmp_path / "n.flow").write_text(
+        "norm mine(x: R[C, H]) { param g: R[C] = 1; x / sqrt(mean[H](x ^ 2) + 1e-5) * g }\n"
+    )
     sizes = ["--set", "C=4", "--set", "H=3"]
     code, out, _ = run("build", "n.flow", "--flow", "mine", *sizes)
     assert code == 0

@@ -160,7 +160,9 @@ def test_135_mean_and_dispersion_are_what_is_asked(norm: str) -> None:
         bias = (shift + shift.mT) / 2 if "lem" in norm else shift.tril()
         v = (d - d.mean(0)).square().sum((1, 2)).mean() / theta**2
         torch.testing.assert_close(e.mean(0), bias, rtol=0, atol=1e-8)
-        torch.testing.assert_close((e - bias).square().sum((1, 2)).mean() / theta**2, s**2 * v / (v + 1e-5), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            (e - bias).square().sum((1, 2)).mean() / theta**2, s**2 * v / (v + 1e-5), rtol=1e-6, atol=0
+        )
         return
     bias = torch.matrix_exp((shift + shift.mT) / 2)
     back = torch.matrix_exp(-0.5 * log_of(bias))
@@ -192,5 +194,9 @@ def test_135_gradients_where_eigenvalues_repeat() -> None:
     """Item 7: at the identity, against finite differences."""
     for call in ("matrix_log[E, D](x)", "matrix_power[E, D](x, 0.5)", "matrix_exp[E, D](x)"):
         net = fl.compile(f"net g(x: R[E = 3, D = 3]) {{ {call} }}", flow="g", dtype=torch.float64)
-        for x in (torch.eye(3, dtype=torch.float64)[None], spd(2, 3), torch.diag(torch.tensor([1.0, 1.0, 2.0]).double())[None]):
+        for x in (
+            torch.eye(3, dtype=torch.float64)[None],
+            spd(2, 3),
+            torch.diag(torch.tensor([1.0, 1.0, 2.0]).double())[None],
+        ):
             assert torch.autograd.gradcheck(net, x.requires_grad_(), atol=1e-5)

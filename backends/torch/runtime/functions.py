@@ -176,7 +176,9 @@ def of_eigenvalues_back(
     size = torch.maximum(a.abs(), b.abs()).clamp_min(1.0 if function == "matrix_exp" else floor)
     near = gap.abs() <= torch.finfo(m.dtype).eps ** (1 / 3) * size
     slope = on_values((a + b) / 2, function, power, floor)[1]
-    quotient = torch.where(near, slope, (f.unsqueeze(-1) - f.unsqueeze(-2)) / torch.where(near, torch.ones_like(gap), gap))
+    quotient = torch.where(
+        near, slope, (f.unsqueeze(-1) - f.unsqueeze(-2)) / torch.where(near, torch.ones_like(gap), gap)
+    )
     dm = vectors @ (quotient * (vectors.mT @ dy @ vectors)) @ vectors.mT
     return (dm + dm.mT) / 2, None, None, None
 
