@@ -418,8 +418,9 @@ def export_onnx(
 
     `flow` is what `compile` gave, or a trained flow, whose standardisation is then part of the models. One program
     goes to `path`, several to `FILE.PROGRAM.onnx`. Programs: log_prob, forward, inverse, sample,
-    sample_and_log_prob; by default log_prob and sample. A network has `forward` alone, a model its named programs
-    (losses for each sample; by default all the others). Noise is an input of the
+    sample_and_log_prob; by default log_prob and sample. A network has `forward`, and `train`: the pass of a training step by the
+    statistics of the batch, with the states that it renews as more outputs (nothing is folded then). A model has its named
+    programs (losses for each sample; by default all the others). Noise is an input of the
     sampling programs, unless `seed` asks for a random op inside.
 
     The batch may have any size. So may the axes named by `dynamic`; by default those whose size the spec leaves open
@@ -432,8 +433,11 @@ def export_onnx(
     module = whole.flow if whole is not None else flow
     comp, name = origin_of(module)
     module.certify()
-    folds = hasattr(module, "verdicts")
-    if comp.regions[name].kind in ("net", "norm") and not folds:
+    folds, trains = hasattr(module, "verdicts"), programs is not None and "train" in programs
+    if folds and trains:
+        raise FlowError(Diagnostic("FL0804", "a folded network has no training pass", comp.regions[name].span,
+                                   suggestion="export the network that it was folded from"))  # fmt: skip
+    if comp.regions[name].kind in ("net", "norm") and not folds and not trains:
         found = folded_of(comp, name)
         folds = bool(found.recipes)
         if folds:

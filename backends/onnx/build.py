@@ -24,6 +24,7 @@ from flowlang.ir.graph import Node, Region
 from flowlang.version import __version__
 
 PROGRAMS = ("log_prob", "forward", "inverse", "sample", "sample_and_log_prob")
+TRAIN = "train"  # of a network: the pass of a training step, with the states that it renews as more outputs
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class ModuleWeights:
         self.names = ClassScope(generator, region)
         self.known: dict[str, Any] = {}
 
+    @property
+    def identity(self) -> object:
+        return self.module
+
     def value(self, name: str) -> Any:
         import torch
 
@@ -105,13 +110,14 @@ class Model:
         dtype = next((t.dtype for t in kept if t.is_floating_point()), torch.get_default_dtype())
         self.g = Builder("float64" if dtype == torch.float64 else "float32", options.opset)
         exact = copy.deepcopy(module).double().eval()
+        self.paths = {id(m): name for name, m in exact.named_modules()}
         self.weights = ModuleWeights(Generator(region, analyses, ""), region, exact)
         self.noise: list[Noise] = []
         self.taken: set[str] = set()
         self.random_shape: Value | None = None
 
     def program_of(self) -> Program:
-        return self.analyses.program(self.region, self.name)
+        return self.analyses.program(self.region, "forward" if self.name == TRAIN else self.name)
 
     @property
     def place(self) -> Node:
@@ -128,7 +134,8 @@ class Model:
     def lowered(self) -> dict[str, Value]:
         """The graph of the program in the builder; gives the outputs by name."""
         g, program = self.g, self.program
-        shared = Shared(self.analyses.program, self.draw, incremental=self.options.incremental)
+        training = self.name == TRAIN
+        shared = Shared(self.analyses.program, self.draw, incremental=self.options.incremental, training=training)
         if not program.inputs and (self.options.seed is not None or not self.noisy()):
             g.batch = g.input(self.fresh("batch_size"), (1,), INT)
         arguments = self.inputs(program)
@@ -138,7 +145,15 @@ class Model:
         for key, v in outputs.items():
             rank = self.output_ranks[key]
             outputs[key] = g.expand(v, ("batch", *v.shape[v.rank - rank :]))
+        for (_, state), (weights, v) in shared.states.items():
+            outputs[self.fresh(self.state_name(weights, state))] = v
         return outputs
+
+    def state_name(self, weights: Weights, state: str) -> str:
+        """A state's name in the module's `state_dict`."""
+        assert isinstance(weights, ModuleWeights)
+        owner, own = self.paths[id(weights.module)], str(weights.names.attributes[state])
+        return f"{owner}.{own}" if owner else own
 
     def noisy(self) -> bool:
         """Whether the program draws noise, whose inputs tell the batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flowlang.backends.onnx.build import TRAIN
 from flowlang.backends.onnx.files import data_of
 from torch.overrides import TorchFunctionMode
 
@@ -90,6 +92,8 @@ def compare(file: Path, region: Region, program: str, module: Any, batch: int = 
             value = value * module.scale.cpu() + module.mean.cpu()
         feeds[i.name] = value.to(torch.int64 if "int64" in i.type else torch.float64 if double else torch.float32)
     found = session.run(None, {k: v.numpy() for k, v in feeds.items()})
+    if program == TRAIN:
+        module = copy.deepcopy(module).train()
     own = types_of(region, program) if region.kind == "model" else feeds.keys() - {"batch_size"}
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     placed = {k: v.to(device) for k, v in feeds.items()}
@@ -100,6 +104,9 @@ def compare(file: Path, region: Region, program: str, module: Any, batch: int = 
             )
     except OtherDraws:
         return Comparison(None, "the module draws in another way")
+    if program == TRAIN:
+        kept = module.state_dict()
+        wanted += [kept[o.name] for o in session.get_outputs() if o.name in kept]
     error = 0.0
     for a, b in zip(found, wanted, strict=True):
         b = b.double().cpu().numpy()

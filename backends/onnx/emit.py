@@ -25,6 +25,13 @@ def _const(w: Lowering, n: Node) -> Value:
 
 @emitter("param", "state", "running", "start")
 def _param(w: Lowering, n: Node) -> Value:
+    if w.shared.training and n.op == "running":
+        live, new = (w.value(i) for i in n.inputs)
+        w.keep(str(n.attrs["name"]), new, n)
+        return live
+    newest = w.shared.states.get((id(w.weights.identity), str(n.attrs["name"]))) if n.op == "state" else None
+    if newest is not None and not n.attrs.get("path"):
+        return newest[1]
     path, weights = n.attrs.get("path", ()), w.weights
     for child, copy in path:
         weights = weights.child(child) if copy is None else weights.copies(child)[copy]
@@ -218,10 +225,13 @@ def _batch_moment(w: Lowering, n: Node) -> Value:
     axes = [*(k - x.rank for k in range(len(w.leads))), *dims(w, n)]
     if n.op != "batch_var":
         return w.g.reduce(f"Reduce{n.op.removeprefix('batch_').title()}", x, axes)
-    if n.attrs.get("ddof"):
-        raise Unlowered(n, "a variance over a batch of open size has no count to correct by", "leave out `unbiased`")
     off = w.g.sub(x, w.g.reduce("ReduceMean", x, axes, keep=True))
-    return w.g.reduce("ReduceMean", w.g.mul(off, off), axes)
+    mean = w.g.reduce("ReduceMean", w.g.mul(off, off), axes)
+    ddof = float(n.attrs.get("ddof", 0))
+    if not ddof:
+        return mean
+    count = w.g.reduce("ReduceProd", w.g.cast(w.g.shape_of([x.shape[a] for a in axes]), REAL), [-1])
+    return w.g.mul(mean, w.g.div(count, w.g.sub(count, ddof)))
 
 
 @emitter("var")
@@ -644,8 +654,9 @@ def _get(w: Lowering, n: Node) -> Value:
 
 @emitter("choose")
 def _choose(w: Lowering, n: Node) -> Result:
-    """A deployed model is one for inference."""
-    return [w.value(i) for i in n.inputs[len(n.inputs) // 2 :]]
+    """A deployed model is one for inference, unless a training pass is asked for."""
+    half = len(n.inputs) // 2
+    return [w.value(i) for i in (n.inputs[:half] if w.shared.training else n.inputs[half:])]
 
 
 @emitter("scan")

@@ -36,7 +36,7 @@ def programs_of(region: Region) -> tuple[str, ...]:
     """What can be exported of a flow, a model or a network."""
     if region.kind == "model":
         return tuple(region.programs)
-    return ("forward",) if region.kind in ("net", "norm") else PROGRAMS
+    return ("forward", "train") if region.kind in ("net", "norm") else PROGRAMS
 
 
 def default_programs(region: Region) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def default_programs(region: Region) -> tuple[str, ...]:
     have = programs_of(region)
     if region.kind == "model":
         return tuple(p for p in have if "loss" not in p.split("_")) or have
-    return have if have == ("forward",) else ("log_prob", "sample")
+    return ("forward",) if region.kind in ("net", "norm") else ("log_prob", "sample")
 
 
 def check_programs(region: Region, programs: Sequence[str]) -> None:

@@ -21,6 +21,10 @@ from flowlang.ir.types import Axis, TensorType
 class Weights(Protocol):
     """The parameters of one instance as used values (float64), and those of its children."""
 
+    @property
+    def identity(self) -> object:
+        """What owns the parameters: one for all places that share it."""
+
     def value(self, name: str) -> Any: ...
 
     def child(self, name: str) -> Weights: ...
@@ -71,6 +75,8 @@ class Shared:
     kept: list[Any] = field(default_factory=list)
     groups: int = 0
     incremental: bool = True
+    training: bool = False  # the pass of a training step, and what it puts into states
+    states: dict[tuple[int, str], tuple[Weights, Value]] = field(default_factory=dict)  # their newest values
 
 
 class Lowering:
@@ -86,14 +92,24 @@ class Lowering:
         """Values of a graph's outputs; its inputs are in `env`."""
         self.graph = graph
         self.env = dict(env)
-        for n in sorted(needed(graph, outputs)):
+        for n in sorted(needed(graph, outputs, self.shared.training)):
             if n not in self.env:
                 self.env[n] = self.emit(graph[n])
         return [self.value(o) for o in outputs]
 
     def program(self, program: Program, arguments: Sequence[Value]) -> list[Value]:
         env = dict(zip(program.inputs, arguments, strict=True))
-        return self.run(program.graph, program.outputs, env)
+        effects = program.effects if self.shared.training else []
+        found = self.run(program.graph, [*program.outputs, *(i for _, i in effects)], env)
+        for (state, i), value in zip(effects, found[len(program.outputs) :], strict=True):
+            self.keep(state, value, program.graph[i])
+        return found[: len(program.outputs)]
+
+    def keep(self, state: str, value: Value, node: Node) -> None:
+        """A state's value after the pass; a later reader in the same pass sees it."""
+        if len(self.g.stack) > 1:
+            raise Unlowered(node, "a state that a loop renews has no output", "export what inference does, without `train`")
+        self.shared.states[id(self.weights.identity), state] = self.weights, value
 
     def emit(self, node: Node) -> Result:
         from flowlang.backends.onnx import emit, odes, solvers, splines  # noqa: F401 - they fill the table
@@ -228,8 +244,8 @@ class Lowering:
 SETTLED = ("running", "start")
 
 
-def needed(graph: Graph, outputs: Sequence[int]) -> set[int]:
-    """The nodes that results need at inference."""
+def needed(graph: Graph, outputs: Sequence[int], training: bool = False) -> set[int]:
+    """The nodes that results need at inference, or in training."""
     seen: set[int] = set()
     stack = list(outputs)
     while stack:
@@ -237,8 +253,9 @@ def needed(graph: Graph, outputs: Sequence[int]) -> set[int]:
         if i not in seen:
             seen.add(i)
             if graph[i].op == "choose":
-                stack.extend(graph[i].inputs[len(graph[i].inputs) // 2 :])
-            elif graph[i].op not in SETTLED:
+                half = len(graph[i].inputs) // 2
+                stack.extend(graph[i].inputs[:half] if training else graph[i].inputs[half:])
+            elif graph[i].op not in SETTLED or (training and graph[i].op == "running"):
                 stack.extend(graph[i].inputs)
     return seen
 

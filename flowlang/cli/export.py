@@ -18,7 +18,7 @@ from flowlang.cli.common import flow_option, spec_options
 )
 @click.option(
     "--program", "programs", multiple=True, metavar="NAME",
-    help="log_prob, forward, inverse, sample or sample_and_log_prob, or a model's program; may be repeated. [default: log_prob, sample; of a model all but losses]",
+    help="log_prob, forward, inverse, sample or sample_and_log_prob, train of a net, or a model's program; may be repeated. [default: log_prob, sample; of a model all but losses]",
 )  # fmt: skip
 @click.option("-o", "--out", default="flow.onnx", show_default=True, type=click.Path(dir_okay=False),
               help="File for one program; several go to FILE.PROGRAM.onnx.")  # fmt: skip

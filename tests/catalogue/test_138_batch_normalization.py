@@ -182,6 +182,24 @@ def test_onnx_and_training(tmp_path: Path) -> None:
     trains("batch_norm()", **IMAGE)
 
 
+def test_onnx_of_a_training_step(tmp_path: Path) -> None:
+    """Batch statistics by reductions, and the renewed buffers as more outputs, beside `nn.BatchNorm2d`."""
+    import onnx
+    import onnxruntime
+
+    module, other = norm("batch_norm_2d()", torch.float32, **IMAGE), nn.BatchNorm2d(4)
+    (file,) = fl.export_onnx(module, tmp_path / "t.onnx", ["train"]).values()
+    session = onnxruntime.InferenceSession(str(file))
+    x = data(7, *IMAGE.values(), dtype=torch.float32, shift=1)
+    y, *states = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.as_tensor(y), other(x).detach(), rtol=1e-5, atol=1e-5)
+    found = {o.name.split(".")[-1]: v for o, v in zip(session.get_outputs()[1:], states, strict=True)}
+    for name, value in found.items():
+        torch.testing.assert_close(torch.as_tensor(value), getattr(other, name).float(), rtol=1e-5, atol=1e-6)
+    assert set(found) == {"running_mean", "running_var", "num_batches_tracked"}
+    assert "ReduceMean" in {n.op_type for n in onnx.load(str(file)).graph.node}
+
+
 def test_bn_inception_s_size() -> None:
     """11,295,240 numbers in the published Caffe model, whose convolutions have biases (10,016 of them) before their norms."""
     text = "net f(x: R[C, H, W]) { bn_inception()(x) }"
