@@ -108,7 +108,9 @@ class Lowering:
     def keep(self, state: str, value: Value, node: Node) -> None:
         """A state's value after the pass; a later reader in the same pass sees it."""
         if len(self.g.stack) > 1:
-            raise Unlowered(node, "a state that a loop renews has no output", "export what inference does, without `train`")
+            raise Unlowered(
+                node, "a state that a loop renews has no output", "export what inference does, without `train`"
+            )
         self.shared.states[id(self.weights.identity), state] = self.weights, value
 
     def emit(self, node: Node) -> Result:

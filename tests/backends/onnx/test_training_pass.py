@@ -73,7 +73,9 @@ def test_a_folded_network_has_none(tmp_path: Path) -> None:
 def test_the_command_writes_and_compares_it(tmp_path: Path) -> None:
     spec = tmp_path / "n.flow"
     spec.write_text("net n(x: R[C = 3, H = 4, W = 4]) { batch_norm[C](conv(x, 4)) }\n")
-    ran = CliRunner().invoke(cli, ["export", str(spec), "--flow", "n", "--program", "train", "-o", str(tmp_path / "t.onnx")])
+    ran = CliRunner().invoke(
+        cli, ["export", str(spec), "--flow", "n", "--program", "train", "-o", str(tmp_path / "t.onnx")]
+    )
     assert ran.exit_code == 0, ran.output
     assert "batch_norm.running_mean [4]" in ran.output
     assert "in onnxruntime within" in ran.output
