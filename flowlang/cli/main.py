@@ -236,10 +236,11 @@ def draw_signal(comp: Any, flow: str | None, out: str | None) -> None:
             "" if r.predicted is None else f"{r.predicted:.4g}",
             f"{r.middle:.4g}",
             f"{min(r.measured):.4g} .. {max(r.measured):.4g}",
+            f"{r.mean:.2g}",
         ]
         for r in rows
     ]
-    click.echo(table(["part", "closed form", "measured", "over starts"], shown, numbers=(1, 2, 3)))
+    click.echo(table(["part", "closed form", "measured", "over starts", "squared mean"], shown, numbers=(1, 2, 3, 4)))
     words = verdict(rows)
     if words:
         click.echo(words)

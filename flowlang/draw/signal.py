@@ -1,4 +1,4 @@
-"""The variance of a network's values along its depth at initialisation: predicted beside measured."""
+"""The variance of a network's values along its depth at initialisation: predicted beside measured, and their squared means."""
 
 from __future__ import annotations
 
@@ -18,15 +18,27 @@ SEEDS, BATCH, FAR = 5, 256, 100.0
 
 @dataclass(frozen=True)
 class Row:
-    """A place along the network: predicted variance (None: not known), and what the seeds gave."""
+    """A place along the network: predicted variance (None: not known), and what the seeds gave.
+
+    `means` are the squares of the entries' means over the batch: what every sample has in common (Brock et al. 2021).
+    """
 
     name: str
     predicted: float | None
     measured: tuple[float, ...]
+    means: tuple[float, ...]
 
     @property
     def middle(self) -> float:
-        return sorted(self.measured)[len(self.measured) // 2]
+        return median(self.measured)
+
+    @property
+    def mean(self) -> float:
+        return median(self.means)
+
+
+def median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def signal(comp: Compilation, name: str, seeds: int = SEEDS, batch: int = BATCH) -> list[Row]:
@@ -42,15 +54,27 @@ def signal(comp: Compilation, name: str, seeds: int = SEEDS, batch: int = BATCH)
         )
     predicted = propagate(region)
     runs = [measure(comp, name, seed, batch) for seed in range(seeds)]
-    names = [n for n, _ in runs[0]]
+    names = [n for n, _, _ in runs[0]]
     fits = [p.name.split(".")[0] for p in predicted] == [n.split(".")[0] for n in names]
     return [
-        Row(n, predicted[k].var if fits else predicted[-1].var if n == "result" else None, tuple(r[k][1] for r in runs))
+        Row(
+            n,
+            predicted[k].var if fits else predicted[-1].var if n == "result" else None,
+            tuple(r[k][1] for r in runs),
+            tuple(r[k][2] for r in runs),
+        )
         for k, n in enumerate(names)
     ]
 
 
-def measure(comp: Compilation, name: str, seed: int, batch: int) -> list[tuple[str, float]]:
+def moments(label: str, out: Any) -> tuple[str, float, float]:
+    """The variance of a value, and the mean square of its entries' means over the batch, less what a finite batch adds."""
+    first = (out[0] if isinstance(out, tuple) else out).detach().double()
+    common = first.mean(0).square().mean() - first.var(0).mean() / len(first)
+    return label, float(first.var()), max(float(common), 0.0)
+
+
+def measure(comp: Compilation, name: str, seed: int, batch: int) -> list[tuple[str, float, float]]:
     """What the parts of one initialisation give, in the order in which they run."""
     import torch
 
@@ -65,12 +89,11 @@ def measure(comp: Compilation, name: str, seed: int, batch: int) -> list[tuple[s
     inside: Any = module
     for _ in range(depth):
         inside = next(iter(inside.children()))
-    found: list[tuple[str, float]] = []
+    found: list[tuple[str, float, float]] = []
 
     def watch(label: str) -> Any:
         def hook(_: Any, __: Any, out: Any) -> None:
-            first = out[0] if isinstance(out, tuple) else out
-            found.append((label, float(first.detach().double().var())))
+            found.append(moments(label, out))
 
         return hook
 
@@ -86,8 +109,7 @@ def measure(comp: Compilation, name: str, seed: int, batch: int) -> list[tuple[s
     inputs = [torch.randn(batch, *shape, generator=g, dtype=module.like.dtype) for shape in module.inputs.values()]
     with torch.no_grad():
         out = module(*inputs)
-    first = out[0] if isinstance(out, tuple) else out
-    return [*found, ("result", float(first.double().var()))]
+    return [*found, moments("result", out)]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -117,6 +139,8 @@ def plot(rows: Sequence[Row], title: str, path: str | Path) -> None:
     known = [(k, r.predicted) for k, r in enumerate(rows) if r.predicted is not None]
     if known:
         ax.plot([k for k, _ in known], [v for _, v in known], "x", ms=6, color=SAMPLES, label="closed form")
+    if all(r.mean > 0 for r in rows):
+        ax.plot(at, [r.mean for r in rows], ":", lw=1.2, color=DATA, label="squared mean of an entry")
     if all(v > 0 for r in rows for v in r.measured):
         ax.set_yscale("log")
     ax.set_xticks(at, [r.name for r in rows], rotation=60, ha="right", fontsize=7)

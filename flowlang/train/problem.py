@@ -345,9 +345,12 @@ def check_shapes(flow: Flow, table: Table) -> None:
     """Data and context of a table against those of a flow (FL0802)."""
     have, want = tuple(table.x.shape[1:]), tuple(flow.data_shape)
     if have != want:
+        missing = "".join(
+            f" `--given {n}=column` names those of `{n}`." for n in flow.given_shapes if n not in table.given
+        )
         raise FlowError(
             Diagnostic("FL0802", f"a sample of the data has shape {have}, and the flow's data {want}",
-                       suggestion="choose columns with --columns, or set the size, as in `--set D=6`")
+                       suggestion=f"choose columns with --columns, or set the size, as in `--set D=6`.{missing}".removesuffix("."))
         )  # fmt: skip
     for name, shape in flow.given_shapes.items():
         if name not in table.given:

@@ -69,6 +69,24 @@ def test_moments_of_a_relu() -> None:
     assert math.isclose(m.mean, 1 / math.sqrt(2 * math.pi), rel_tol=2e-2)
 
 
+def test_squared_means() -> None:
+    """Of relu on centred values, 1/π of its second moment; of tanh, none. In residual stacks of convolutions with relu they grow, and
+    with scaled weight standardisation they stay small (card 139, item 4)."""
+    text = "net a(x: R[D]) {{ {}(linear[D -> D](x, bias = false)) }}\nnet f(x: R[D = 128]) {{ a(a(x)) }}"
+    for act, share in (("relu", 1 / math.pi), ("tanh", 0.0)):
+        row = signal(analyse(text.format(act), sized=True), "f", seeds=5)[0]
+        assert abs(row.mean / (row.mean + row.middle) - share) < 0.05
+    block = {
+        "plain": "h + 0.2 * conv(sqrt(2.0) * relu(h), 64, kernel = 1, bias = false, start = kaiming_normal(gain = 1))",
+        "ws": "nf_block(64, skip = 1)(h)",
+    }
+    found = {}
+    for name, body in block.items():
+        text = f"net f(x: R[C = 8, H = 8, W = 8]) {{ h = scaled_ws_conv(64, 1)(x); repeat 10 {{ h := {body} }}; h }}"
+        found[name] = signal(analyse(text, sized=True), "f", seeds=3, batch=32)[-1].mean
+    assert found["ws"] < 0.05 < 3 * 0.05 < found["plain"]
+
+
 def test_a_badly_scaled_stack_is_told(tmp_path: Path) -> None:
     bad = "h + linear[H -> D](relu(linear[D -> H = 256](h, weight = 2)), weight = 3)"
     spec = tmp_path / "s.flow"
