@@ -1054,14 +1054,16 @@ def categorical_of(body: Body, args: Arguments) -> Any:
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = {}
 
-    def put(name: str, fn: Fn, *, step: bool = False, kind: str = "function", later: bool = False) -> None:
+    def put(
+        name: str, fn: Fn, *, step: bool = False, kind: str = "function", later: bool = False, each: bool = False
+    ) -> None:
         assert name not in table, name
-        table[name] = Builtin(name, fn, kind, step, later=later)
+        table[name] = Builtin(name, fn, kind, step, later=later, each=each)
 
     for name in UNARY:
-        put(name, unary(name))
-    put("leaky_relu", slope_function("leaky_relu", "slope", 0.01))
-    put("elu", slope_function("elu", "alpha", 1.0))
+        put(name, unary(name), each=True)
+    put("leaky_relu", slope_function("leaky_relu", "slope", 0.01), each=True)
+    put("elu", slope_function("elu", "alpha", 1.0), each=True)
     put("clamp", clamp)
     put("where", where)
     put("surrogate", surrogate)

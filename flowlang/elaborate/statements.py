@@ -896,6 +896,17 @@ def step_failed(body: Body) -> None:
         body.chain_value = POISON
 
 
+def step_help(body: Body, function: Builtin) -> str:
+    """What to write in place of a function that stands alone in a chain."""
+    if function.each:
+        return f"`elementwise({function.name})` applies an elementwise function to every coordinate"
+    alike = {n: body.elab.global_name(n) for n in sorted(body.visible_names()) if n.startswith(f"{function.name}_")}
+    steps = [f"`{n}`" for n, v in alike.items() if isinstance(v, Declared) and v.kind == "bijector"]
+    if steps:
+        return f"steps with such a name are {', '.join(steps[:3])}"
+    return "use it inside a bijector, which gives its result"
+
+
 def step_function(body: Body, fn: Any, expr: tree.Expr) -> Any:
     inner = fn.fn if isinstance(fn, Bracketed) else fn
     if isinstance(inner, AppliedBuiltin):
@@ -905,7 +916,7 @@ def step_function(body: Body, fn: Any, expr: tree.Expr) -> Any:
             "FL0211",
             f"{describe(inner)} is not a step",
             expr.span,
-            suggestion=f"`elementwise({inner.name})` applies an elementwise function to every coordinate",
+            suggestion=step_help(body, inner),
         )
     if isinstance(inner, Declared | Instance | BuiltinNet):
         kind = inner.kind

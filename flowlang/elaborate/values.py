@@ -141,6 +141,7 @@ class Builtin:
     signature: str = ""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()  # keyword arguments that take a word of a list
     later: bool = False  # a name without a meaning in this version
+    each: bool = False  # takes one tensor, each of its entries by itself
 
 
 @dataclass(frozen=True)
