@@ -1,7 +1,7 @@
 """Quality of flow matching beside torchcfm and flow_matching: one network, one budget, one solver; distances to held-out data.
 
 Each method trains the network of `specs/matching.flow` (the module that FlowLang generates, with the same start) by
-its own loss: FlowLang by the model's program `loss`, torchcfm by `ConditionalFlowMatcher` and
+its own loss: FlowLang by the model's program `loss`, with noise and data apart or paired (`ot = true`), torchcfm by `ConditionalFlowMatcher` and
 `ExactOptimalTransportConditionalFlowMatcher` (pairs by minibatch optimal transport), flow_matching by `CondOTProbPath`.
 Samples of all take the same number of midpoint steps. W2 is the 2-Wasserstein distance of 1,000 samples to 1,000 held-out
 points (exact assignment), its floor that of two sets of data; MMD has a sum of Gaussian kernels.
@@ -61,6 +61,7 @@ def of_flow_matching() -> Loss:
 
 METHODS: dict[str, Callable[[], Loss]] = {
     "flowlang": lambda: ours,
+    "flowlang, minibatch OT": lambda: ours,
     "torchcfm": lambda: of_torchcfm("ConditionalFlowMatcher"),
     "torchcfm, minibatch OT": lambda: of_torchcfm("ExactOptimalTransportConditionalFlowMatcher"),
     "flow_matching": of_flow_matching,
@@ -82,8 +83,8 @@ def mmd(a: Tensor, b: Tensor) -> float:
     return same - 2 * float(kernel(a, b).mean())
 
 
-def fit(loss: Loss, data: Tensor, steps: int, seed: int) -> tuple[Any, float]:
-    model: Any = fl.compile("specs/matching.flow", seed=seed)
+def fit(name: str, loss: Loss, data: Tensor, steps: int, seed: int) -> tuple[Any, float]:
+    model: Any = fl.compile("specs/matching.flow", seed=seed, ot=name == "flowlang, minibatch OT")
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -121,7 +122,7 @@ def main() -> None:
         for name, make in METHODS.items():
             found = []
             for seed in range(o.seeds):
-                model, seconds = fit(make(), data, o.steps, seed)
+                model, seconds = fit(name, make(), data, o.steps, seed)
                 with torch.no_grad():
                     drawn = model.sample((POINTS,), generator=torch.Generator().manual_seed(100))
                 found.append((wasserstein(drawn, held[:POINTS]), mmd(drawn, held[:POINTS]), seconds / o.steps * 1e3))

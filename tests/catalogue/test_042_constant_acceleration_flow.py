@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import flowlang as fl
+from flowlang.analysis.size import parameter_count
+from flowlang.api import analyse
 from flowlang.elaborate.paths import symbolic
 from tests.catalogue.programs import same_in_onnx
 from tests.library.registry import declaration
@@ -179,3 +181,37 @@ def test_onnx_both_networks_the_sampler_and_the_inversion(tmp_path: Path) -> Non
     same_in_onnx(model, "sample", tmp_path)
     same_in_onnx(model, "generate", tmp_path, x0)
     same_in_onnx(model, "invert", tmp_path, x1)
+
+
+def test_the_published_networks_have_their_size() -> None:
+    """ADM's U-net for 64 pixels (295,904,454 numbers, one label more in ours), with 6 channels in and 3 out, and no labels."""
+    text = "net f(x: R[C = 3, H = 64, W = 64], t: R, v0: R[C = 3, H = 64, W = 64]) { caf_unet_published()(x, t, v0) }"
+    region = analyse(text, {}, sized=True, build="f").regions["f"]
+    labels, last, first = 1000 * 768, 192 * 9 * 3 + 3, 192 * 9 * 3
+    assert parameter_count(region) == 295_904_454 - labels - last + first
+
+
+def test_images_train_a_step_and_keep_their_ends(tmp_path: Path) -> None:
+    text = "model m = caf_images(v = caf_unet(unet(8, [1, 2], 1, [2], 8, 10, 4)), a = caf_unet(unet(8, [1, 2], 1, [2], 8, 10, 4)), steps = 2)"
+    model: Any = fl.compile(text, C=2, H=4, W=4, seed=0)
+    x0, x1 = torch.randn(2, 4, 2, 4, 4, generator=generator(9))
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(2):  # the last layers begin at 0
+        optimizer.zero_grad()
+        model.loss(x1, x0, generator=generator(10)).backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(model.at(torch.zeros(4), x0, x1, x1), x0)
+    g = generator(11)
+    t = torch.rand(4, generator=g)
+    d = model.velocity(model.at(t, x0, x1, 1.5 * (x1 - x0)), t) - 1.5 * (x1 - x0)
+    c = 0.00054 * 32
+    wanted = (((d**2).sum((1, 2, 3)) + c**2).sqrt() - c).mean() / 32
+    torch.testing.assert_close(model.velocity_loss(x0, x1, generator=generator(11)), wanted)
+    v0 = model.v(x0, torch.zeros(4), torch.zeros_like(x0))
+    z = x0
+    for i in range(2):
+        z = z + v0 / 2 + (i / 2 + 1 / 4) / 2 * model.a(z, torch.full((4,), i / 2), v0)
+    torch.testing.assert_close(model.generate(x0), z)
+    same_in_onnx(model, "generate", tmp_path, x0, tolerance=1e-4, dynamic=())
