@@ -135,9 +135,10 @@ def series(run: Path, out: Path | None) -> None:
     # What is hidden is moved beyond what the encoder reads.
     masked = torch.where(hidden, datasets.SEEN + 0.001 + 0 * s, s)
     order = masked.argsort(1, stable=True)
+    times = torch.nn.functional.pad(s, (0, 200 - s.shape[1]))  # the program takes 200
     with torch.no_grad():
-        ahead = model.predict(x, s, s)
-        between = model.predict(x.gather(1, order), masked.gather(1, order), s)
+        ahead = model.predict(x, s, times)[:, : s.shape[1]]
+        between = model.predict(x.gather(1, order), masked.gather(1, order), times)[:, : s.shape[1]]
     errors: dict[str, list[Any]] = {}
 
     def add(name: str, kind: Any, off: Any) -> None:
