@@ -269,14 +269,15 @@ def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> 
         model = is_model(module)
         learning_curve(result.history, folder / "curves.png", "" if model else "nats for each sample")
         trained = load(folder)
-        n = 2000 if table is None else min(len(table), 2000)
+        most = 64 if len(module.data_shape) > 1 else 2000  # images take long, and few are shown
+        n = most if table is None else min(len(table), most)
         context = {} if table is None else {k: v[:n] for k, v in table.given.items()}
         if model and not set(module.programs.get("sample", ("",))) <= set(context):
             return  # no program `sample`, or one that needs more than there is
         drawn = draw_samples(trained, n, 0, context)
         columns = table.columns if table else ()
         samples_plot(None if table is None else table.x[:n], drawn, folder / "samples.png", columns)
-        ways_picture(trained, folder, {k: v[:PATHS] for k, v in context.items()}, columns)
+        ways_picture(trained, folder, context, columns)
     except FlowError as e:
         if e.diagnostics[0].code != "FL0805":
             raise
@@ -285,12 +286,13 @@ def pictures(module: Any, table: Table | None, folder: Path, result: Result) -> 
 
 def ways_picture(module: Any, folder: Path, context: dict[str, Any], columns: Sequence[str]) -> None:
     """Where the samples of a model come from, if its `sample` integrates."""
-    from flowlang.draw.paths import followed, plot
+    from flowlang.draw.paths import FRAMES, followed, plot
 
     if not is_model(module) or "sample" not in module.programs:
         return
+    n = FRAMES if len(module.data_shape) > 1 else PATHS
     try:
-        found = followed(module, lambda: draw_samples(module, PATHS, 0, context))
+        found = followed(module, lambda: draw_samples(module, n, 0, {k: v[:n] for k, v in context.items()}))
     except FlowError:
         return
     plot(*found, folder / "paths.png", columns)

@@ -201,7 +201,12 @@ def test_images_train_a_step_and_keep_their_ends(tmp_path: Path) -> None:
         optimizer.zero_grad()
         model.loss(x1, x0, generator=generator(10)).backward()
         optimizer.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is not None for p in model.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    half = len(moved) // 2
+    assert len(moved) == 2 * half
+    assert sum(moved[:half]) > 2
+    assert sum(moved[half:]) > 2
     assert torch.equal(model.at(torch.zeros(4), x0, x1, x1), x0)
     g = generator(11)
     t = torch.rand(4, generator=g)
