@@ -21,6 +21,7 @@ from flowlang.derive.plan import (
     Failure,
     FixedPoint,
     Integrate,
+    Linear,
     LowRank,
     Plan,
     Polar,
@@ -493,6 +494,8 @@ class Analyses:
                 node = view.graph[n]
                 cost = OPS[node.op].log_det_cost
                 return cost if isinstance(cost, str) else cost(node, slot, Inverter(view, self))
+            case Linear():
+                return "0"
             case Block(determinant=d):
                 return "0" if d is not None else "D"
             case Scalar() | LowRank() | Polar():

@@ -163,8 +163,24 @@ class Block:
     determinant: float | None  # where it is a number
 
 
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The exits, entries in a row, are a matrix of numbers times those of entry, plus what is known.
+
+    The matrix stands once for all indices of the axes `lifted`, and its determinant counts for each of them.
+    """
+
+    entry: int
+    exits: tuple[int, ...]
+    path: tuple[int, ...]
+    lifted: tuple[str, ...]
+    inverse: tuple[tuple[float, ...], ...]
+    log_det: float
+
+
 Step = (
     Block
+    | Linear
     | Solve
     | Unjoin
     | Gather

@@ -93,13 +93,17 @@ def along_rays(
         positive(stretch.over, inv.interval) and positive(rho.under, inv.interval) and positive(slope, inv.interval)
     ):
         return None
-    above, below = by_degree(rho.over), by_degree(rho.under)
-    if max(above) <= max(below) or not positive(above[max(above)], inv.interval):
-        return None  # bounded: some y would have no x
+    if not unbounded(inv, rho):
+        return None  # some y would have no x
     return Polar(
         u, e, radius, arm, offset, tuple(sorted(stretch.over.items())), tuple(sorted(stretch.under.items())),
         tuple(sorted(slope.items())),
     )  # fmt: skip
+
+
+def unbounded(inv: Inverter, rho: Rational) -> bool:
+    above, below = by_degree(rho.over), by_degree(rho.under)
+    return max(above) > max(below) and positive(above[max(above)], inv.interval)
 
 
 def ray(inv: Inverter, n: int, u: int, arm: int, inside: set[int], known: dict[int, Rational]) -> Ray:

@@ -9,6 +9,7 @@ from flowlang.derive.blocks import solve_block, weigh_block
 from flowlang.derive.bodies import WHOLE, Body, ScanBody, flatten, placeholder, unflatten
 from flowlang.derive.bottleneck import solve_bottleneck, weigh_bottleneck
 from flowlang.derive.jvp import tangent
+from flowlang.derive.linear import solve_linear, weigh_linear
 from flowlang.derive.lowrank import solve_low_rank, weigh_low_rank
 from flowlang.derive.plan import (
     Block,
@@ -18,6 +19,7 @@ from flowlang.derive.plan import (
     FixedPoint,
     Gather,
     Integrate,
+    Linear,
     LowRank,
     Plan,
     Polar,
@@ -317,6 +319,8 @@ class Replay:
                 solve_block(self, step)
             case Polar():
                 solve_polar(self, step)
+            case Linear():
+                solve_linear(self, step)
 
     def bind(self, node: Node, value: int) -> None:
         """Records a solved value, its axes in the order that the forward graph has."""
@@ -477,6 +481,8 @@ class Replay:
                 weigh_block(self, step)
             case Polar():
                 weigh_polar(self, step)
+            case Linear():
+                weigh_linear(self, step)
 
     def weigh_fixed_point(self, step: FixedPoint) -> None:
         body, program = self.fixed_point_body(step)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from flowlang.analysis.dependence import Dependence, Supports, call_relation, local_relation
-from flowlang.derive import blocks, bottleneck, contraction, explain, lowrank, polar, scalar, scan
+from flowlang.derive import blocks, bottleneck, contraction, explain, linear, lowrank, polar, scalar, scan
 from flowlang.derive.plan import (
     CallInverse,
     Digits,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Fallback = Callable[["Inverter", Problem, int, tuple[int, ...]], Step | None]
 FALLBACKS: Sequence[Fallback] = (
-    scalar.scalar_map, scan.scan, lowrank.low_rank, bottleneck.bottleneck, polar.polar, contraction.contraction,
+    scalar.scalar_map, scan.scan, lowrank.low_rank, bottleneck.bottleneck, polar.polar, linear.linear, contraction.contraction,
 )  # fmt: skip
 
 
@@ -262,10 +262,14 @@ class Inverter:
             return False
         whole = kinds.index("int")
         fraction = 1 - whole
-        if any(self.missing_axes(node, k) for k in (0, 1)) or not self.interval(node.inputs[fraction]).within(UNIT):
+        if any(self.missing_axes(node, k) for k in (0, 1)) or not self.below_one(node.inputs[fraction]):
             return False
         self.replace(p, [node.id], list(node.inputs), Digits(node.id, whole, fraction))
         return True
+
+    def below_one(self, fraction: int) -> bool:
+        """A3: digits are told apart only by a number in (0, 1)."""
+        return self.interval(fraction).within(UNIT)
 
     def unknown_slots(self, p: Problem, node: Node) -> list[int]:
         """A3: operands count by slot, so x · x has two."""
@@ -315,7 +319,7 @@ class Inverter:
         if results is None or any(r not in p.members for r in results):
             return False
         mapped = mapped_slots(node, region)
-        if any(i in p.unknown for k, i in enumerate(node.inputs) if k not in mapped):
+        if not self.context_known(p, node, mapped):
             return False
         operands = [node.inputs[k] for k in mapped]
         used = [i for i, n in Counter(operands).items() if n > 1 or i not in p.unknown]
@@ -334,6 +338,10 @@ class Inverter:
         p.unknown.discard(node.id)
         self.replace(p, results, operands, CallInverse(node.id))
         return True
+
+    def context_known(self, p: Problem, node: Node, mapped: Sequence[int]) -> bool:
+        """A12: a call's context is an operand like another, and the inverse needs it."""
+        return not any(i in p.unknown for k, i in enumerate(node.inputs) if k not in mapped)
 
     def integrate_back(self, p: Problem, node: Node) -> bool:
         """A trajectory is told from its end when what the field reads besides it is known."""

@@ -14,6 +14,7 @@ from flowlang.derive.plan import (
     Failure,
     Gather,
     Integrate,
+    Linear,
     Plan,
     Scan,
     Solve,
@@ -109,7 +110,7 @@ def ends(region: Region, step: Step) -> list[int]:
             return [n, graph[n].inputs[0]]
         case Block():
             return [*step.exits, *step.entries]
-        case Scan():
+        case Scan() | Linear():
             return [*step.exits, step.entry]
     return [n for n in (getattr(step, "exit", None), getattr(step, "entry", None)) if n is not None]
 

@@ -3,10 +3,13 @@
 Each clause is one small function of the compiler; a switch replaces it, in tests only. `witness` is a map, or
 the seed of a random graph, that the compiler then judges wrongly.
 
-Three have no switch, since here others imply them; the congruence of A10 has none, as there are no symmetric matrices yet. A5.3's bar on gathering and un-joining along a scanned axis:
+A15 and A16 are clauses of docs/analyses.md alone: linear maps whose coefficients are numbers, and rules by hand and points of
+spheres.
+
+Some have no switch, since here others imply them; the congruence of A10 has none, as there are no symmetric matrices yet. A5.3's bar on gathering and un-joining along a scanned axis:
 the parts are shorter than the axis, so that no slice is known of them. A5.4 (inner fallbacks read nothing across slices): a
 round of a scan evaluates whole values at the current estimate, so what A5.1 lets pass is right. A12 (a draw is
-balanced): the accounting of A3 counts draws and emissions.
+balanced): the accounting of A3 counts draws and emissions. A1's `B` (statistics of the batch): without it the value arrives twice.
 """
 
 from __future__ import annotations
@@ -18,7 +21,21 @@ from typing import Any
 import pytest
 
 from flowlang.analysis import dependence, ranges
-from flowlang.derive import analyse, blocks, contraction, explain, lowrank, replay, scalar, scan, search
+from flowlang.derive import (
+    analyse,
+    blocks,
+    bottleneck,
+    contraction,
+    explain,
+    forms,
+    linear,
+    lowrank,
+    polar,
+    replay,
+    scalar,
+    scan,
+    search,
+)
 from flowlang.derive.plan import Failure
 from flowlang.derive.search import Inverter
 from flowlang.ir import lipschitz
@@ -27,6 +44,7 @@ from flowlang.ir.graph import Graph, Node
 from flowlang.ir.interval import REAL, Interval
 from flowlang.ir.ops import OPS
 from flowlang.ir.relation import Relation, Support
+from tests.soundness import judge
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,22 @@ def constant_of(value: float) -> Callable[..., float]:
     return lambda *_: value
 
 
+def whole_domain(domain: Interval, parts: int) -> list[Interval]:
+    return [domain]
+
+
+def any_parameter(node: Node) -> bool:
+    return node.op == "param"
+
+
+def one(*_: object) -> float:
+    return 1.0
+
+
+def first_two(self: Any, a: int, b: int) -> tuple[int, int]:
+    return a, b
+
+
 def unbounded_product(node: Node, types: Any, slot: int, ivs: Sequence[Interval]) -> float:
     return 1.0
 
@@ -174,18 +208,22 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A3", "a solved operand has every axis", "one number broadcast", ((Inverter, "missing_axes", lambda *_: []), (Inverter, "unlifted", nothing))),
     Switch("A3", "slices move knowledge only if they partition", "overlapping slices", ((Inverter, "partitions", yes),)),
     Switch("A3", "integers are dequantised", "whole numbers without end", ((Inverter, "real", yes),)),
+    Switch("A3", "digits are told apart by a number below one", "noise wider than a step", ((Inverter, "below_one", yes),)),
     Switch("A4", "exits are those that u dominates", "both halves scaled by each other", ((Inverter, "dominators", any_above), (Inverter, "sound_region", yes))),
     Switch("A4", "exits together", "both halves by earlier slices", ((Inverter, "choices", single_exits),)),
     Switch("A5.2", "only the strict part is dropped", "mean of earlier and own", ((scan, "drops", drops_all),)),
     # Each of the two keeps out what the other lets in: an exit outside has a node outside before it.
     Switch("A5.1", "exits and what is used lie within the order", "before and after", ((scan, "exit_within", scan.same_sizes), (scan, "usable", scan.same_sizes))),
     Switch("A5.3", "slice knowledge passes through equal slices only", 11, ((Inverter, "slicewise", yes),)),
+    Switch("A5", "what is causal is its strict part and its diagonal", "x + tanh of a cumulative sum", ((forms, "split_causal", nothing),)),
     Switch("A5.5", "assumed nodes are never solved from", "own autoregression", ((Inverter, "solvable", with_assumed), (Inverter, "finished", ends_anyhow))),
     Switch("A6", "all relations are equality", "reversed reader", ((scalar, "pointwise", yes),)),
     Switch("A6", "the exit has u's axes", "renamed on the way", ((scalar, "same_axes", yes),)),
     Switch("A6", "each op is continuous", "branches that do not meet", ((scalar.Proof, "continuous", yes),)),
     Switch("A6", "branches provably meet", "branches that meet elsewhere", ((scalar.Proof, "branches_meet", yes),)),
     Switch("A6", "the slope excludes 0", "flat between", ((scalar, "one_sign", touching),)),
+    Switch("A6", "u is subdivided before bounding", "sine times tanh", ((scalar, "split", whole_domain),)),
+    Switch("A6", "a ratio of polynomials is decided exactly", "cubic without a turn", ((scalar.Proof, "rational_sign", lambda self, domain: 0),)),
     Switch("A7", "the constant is below 1", "merged axis read crosswise", ((contraction, "contracts", yes),)),
     Switch("A7", "broadcasting costs √n", 546, (), (("expand", "lipschitz", constant_of(1.0)),)),
     Switch("A7", "the outer broadcast costs √n", "projection onto zero mean", ((contraction, "broadcast_cost", constant_of(1.0)),)),
@@ -193,6 +231,11 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A7", "a join takes the root of the sum of squares", "a join is a root of squares", ((lipschitz, "joined", max),)),
     Switch("A7", "a product needs bounded factors", "mixing contraction", (), (("mul", "lipschitz", unbounded_product),)),
     Switch("A7", "what jumps has no constant", "jumps", (), (("round", "lipschitz", constant_of(1.0)),)),
+    Switch("A7", "a matrix that nothing bounds has no constant", "a network without bound", (), (("contract", "lipschitz", constant_of(0.9)),)),
+    Switch("A8", "QᵀQ is one by the domain alone", "Sylvester without orthonormal columns", ((bottleneck, "orthonormal", any_parameter),)),
+    Switch("A8", "ρ is strictly increasing", "radial below -1", ((polar, "positive", yes),)),
+    # Each of the two keeps out what the other lets in: what is bounded has a divisor that vanishes on the way back.
+    Switch("A8", "ρ is unbounded", "radial into a ball", ((polar, "unbounded", yes), (analyse.Analyses, "program_bounds", bounds_alone))),
     Switch("A8", "s + VU h(s) is itself proved", "planar with sine", ((lowrank, "kept_sign", lambda *_: 1),)),
     Switch("A8", "s + VU h(s) is onto", "planar that saturates", ((lowrank, "onto", yes),)),
     Switch("A9a", "partial ops are total on the data's domain", "log of all reals", ((analyse.Analyses, "violations", no_violations),)),
@@ -201,6 +244,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A9", "what is emitted fills its support", "emission off its support", ((analyse, "fills", yes),)),
     Switch("A9c", "the image of a scalar map", 301, ((scalar.Proof, "image", image_of_all),)),
     Switch("A9d", "a weighted sum lies in the hull", "mixture of tanh", ((ranges, "hull_operand", nothing),)),
+    Switch("A9e", "what is inverted lies in the image", "inverse outside its image", ((analyse.Analyses, "program_bounds", bounds_alone),)),
     Switch("A10", "a local log-det is expanded to all axes", "scale of one axis", ((Builder, "total", unexpanded),)),
     Switch("A10", "a matrix rule counts for each index of the other axes", "matrix over one axis", (), (("contract", "log_det", one_axis(OPS["contract"].log_det)),)),
     Switch("A11", "a constant mask splits the index set", "printed RealNVP", ((analyse, "split_by_mask", nothing),)),
@@ -208,6 +252,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A11", "the determinant of a block excludes 0", "mixing that may be singular", ((blocks, "regular", yes), (analyse.Analyses, "program_bounds", bounds_alone))),
     Switch("A11", "parts of a block have the same axes", "one part broadcast", ((blocks, "alike", yes),)),
     Switch("A12", "calls that only condition do not weigh", "own bijector as a conditioner", ((search.Plan, "inverted_calls", weigh_all),)),
+    Switch("A12", "a call's context is an operand", "called with its own mirror", ((Inverter, "context_known", yes),)),
     Switch("A13", "the placeholder lies in the domain", "triangle of logs", ((replay, "placeholder", constant_of(0.0)),)),
     Switch("A14", "what reaches no output is told as lost", "a half twice", ((explain, "lost", unexplained),), says="dimensions are lost"),
     Switch("A14", "a condition that fails is told before all else", "scale by a half may vanish", ((explain, "may_vanish", nothing),), says="may be zero"),
@@ -216,4 +261,10 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("A14", "what is causal, not strictly, is told with its axis", "not strictly causal", ((explain, "not_strict", nothing),), says="causal along `D`"),
     Switch("A14", "what arrives twice is told with both paths", "both halves scaled by each other", ((explain, "twice", nothing),), says="arrives twice"),
     Switch("A14", "totality is told before invertibility", "division by a half", ((analyse.Analyses, "violations", no_violations),), says="needs a divisor"),
+    Switch("A15", "coefficients are numbers", "coefficient that is no number", ((linear.Forms, "number", one),)),
+    # What depends on the unknown value is no number either.
+    Switch("A15", "one factor is known", "linear and a product", ((linear.Forms, "one_of", first_two), (linear.Forms, "number", one))),
+    Switch("A15", "the matrix is regular with room to spare", "projection of three", ((linear, "regular", yes),)),
+    Switch("A16", "rules by hand are verified by numbers", 108, ((judge, "wrong_rules", lambda *_: []),)),
+    Switch("A16", "points of spheres move whole", 153, ((analyse, "off_the_sphere", nothing),)),
 )  # fmt: skip

@@ -123,6 +123,23 @@ class Builder(Shapes):
         b = self.b
         return b.add(x, b.mul(b.const(0.9), b.op("tanh", self.structure_of(x))))
 
+    def averaged(self, x: int) -> int:
+        """x plus what moves or averages it, with a dominant number before x: a matrix that rows show to be regular."""
+        b, r = self.b, self.r
+        a = self.axis(x)
+        every = tuple((s.name, s.size) for s in b.type(x).axes)
+        n = b.type(x).size(a)
+        order = list(range(n))
+        r.shuffle(order)
+        parts = [
+            b.op("expand", b.op("mean", x, axes=(a,)), axes=every), b.op("reverse", x, axis=a), b.op("shift", x, axis=a, k=1),
+            b.op("shift", x, axis=a, k=-1), b.op("permute", x, axis=a, order=tuple(order)),
+        ]  # fmt: skip
+        total = b.mul(x, b.const(r.choice([2.0, 3.0, -2.0])))
+        for part in r.sample(parts, 2):
+            total = b.add(total, b.mul(part, b.const(r.choice([0.5, -0.5, 0.9]))))
+        return total
+
     def structure_of(self, x: int) -> int:
         order = list(range(self.b.type(x).size(self.b.type(x).names[0])))
         self.r.shuffle(order)
@@ -135,6 +152,7 @@ class Builder(Shapes):
             self.scalar,
             self.linear,
             self.structure,
+            self.averaged,
         ]
         more = (
             self.convolution,

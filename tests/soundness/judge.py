@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from flowlang.backends.torch.codegen import Generator, module_text
+from flowlang.backends.torch.explicit import wrong_rules
 from flowlang.backends.torch.load import load_module
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from flowlang.derive.plan import Failure, Gather, Plan, Solve, Unjoin
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Region
 from flowlang.ir.interval import Interval
+from flowlang.ir.manifolds import is_sphere, on_sphere
 from tests.interpreter import Parameters, evaluate, follow
 
 
@@ -52,7 +54,15 @@ def judge(region: Region, seed: int) -> Verdict:
         isinstance(s, Unjoin | Gather) or (isinstance(s, Solve) and plan.region.graph[s.node].op in TRIVIAL_OPS)
         for s in plan.steps
     )
-    return Verdict(True, trivial, compare(region, analyses, seed), ways=ways)
+    try:
+        wrong = compare(region, analyses, seed)
+    except RulesRefused:
+        return Verdict(False, code="FL0412")
+    return Verdict(True, trivial, wrong, ways=ways)
+
+
+class RulesRefused(Exception):
+    """The numerical verification found a hand-given rule to be wrong."""
 
 
 @contextmanager
@@ -75,6 +85,8 @@ def compare(region: Region, analyses: Analyses, seed: int) -> str:
         with torch.no_grad():
             for p in module.parameters():
                 p += 0.4 * torch.randn_like(p)
+        if any(r.has_map_rules for r in region.walk()) and wrong_rules(region, module, analyses):
+            raise RulesRefused
         return Judge(region, analyses, module).check()
 
 
@@ -113,10 +125,21 @@ class Judge:
         self.images = [analyses.ranges(region).interval(o) for o in region.outputs]
         self.out_shapes = [self.graph[o].tensor.shape for o in region.outputs]
         self.context = [torch.randn(self.graph[c].tensor.shape) for c in region.context]
+        self.spheres = [is_sphere(self.graph[i]) for i in region.inputs]
+        self.out_spheres = [on_sphere(self.graph, o, region=region) for o in region.outputs]
+        self.whole = [self.graph[i].tensor.kind == "int" for i in region.inputs]
+        # Where noise is drawn, the coordinates are the real inputs and the noise; whole numbers are held fixed.
+        self.draws = [d.value for d in region.draws]
+        self.numbers: dict[int, Tensor] = {}
+
+    @property
+    def moving(self) -> list[int]:
+        return [i for i, n in zip(self.region.inputs, self.whole, strict=True) if not n] + self.draws
 
     def forward(self, flat: Tensor) -> Tensor:
-        """The map as the interpreter has it, on flat vectors."""
-        values = dict(zip(self.region.inputs, self.cut(flat, self.shapes), strict=True))
+        """The map as the interpreter has it, on flat vectors of the coordinates."""
+        shapes = [self.graph[i].tensor.shape for i in self.moving]
+        values = dict(zip(self.moving, self.cut(flat, shapes), strict=True)) | self.numbers
         values |= dict(zip(self.region.context, self.context, strict=True))
         found = evaluate(self.graph, values, self.parameters, self.region.outputs)
         return torch.cat([v.reshape(-1) for v in found])
@@ -130,22 +153,104 @@ class Judge:
         f = self.module if method == "forward" else self.module.inverse
         with torch.enable_grad() if self.estimated else torch.no_grad():
             out = f(*(v.unsqueeze(0) for v in self.cut(flat, shapes)), *(c.unsqueeze(0) for c in self.context))
+            assert len(out) == 1 + len(self.shapes if method == "inverse" else self.out_shapes)
         return torch.cat([v.reshape(-1) for v in out[:-1]]).detach(), out[-1].detach()[0]
 
     def points(self, scale: float) -> Tensor:
         parts = []
-        for d, s in zip(self.domains, self.shapes, strict=True):
+        for d, s, sphere, whole in zip(self.domains, self.shapes, self.spheres, self.whole, strict=True):
             assert isinstance(d, Domain)
-            parts.append(inside(d.interval, scale * torch.randn(s)).reshape(-1))
+            z = scale * torch.randn(s)
+            if sphere:
+                z = torch.nn.functional.normalize(z, dim=-1)
+            elif whole:
+                lo, hi = max(d.interval.lo, -5.0), min(d.interval.hi, 5.0)
+                z = lo + torch.randint(int(hi - lo) + 1, s).double()
+            else:
+                z = inside(d.interval, z)
+            parts.append(z.reshape(-1))
         return torch.cat(parts)
 
     def check(self) -> str:
         for trial in range(3):
             self.context = [torch.randn_like(c) for c in self.context]
-            wrong = self.at(self.points(1.0 + trial))
+            x = self.points(1.0 + trial)
+            wrong = self.at_noise(x, 1.0 + trial) if self.draws or any(self.whole) else self.at(x)
             if wrong:
                 return wrong
         return self.reaches_image()
+
+    def at_noise(self, x: Tensor, scale: float) -> str:
+        """With noise of our own: the inverse finds the inputs again, whole numbers exactly, and its log-det is that of the
+        coordinates. With the module's noise: its inverse leads back, and the log-dets are opposite."""
+        parts = self.cut(x, self.shapes)
+        self.fix_numbers(parts)
+        noise = [
+            inside(self.graph[d].attrs["domain"].interval, scale * torch.randn(self.graph[d].tensor.shape))
+            for d in self.draws
+        ]
+        real = [v for v, n in zip(parts, self.whole, strict=True) if not n]
+        if not (flat := [*real, *noise]):
+            return ""
+        point = torch.cat([v.reshape(-1) for v in flat])
+        y = self.forward(point)
+        jacobian = torch.autograd.functional.jacobian(self.forward, point)
+        assert isinstance(jacobian, Tensor)
+        if jacobian.shape[0] != jacobian.shape[1]:
+            return f"{jacobian.shape[1]} coordinates go to {jacobian.shape[0]}"
+        reference = float(torch.linalg.slogdet(jacobian)[1])
+        condition = float(torch.linalg.cond(jacobian)) if jacobian.isfinite().all() else math.inf
+        if not (condition <= 1e10 and y.isfinite().all()):
+            return ""
+        back, back_det = self.run("inverse", y, self.out_shapes)
+        wrong = self.led_back(back, x, condition)
+        if wrong:
+            return wrong
+        if not self.estimated and not abs(reference + float(back_det)) <= 1e-6 * (1 + abs(reference)) * max(
+            1, math.log10(condition)
+        ):
+            return f"inverse log-det {float(back_det):.6g}, and the Jacobian says {-reference:.6g}"
+        made, log_det = self.run("forward", x, self.shapes)
+        again, again_det = self.run("inverse", made, self.out_shapes)
+        if not made.isfinite().all():
+            return ""
+        wrong = self.led_back(again, x, max(condition, 1e6))
+        if wrong or self.estimated:
+            return wrong and f"from the module's own noise: {wrong}"
+        if not abs(float(log_det + again_det)) <= 1e-5 * (1 + abs(float(log_det))):
+            return f"log-det {float(log_det):.6g} there, {float(again_det):.6g} back"
+        return ""
+
+    def fix_numbers(self, parts: list[Tensor]) -> None:
+        self.numbers = {i: v for i, v, n in zip(self.region.inputs, parts, self.whole, strict=True) if n}
+
+    def led_back(self, found: Tensor, wanted: Tensor, condition: float) -> str:
+        for a, c, whole in zip(self.cut(found, self.shapes), self.cut(wanted, self.shapes), self.whole, strict=True):
+            error = float((a - c).abs().max())
+            if whole and error:
+                return f"whole numbers come back wrong by {error:g}"
+            if not error <= 1e-8 * (1 + float(c.abs().max())) * max(condition, 1):
+                return f"round trip off by {error:.2e} at condition {condition:.1e}"
+        return ""
+
+    def tangential(self, jacobian: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Between tangent spaces, where points lie on spheres."""
+        if not any((*self.spheres, *self.out_spheres)):
+            return jacobian
+        return (
+            self.directions(y, self.out_shapes, self.out_spheres).T
+            @ jacobian
+            @ self.directions(x, self.shapes, self.spheres)
+        )
+
+    def directions(self, flat: Tensor, shapes: list[tuple[int, ...]], spheres: list[bool]) -> Tensor:
+        blocks = []
+        for v, sphere in zip(self.cut(flat, shapes), spheres, strict=True):
+            if sphere:
+                blocks += [torch.linalg.svd(p.reshape(1, -1)).Vh[1:].T for p in v.reshape(-1, v.shape[-1])]
+            else:
+                blocks.append(torch.eye(v.numel()))
+        return torch.block_diag(*blocks)
 
     def at(self, x: Tensor) -> str:
         y = self.forward(x)
@@ -153,6 +258,12 @@ class Judge:
         assert isinstance(jacobian, Tensor)
         if not (torch.isfinite(jacobian).all() and torch.isfinite(y).all()):
             return ""  # saturated in float64
+        for v, sphere in zip(self.cut(y, self.out_shapes), self.out_spheres, strict=True):
+            if sphere and not torch.allclose(v.norm(dim=-1), torch.ones(())):
+                return "a result that is said to lie on a sphere does not"
+        jacobian = self.tangential(jacobian, x, y)
+        if jacobian.shape[0] != jacobian.shape[1]:
+            return f"{jacobian.shape[1]} coordinates go to {jacobian.shape[0]}"
         singular = torch.linalg.svdvals(jacobian)
         condition = float(singular[0] / singular[-1].clamp_min(1e-300))
         if condition > 1e10:
@@ -187,21 +298,33 @@ class Judge:
         Where float64 does not hold the preimage, the interpreter looks for it in the reals. It cannot where it has
         to solve for inverted calls at each step: there only what is missed at every scale is wrong.
         """
-        solved = any(n.attrs.get("method") == "inverse" for r in self.region.walk() for n in r.graph)
+        solved = any(n.attrs.get("method") == "inverse" for r in self.region.walk() for n in r.graph) or any(
+            self.spheres
+        )
         missed = ""
         for scale in (2.0, 1.0, 0.3):
-            goal = torch.cat(
-                [
-                    inside(iv, scale * torch.randn(s)).reshape(-1)
-                    for iv, s in zip(self.images, self.out_shapes, strict=True)
-                ]
-            )
+            goals = [
+                torch.nn.functional.normalize(torch.randn(s), dim=-1) if sphere else inside(iv, scale * torch.randn(s))
+                for iv, s, sphere in zip(self.images, self.out_shapes, self.out_spheres, strict=True)
+            ]
+            goal = torch.cat([g.reshape(-1) for g in goals])
             point = self.run("inverse", goal, self.out_shapes)[0]
             missed = ""
             if not torch.isfinite(point).all():
                 missed = "values of the claimed image have no finite preimage"
-            elif any(not ((v >= d.interval.lo) & (v <= d.interval.hi)).all() for v, d in self.coordinates(point)):
+            elif any(
+                not ((v >= d.interval.lo - e) & (v <= d.interval.hi + e)).all() for v, d, e in self.coordinates(point)
+            ):
                 return "a value of the claimed image comes from outside the domain"
+            elif any(
+                (v != v.round()).any() for v, n in zip(self.cut(point, self.shapes), self.whole, strict=True) if n
+            ):
+                return "a value of the claimed image comes from what is no whole number"
+            elif self.draws or any(self.whole):
+                self.fix_numbers(self.cut(point, self.shapes))
+                missed = "" if self.has_preimage(goal) else "a value of the claimed image comes from no noise"
+                if missed:
+                    return missed
             else:
                 error = (self.forward(point) - goal).abs().max() / (1 + point.abs().max() + goal.abs().max())
                 if not float(error) <= 1e-5:
@@ -228,15 +351,19 @@ class Judge:
         values = torch.linalg.svdvals(jacobian)
         return bool(values[-1] <= 1e-12 * values[0])
 
-    def coordinates(self, flat: Tensor) -> Iterator[tuple[Tensor, Domain]]:
-        return zip(self.cut(flat, self.shapes), self.domains, strict=True)
+    def coordinates(self, flat: Tensor) -> Iterator[tuple[Tensor, Domain, float]]:
+        """Each input with its domain, and by how much rounding may leave it."""
+        slack = [1e-9 if sphere else 0.0 for sphere in self.spheres]
+        return zip(self.cut(flat, self.shapes), self.domains, slack, strict=True)
 
     def has_preimage(self, goal: Tensor) -> bool:
         """Whether a preimage is found from some start. What goes to the reals at once is sought there."""
 
         def f(flat: Tensor) -> Tensor:
-            values = dict(zip(self.region.context, self.context, strict=True))
-            for i, (z, d) in zip(self.region.inputs, self.coordinates(flat), strict=True):
+            values = dict(zip(self.region.context, self.context, strict=True)) | self.numbers
+            shapes = [self.graph[i].tensor.shape for i in self.moving]
+            for i, z in zip(self.moving, self.cut(flat, shapes), strict=True):
+                d = self.graph[i].attrs["domain"]
                 values[i] = inside(d.interval, z)
                 for user, _ in self.graph.users(i):
                     if INTO_REAL.get(user.op) == d.name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,12 +25,13 @@ class Flow(Face):
     Generated classes give the shapes of one sample, and `types`, which has them in the spec's words.
     Not-a-number in one sample makes the results of that sample not-a-number, and of no other.
 
-    `check_inverse = True` makes `inverse`, `rsample` and `sample` look at what they found and warn
-    (`NumericalWarning`) of samples that the module cannot invert in its precision; it costs two or three passes more.
-    Nothing is checked while a program is traced or compiled. `round_trip` tells the same of any data.
+    `inverse` looks at what it found and warns (`NumericalWarning`) of samples that the module cannot invert in its
+    precision, which costs one pass forward and one back. `check_inverse = False` leaves that out; with `True`, `rsample`
+    and `sample` look as well. Nothing is checked while a program is traced, compiled or transformed (`torch.func`).
+    `round_trip` tells the same of any data.
     """
 
-    check_inverse: bool = False
+    check_inverse: bool | None = None  # None: `inverse` alone
 
     exactness: str = "exact"  # of the log-density: exact, unbiased (an estimate), lower bound, ratio (up to a constant)
     data_shape: tuple[int, ...] = ()
@@ -53,8 +55,11 @@ class Flow(Face):
         named = [(f"part {k + 1}", p, s) for k, (p, s) in enumerate(zip(parts, self.emitted_shapes, strict=True))]
         values, context = self._fit([("base", z, self.base_shape), *named], given)
         *found, log_det = self._program("_inverse")(*values, *context)
-        if self.check_inverse and not torch.compiler.is_compiling():
-            self._warn(self._doubt(values, context, found))
+        if self.check_inverse is not False:
+            if self.exactness in ("exact", "unbiased"):
+                self._warn(lambda: self._doubt(values, context, found))
+            else:  # other noise is drawn on the way there: what was found comes back, or not
+                self._warn(lambda: self.round_trip(self._whole(found), **given))
         return self._whole(found), log_det
 
     @torch.no_grad()
@@ -130,8 +135,8 @@ class Flow(Face):
         """
         batch, context = self._fit_sample(shape, given)
         found = self._whole(self._program("_sample", generator)(batch, *context, generator=generator))
-        if self.check_inverse and not torch.compiler.is_compiling():
-            self._warn(self.round_trip(found, **given))
+        if self.check_inverse:
+            self._warn(lambda: self.round_trip(found, **given))
         return found
 
     @torch.no_grad()
@@ -204,14 +209,22 @@ class Flow(Face):
             doubt = torch.maximum(doubt, self._distance(torch.where(torch.isfinite(again), again, x), x, event))
         return torch.where(unknown, 0.0, doubt)
 
-    def _warn(self, doubt: Tensor) -> None:
-        bad = int((doubt > LOST).sum())
+    def _warn(self, look: Callable[[], Tensor]) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        try:
+            doubt = look()
+            bad = int((doubt > LOST).sum())
+        except (
+            RuntimeError
+        ):  # under `torch.func`, and of fake tensors and those of "meta", there are no numbers to look at
+            return
         if bad:
             warnings.warn(
                 f"{bad} of {doubt.numel()} samples lie outside what this flow can invert in {self.like.dtype}: "
                 f"the round trip may be off by {float(doubt.max()):.1g} of 1 + |x|; use .double(), or bound its scales",
                 NumericalWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     # ---- programs of a generated class ------------------------------------------------------------
