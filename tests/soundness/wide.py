@@ -48,7 +48,7 @@ class Wide(Shapes):
     def __init__(self, seed: int):
         r = random.Random(seed)
         self.kind = r.choice(["whole_numbers", "ruled", "records", "spheres", "sequence", "numbers"])
-        shape = None
+        shape: tuple[tuple[str, int], ...] | None = None
         if self.kind == "sequence":
             shape = (("T", r.choice([4, 5, 6])), ("C", r.choice([2, 3])))
         elif self.kind == "records":
