@@ -13,8 +13,8 @@ from flowlang.ir.build import Builder
 from flowlang.ir.domains import domain
 from flowlang.ir.graph import Child, Graph, Node, Region
 from flowlang.ir.text import print_region
-from tests.soundness.generate import make
 from tests.soundness.judge import judge
+from tests.soundness.wide import make
 
 
 def rebuilt(region: Region, swap: dict[int, int], results: list[int], plain: bool = False) -> Region:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from tests.soundness.generate import make
 from tests.soundness.judge import judge
+from tests.soundness.wide import make
 
 CHUNK = 250
 

@@ -7,9 +7,10 @@ import pytest
 from flowlang.analysis.ranges import Ranges
 from flowlang.ir.interval import REAL
 from flowlang.ir.text import parse_region
-from tests.soundness.generate import Maker, make
+from tests.soundness.generate import Maker
 from tests.soundness.judge import judge
 from tests.soundness.run import Tally, run
+from tests.soundness.wide import make
 
 
 def holds(tally: Tally) -> None:

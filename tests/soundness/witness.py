@@ -11,8 +11,8 @@ from flowlang.derive.programs import is_random
 from flowlang.ir.graph import Region
 from flowlang.source import Source
 from tests.analysis.maps import BIJECTIVE, NOT_BIJECTIVE, NOT_PROVED, Map
-from tests.soundness.generate import make
 from tests.soundness.judge import compare, judge
+from tests.soundness.wide import make
 
 MAPS: dict[str, Map] = {m.name: m for m in (*BIJECTIVE, *NOT_BIJECTIVE, *NOT_PROVED)}
 
