@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flowlang.derive.replay import Replay
     from flowlang.derive.search import Inverter
 
-MOST = 64  # coordinates that are mixed: the inverse is written out in the generated code
+MOST = 32  # coordinates that are mixed: the inverse is written out in the generated code
 MOST_ENTRIES = 4096  # of any value between
 CONDITION = 1e6
 WHOLE, ROW = "all entries", "all' entries"  # names that no author can write

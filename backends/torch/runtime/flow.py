@@ -26,9 +26,9 @@ class Flow(Face):
     Not-a-number in one sample makes the results of that sample not-a-number, and of no other.
 
     `inverse` looks at what it found and warns (`NumericalWarning`) of samples that the module cannot invert in its
-    precision, which costs one pass forward and one back. `check_inverse = False` leaves that out; with `True`, `rsample`
-    and `sample` look as well. Nothing is checked while a program is traced, compiled or transformed (`torch.func`).
-    `round_trip` tells the same of any data.
+    precision, which costs one pass forward and one back. `check_inverse = False` leaves that out; with `True`,
+    `rsample` and `sample` look as well. Nothing is checked while a program is traced, compiled or transformed
+    (`torch.func`). `round_trip` tells the same of any data.
     """
 
     check_inverse: bool | None = None  # None: `inverse` alone
