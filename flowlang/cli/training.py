@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from flowlang.api import analyse, compile_from, compile_function, load, pick_flow, save
+from flowlang.api import analyse, compile_from, compile_function, load, pick_flow, save, source_of
 from flowlang.cli.common import (
     flow_option,
     json_option,
@@ -161,6 +161,7 @@ def train(ctx: click.Context, spec: str, sets: tuple[str, ...], flow: str | None
     if (data is None) == (energy is None):
         raise click.UsageError("give either --data FILE or --energy NET")
     folder = Path(out)
+    source_of(spec)  # a spec that is not there is told before anything about the data
     options = options_of(ctx, folder, {**rest, "standardise": not no_standardise}, resume)
     table = read(data, chosen, options.seed) if data is not None else None
     comp, name = sized(spec, sets, flow, table)
@@ -310,6 +311,8 @@ def trained_flow(spec: str | None, sets: tuple[str, ...], weights: str) -> tuple
     """The flow with its weights, in the data's units; and what the file says beside them."""
     from flowlang.backends.torch.store import read_tensors
 
+    if spec is not None and (Path(spec) / "model.safetensors").is_file():
+        spec, weights = None, spec  # a run's folder in the place of its spec
     file = weights_file(weights)
     meta = read_tensors(file)[1]
     return load(file, spec, **parse_sets(sets)).eval(), meta

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flowlang.derive.search import Inverter
 
 MOST = 32  # coordinates that are mixed: the inverse is written out in the generated code
-MOST_ENTRIES = 4096  # of any value between
+MOST_WORK = 500_000  # coefficients read on the way: a long text is not worth more
 CONDITION = 1e6
 WHOLE, ROW = "all entries", "all' entries"  # names that no author can write
 ADDS = ("add", "sub", "join", "stack")  # what is known beside the path has no say in the matrix
@@ -61,7 +61,7 @@ def linear(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Linear 
 
 
 class NotLinear(Exception):
-    """A coefficient that is no number, or too many entries."""
+    """A coefficient that is no number, or too much to read."""
 
 
 def untouched(graph: Graph, u: int, path: Sequence[int]) -> list[str]:
@@ -104,12 +104,11 @@ class Forms:
     def __init__(self, graph: Graph, u: int, path: Sequence[int], lifted: Sequence[str]):
         self.graph, self.lifted = graph, set(lifted)
         self.constants = Constants(graph)
+        self.left = MOST_WORK
         self.of: dict[int, list[Form]] = {u: [{j: 1.0} for j in range(self.count(u))]}
         for n in path:
             if n == u:
                 continue
-            if self.count(n) > MOST_ENTRIES:
-                raise NotLinear
             rule = RULES[graph[n].op]
             self.of[n] = [rule(self, graph[n], dict(zip(self.names(n), w, strict=True))) for w in self.places(n)]
 
@@ -132,7 +131,11 @@ class Forms:
         place = 0
         for a in self.axes(n):
             place = place * a.size + where[a.name]
-        return self.of[n][place]
+        found = self.of[n][place]
+        self.left -= 1 + len(found)
+        if self.left < 0:
+            raise NotLinear
+        return found
 
     def number(self, n: int, where: Where) -> float:
         """A coefficient: a number in the text, the same for every sample and parameter."""

@@ -267,28 +267,27 @@ def read_parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
 MISSING = {"", "na", "nan", "null", "none", "n/a", "?"}
 
 
-def refuse_missing(name: str, rows: Sequence[int]) -> FlowError:
+def refuse_missing(by_name: Mapping[str, Sequence[Any]], used: Sequence[str]) -> None:
+    """FL0802 for all columns and rows at once: they are mended together."""
+    holes = {n: [k + 1 for k, c in enumerate(by_name[n]) if absent(c)] for n in dict.fromkeys(used)}
+    names = [f"`{n}`" for n, rows in holes.items() if rows]
+    if not names:
+        return
+    count, rows = sum(map(len, holes.values())), sorted({k for found in holes.values() for k in found})
     shown = ", ".join(str(r) for r in rows[:8]) + (", .." if len(rows) > 8 else "")
-    count = f"{len(rows)} missing value{'s' if len(rows) > 1 else ''}"
-    return refuse("FL0802", f"column `{name}` has {count}: row{'s' if len(rows) > 1 else ''} {shown}",
-                  "remove those rows or fill them: a density of missing values is not defined")  # fmt: skip
+    where = f"column {names[0]} has" if len(names) == 1 else f"columns {', '.join(names)} have"
+    raise refuse("FL0802", f"{where} {count} missing value{'s' if count > 1 else ''}: row{'s' if len(rows) > 1 else ''} {shown}",
+                 "remove those rows or fill them: a density of missing values is not defined")  # fmt: skip
 
 
 def to_numbers(name: str, cells: Sequence[Any]) -> Array:
     out = np.empty(len(cells))
-    missing: list[int] = []
     for k, c in enumerate(cells):
-        if absent(c):
-            missing.append(k)
-            out[k] = 0
-            continue
         try:
             out[k] = float(c)
         except (TypeError, ValueError):
             raise refuse("FL0802", f"column `{name}` holds the text {str(c)[:40]!r} in row {k + 1}, which is no number",
                          f"leave the column out, or use it as a category: --onehot {name}") from None  # fmt: skip
-    if missing:
-        raise refuse_missing(name, [k + 1 for k in missing])
     if not np.isfinite(out).all():
         k = int(np.flatnonzero(~np.isfinite(out))[0])
         raise refuse(
@@ -363,9 +362,6 @@ def codes(name: str, cells: Sequence[Any], kinds: Sequence[str]) -> Array:
     """Category numbers; a category that was not there before is refused with its row."""
     number = {k: i for i, k in enumerate(kinds)}
     out = np.empty(len(cells))
-    missing = [k + 1 for k, c in enumerate(cells) if absent(c)]
-    if missing:
-        raise refuse_missing(name, missing)
     for k, c in enumerate(cells):
         if str(c) not in number:
             raise refuse("FL0802", f"column `{name}` has the new category {str(c)[:40]!r} in row {k + 1}",
@@ -381,8 +377,11 @@ def from_columns(
     asked = [*choice.columns, *choice.onehot, *(choice.dequantise if isinstance(choice.dequantise, Mapping) else ())]
     need_columns(path, [*asked, *(c for k, parts in choice.given.items() for c in (parts or (k,)))], names)
     if recipe is None or choice:
+        context = [c for k, parts in choice.given.items() for c in (tuple(parts) or (k,))]
+        refuse_missing(by_name, [*(choice.columns or [n for n in names if n not in context]), *context])
         recipe = plan_columns(names, by_name, choice)
     need_columns(path, [*recipe.columns, *(c for parts in recipe.given.values() for c in parts)], names)
+    refuse_missing(by_name, [*recipe.columns, *(c for parts in recipe.given.values() for c in parts)])
     if not recipe.columns:
         raise refuse("FL0804", "no column is left for the data", "name them with --columns")
     rng = np.random.default_rng(seed)

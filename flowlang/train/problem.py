@@ -352,6 +352,13 @@ def check_shapes(flow: Flow, table: Table) -> None:
             Diagnostic("FL0802", f"a sample of the data has shape {have}, and the flow's data {want}",
                        suggestion=f"choose columns with --columns, or set the size, as in `--set D=6`.{missing}".removesuffix("."))
         )  # fmt: skip
+    for name in table.given:
+        if name not in flow.given_shapes:
+            known = ", ".join(f"`{k}`" for k in flow.given_shapes)
+            raise FlowError(
+                Diagnostic("FL0802", f"the flow has no context `{name}`",
+                           suggestion=f"its context is {known}" if known else "it takes none: leave `--given` out")
+            )  # fmt: skip
     for name, shape in flow.given_shapes.items():
         if name not in table.given:
             raise FlowError(

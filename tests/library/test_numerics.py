@@ -19,6 +19,8 @@ import flowlang as fl
 from tests.library.registry import Case, cases
 from tests.library.test_bijectors import given
 
+pytestmark = pytest.mark.filterwarnings("error:.*lie outside what this flow can invert")
+
 B = 3.0
 EPS = torch.finfo(torch.float32).eps
 KINDS = {
@@ -207,6 +209,27 @@ def test_nothing_is_looked_at_where_there_are_no_numbers() -> None:
     torch.testing.assert_close(found, flow.inverse(z)[0])
     meta = copy.deepcopy(flow).to("meta")
     assert meta.inverse(z.to("meta"))[0].shape == (3, 2)
+
+
+def test_looking_moves_no_state_and_draws_nothing() -> None:
+    """A forward pass in training moves running statistics, and that of a contraction draws."""
+    flow = fl.compile(
+        "flow f {\n data x: R[D = 2]\n invertible_batch_norm\n residual_block(net = mlp(8, act = elu))\n base normal\n}",
+        seed=0,
+    )
+    z = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    torch.manual_seed(0)
+    flow.inverse(z)
+    for looks in (flow, flow.eval()):
+        looks.inverse(z)
+    looked = torch.randn(1)
+    flow.check_inverse = False
+    torch.manual_seed(0)
+    for _ in range(3):
+        flow.inverse(z)
+    assert torch.equal(looked, torch.randn(1))
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
 
 
 def test_whole_numbers_are_no_matter_of_doubt() -> None:

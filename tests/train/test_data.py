@@ -85,6 +85,18 @@ def test_missing_values_are_refused_with_their_rows(tmp_path: Path, hole: str) -
     refused("FL0802", "column `a` has 2 missing values: rows 2, 4", path=path)
 
 
+def test_missing_values_of_all_columns_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "holes.csv"
+    path.write_text("a,b,c\n1,,x\n,2,\n3,4,y\n", "utf-8")
+    refused(
+        "FL0802",
+        "columns `a`, `b`, `c` have 3 missing values: rows 1, 2",
+        path=path,
+        given={"k": ("c",)},
+        onehot=("c",),
+    )
+
+
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     refused("FL0802", "no column `bb`", "did you mean `b`?", path=csv(tmp_path), columns=["bb"])
     refused("FL0802", "column `kind` holds the text 'red' in row 1", "--onehot kind", path=csv(tmp_path))

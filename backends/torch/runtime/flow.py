@@ -209,15 +209,22 @@ class Flow(Face):
             doubt = torch.maximum(doubt, self._distance(torch.where(torch.isfinite(again), again, x), x, event))
         return torch.where(unknown, 0.0, doubt)
 
+    def _has_states(self) -> bool:
+        """Whether something is kept beside the parameters, as running statistics are."""
+        for m in self.modules():
+            if any(b is not None and k not in m._non_persistent_buffers_set for k, b in m._buffers.items()):
+                return True
+        return False
+
     def _warn(self, look: Callable[[], Tensor]) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """Warns of what `look` doubts. It runs the flow again: not where that is recorded, or moves states."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or (self.training and self._has_states()):
             return
         try:
-            doubt = look()
+            with torch.random.fork_rng(devices=[]):  # an estimated log-det draws, and nobody asks for it here
+                doubt = look()
             bad = int((doubt > LOST).sum())
-        except (
-            RuntimeError
-        ):  # under `torch.func`, and of fake tensors and those of "meta", there are no numbers to look at
+        except RuntimeError:  # there are no numbers to look at: fake tensors, "meta", `torch.func`
             return
         if bad:
             warnings.warn(
