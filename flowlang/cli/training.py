@@ -312,7 +312,7 @@ def trained_flow(spec: str | None, sets: tuple[str, ...], weights: str) -> tuple
     from flowlang.backends.torch.store import read_tensors
 
     if spec is not None and (Path(spec) / "model.safetensors").is_file():
-        spec, weights = None, spec  # a run's folder in the place of its spec
+        weights, spec = spec, None  # a run's folder in the place of its spec
     file = weights_file(weights)
     meta = read_tensors(file)[1]
     return load(file, spec, **parse_sets(sets)).eval(), meta
