@@ -211,6 +211,25 @@ def test_nothing_is_looked_at_where_there_are_no_numbers() -> None:
     assert meta.inverse(z.to("meta"))[0].shape == (3, 2)
 
 
+def test_of_many_samples_the_farthest_out_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp drowns the digits of what is far below 0, for one sample in ten thousand; 256 are looked at."""
+    flow = fl.compile("bijector m(x: R[D]) { x + exp(x) }\nflow f {\n data x: R[D = 2]\n m\n base normal\n}")
+    x = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0))
+    z = flow(x)[0]
+    flow.inverse(z)
+    seen = []
+    doubt = type(flow)._doubt
+    monkeypatch.setattr(type(flow), "_doubt", lambda self, v, c, f: seen.append(len(v[0])) or doubt(self, v, c, f))
+    flow.inverse(z)
+    z[1234, 0] = 3e38  # its preimage is a number, and one unit in its last place is 2e31
+    with pytest.warns(fl.NumericalWarning, match=r"^1 of 256 samples lie outside"):
+        flow.inverse(z)
+    assert seen == [256, 256]
+    flow.check_inverse = True
+    with pytest.warns(fl.NumericalWarning, match=r"^1 of 10000 samples"):
+        flow.inverse(z)
+
+
 def test_looking_moves_no_state_and_draws_nothing() -> None:
     """A forward pass in training moves running statistics, and that of a contraction draws."""
     flow = fl.compile(

@@ -12,6 +12,7 @@ from flowlang.backends.torch.runtime.errors import bad_input
 from flowlang.backends.torch.runtime.face import Face
 from torch import Tensor
 
+LOOKED_AT = 256  # of a batch that is inverted, those that lie farthest out
 LOST = 1e-3  # a round trip that misses by more, relative to 1 + |x|, is no inverse
 
 
@@ -26,9 +27,9 @@ class Flow(Face):
     Not-a-number in one sample makes the results of that sample not-a-number, and of no other.
 
     `inverse` looks at what it found and warns (`NumericalWarning`) of samples that the module cannot invert in its
-    precision, which costs one pass forward and one back. `check_inverse = False` leaves that out; with `True`,
-    `rsample` and `sample` look as well. Nothing is checked while a program is traced, compiled or transformed
-    (`torch.func`). `round_trip` tells the same of any data.
+    precision: at the 256 of a batch whose values lie farthest out, which costs one pass forward and one back of these.
+    `check_inverse = False` leaves that out; with `True` all are looked at, by `rsample` and `sample` too. Nothing is
+    checked while a program is traced, compiled or transformed (`torch.func`). `round_trip` tells the same of any data.
     """
 
     check_inverse: bool | None = None  # None: `inverse` alone
@@ -56,10 +57,7 @@ class Flow(Face):
         values, context = self._fit([("base", z, self.base_shape), *named], given)
         *found, log_det = self._program("_inverse")(*values, *context)
         if self.check_inverse is not False:
-            if self.exactness in ("exact", "unbiased"):
-                self._warn(lambda: self._doubt(values, context, found))
-            else:  # other noise is drawn on the way there: what was found comes back, or not
-                self._warn(lambda: self.round_trip(self._whole(found), **given))
+            self._warn(lambda: self._doubt(*self._picked(values, context, found)))
         return self._whole(found), log_det
 
     @torch.no_grad()
@@ -193,6 +191,11 @@ class Flow(Face):
         place, which rounding in the forward map makes, moves x far.
         """
         events = [len(shape) for _, _, shape in self._data(self._whole(found))]
+        if self.exactness not in ("exact", "unbiased"):
+            # Other noise is drawn on the way there: what was found comes back, or not.
+            back = self._program("_inverse")(*self._program("_forward")(*found, *context)[:-1], *context)[:-1]
+            each = [self._distance(b, x, event) for b, x, event in zip(back, found, events, strict=True)]
+            return torch.stack(each).amax(0)
         doubt = found[0].new_zeros(found[0].shape[: found[0].dim() - events[0]])
         unknown = torch.zeros_like(doubt, dtype=torch.bool)
         moved = []
@@ -209,6 +212,23 @@ class Flow(Face):
             doubt = torch.maximum(doubt, self._distance(torch.where(torch.isfinite(again), again, x), x, event))
         return torch.where(unknown, 0.0, doubt)
 
+    @torch.no_grad()
+    def _picked(
+        self, values: list[Tensor], context: list[Tensor], found: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The samples that are looked at: those whose values are the largest beside what is usual in the batch."""
+        event = len(self._data(self._whole(found))[0][2])
+        batch = found[0].shape[: found[0].dim() - event]
+        n = math.prod(batch)
+        if self.check_inverse or n <= LOOKED_AT:
+            return values, context, found
+        flat = [[v.reshape(n, *v.shape[len(batch) :]) for v in part] for part in (values, context, found)]
+        sizes = [v.abs().reshape(n, -1) for v in flat[0]]
+        each = torch.stack([(v / v.mean(0).clamp_min(1e-30)).amax(1) for v in sizes if v.shape[1]]).amax(0)
+        rows = torch.nan_to_num(each, nan=0.0).topk(LOOKED_AT).indices
+        picked = [[v[rows] for v in part] for part in flat]
+        return picked[0], picked[1], picked[2]
+
     def _has_states(self) -> bool:
         """Whether something is kept beside the parameters, as running statistics are."""
         for m in self.modules():
@@ -220,12 +240,13 @@ class Flow(Face):
         """Warns of what `look` doubts. It runs the flow again: not where that is recorded, or moves states."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or (self.training and self._has_states()):
             return
+        with torch.random.fork_rng(devices=[]):  # an estimated log-det draws, and nobody asks for it here
+            doubt = look()
+        lost = (doubt > LOST).sum()
         try:
-            with torch.random.fork_rng(devices=[]):  # an estimated log-det draws, and nobody asks for it here
-                doubt = look()
-            bad = int((doubt > LOST).sum())
-        except RuntimeError:  # there are no numbers to look at: fake tensors, "meta", `torch.func`
-            return
+            bad = int(lost)
+        except RuntimeError:
+            return  # no number: of fake tensors, on "meta", under `torch.func`
         if bad:
             warnings.warn(
                 f"{bad} of {doubt.numel()} samples lie outside what this flow can invert in {self.like.dtype}: "
