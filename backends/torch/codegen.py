@@ -23,6 +23,7 @@ from flowlang.derive.tidy import graphs, tidy, without_log_det, zero_log_det
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Child, Node, Region
 from flowlang.ir.interval import REAL
+from flowlang.ir.noise import draws
 from flowlang.ir.tableau import Tableau
 
 LINE_WIDTH = 120
@@ -398,6 +399,7 @@ class Generator:
             and not is_random(program.region)
             and not program.region.emissions
             and any(n.op in SOLVERS for n in program.graph)
+            and not draws(program.region, training=True)
             and not any(n.op == "running" for r in program.region.walk() for n in r.graph)
         )
 

@@ -31,6 +31,7 @@ from flowlang.derive.plan import (
     Step,
 )
 from flowlang.derive.programs import Program, build, is_map
+from flowlang.derive.quiet import quiet
 from flowlang.derive.search import Inverter
 from flowlang.derive.surfaces import no_rule, off_the_sphere
 from flowlang.derive.tapped import tapped_program
@@ -39,12 +40,14 @@ from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Reg
 from flowlang.ir.interval import POSITIVE, REAL, Interval
 from flowlang.ir.lipschitz import constant
 from flowlang.ir.manifolds import all_spheres, on_sphere, takes_sphere
+from flowlang.ir.noise import QUIET, draws
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.tangents import FROZEN, PLUS, Tangents, plain_method
 from flowlang.ir.taps import Place, Taps, taps_of
 
 REPEAT_BOUND_ROUNDS = 4
+BACKWARDS = ("inverse", "generate", "sample", "sample_and_log_prob")
 
 
 @dataclass
@@ -376,7 +379,9 @@ class Analyses:
 
     def search(self, region: Region) -> Plan | Failure:
         """An inverse for the region as written, or for an equal form of it; the first reason where there is none."""
-        first: Failure | None = None
+        first = explain.draws_twice(region)
+        if first is not None:
+            return first
         for form in itertools.chain([region], () if region.rules else equal_forms(region)):
             found = Inverter(form, self).run()
             if isinstance(found, Plan) and "inverse" not in region.rules:
@@ -413,7 +418,9 @@ class Analyses:
         if key not in self._programs:
             plan = self.plan(region) if is_map(region) else None
             assert not isinstance(plan, Failure), plan
-            if name.startswith(FROZEN):
+            if name.startswith(QUIET):
+                self._programs[key] = quiet(self.program(region, name.removeprefix(QUIET)), name)
+            elif name.startswith(FROZEN):
                 self._programs[key] = frozen(self.program(region, name.removeprefix(FROZEN)))
             elif (taps := taps_of(region, name)) is not None:
                 self._programs[key] = tapped_program(region, name, taps)
@@ -421,6 +428,8 @@ class Analyses:
                 self._programs[key] = derivative(region, name) or build(
                     region if plan is None else plan.region, plan, name
                 )
+                if name in BACKWARDS and is_map(region) and draws(region, training=True):
+                    self._programs[key] = quiet(self._programs[key], name)
         return self._programs[key]
 
     def rough(self, region: Region, name: str) -> str | None:

@@ -10,6 +10,7 @@ from flowlang.analysis.ranges import Violation
 from flowlang.derive.plan import Failure
 from flowlang.ir.graph import Emission, Node, Region
 from flowlang.ir.interval import Interval
+from flowlang.ir.noise import draws
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import Need
 from flowlang.ir.types import TensorType
@@ -160,6 +161,24 @@ def unbalanced(inv: Inverter, node: Node) -> Failure:
         node.span or result_span(inv),
         suggestion="apply it to a coordinate that leaves, or condition on a value without draws",
     )
+
+
+def draws_twice(region: Region) -> Failure | None:
+    """A network that draws in training where the map evaluates it more than once: in a field, beside rules by hand."""
+    for node in region.graph:
+        callee = node.attrs.get("region")
+        alone = node.op != "integrate" and not region.has_map_rules
+        if not isinstance(callee, Region) or alone or callee.kind not in ("net", "norm"):
+            continue
+        if draws(callee, training=True):
+            why = "a field is evaluated many times" if node.op == "integrate" else "the rules by hand evaluate it again"
+            return Failure(
+                "FL0410",
+                f"`{callee.name}` draws noise while training, and {why}: each time with other noise",
+                node.span or region.span,
+                suggestion="draw in a network that conditions a coupling or an autoregressive map",
+            )
+    return None
 
 
 def wrong_support(region: Region, e: Emission, image: Interval, support: Interval) -> Failure:

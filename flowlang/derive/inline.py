@@ -8,10 +8,12 @@ every value inside that varies along them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from flowlang.derive.program import Program, prune
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.noise import QUIET, is_loud, noisy_choices, reached
 from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import Axis, TensorType
@@ -107,8 +109,14 @@ class _Inline:
 
     def call(self, node: Node, arguments: Sequence[int], path: Path) -> list[int]:
         region: Region = node.attrs["region"]
-        plain = node.attrs.get("method", "forward") == "forward" and region.kind in ("net", "norm")
-        if not plain or region.updates or region.draws or region.emissions or region.starts:
+        method = node.attrs.get("method", "forward")
+        choices = {n.id for n in region.graph if n.op == "choose"}
+        if method == QUIET + "forward":  # what is drawn in training stays out
+            choices -= noisy_choices(region.graph)
+        elif method != "forward":
+            raise NotInline
+        changes = region.updates or region.draws or region.emissions or region.starts
+        if choices or changes or region.kind not in ("net", "norm"):
             raise NotInline
         lifted = dict(node.attrs.get("lifted", ()))
         inner = {a.name for n in region.graph if isinstance(n.type, TensorType) for a in n.tensor.axes}
@@ -120,9 +128,16 @@ class _Inline:
         arguments = [self.renamed(i, outer) for i in arguments]
         slots = [*region.inputs, *region.context]
         env: dict[int, list[int]] = {s: [a] for s, a in zip(slots, arguments, strict=True)}
-        for n in sorted(region.graph.reachable(region.outputs)):
-            if n not in env:
-                env[n] = self.node(region.graph[n], region.graph, env, path)
+        for n in sorted(reached(region.graph, region.outputs, training=False)):
+            made = region.graph[n]
+            if made.op == "choose":
+                env[n] = [env[i][0] for i in made.inputs[len(made.inputs) // 2 :]]
+            elif n not in env:
+                if is_loud(made):
+                    made = replace(
+                        made, attrs={**made.attrs, "method": QUIET + str(made.attrs.get("method", "forward"))}
+                    )
+                env[n] = self.node(made, region.graph, env, path)
         back = {new: old for old, new in outer.items()}
         out = []
         for o in region.outputs:

@@ -48,6 +48,7 @@ from flowlang.elaborate.values import (
 )
 from flowlang.ir.build import Builder
 from flowlang.ir.graph import Child, Follow, Graph, Region
+from flowlang.ir.noise import draws
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Span
@@ -314,10 +315,11 @@ class Body:
 
     def adopt(self, inst: Instance, region: Region, span: Span) -> Child:
         """The child entry of an instance, made at its first sized use and checked at later ones."""
-        if self.region.kind in ("bijector", "chain", "flow") and region.kind in ("net", "norm") and draws_noise(region):
+        network = self.region.kind in ("bijector", "chain", "flow") and region.kind in ("net", "norm")
+        if network and draws(region, training=False):
             raise self.fail(
                 "FL0410", f"`{inst.target.name}` draws noise, and a network of a bijector gives the same when the map is undone", span,
-                suggestion="draw in the bijector itself, as in `u: R[D] ~ normal`, and hand u to the network",
+                suggestion="put the draw under `if training`, or draw in the bijector itself and hand the value to the network",
             )  # fmt: skip
         if inst.owner is None:
             inst.owner = self
@@ -942,8 +944,3 @@ def axis_words(t: TensorType) -> str:
 
 
 __all__ = ["ABSENT", "Body", "DistributionValue", "Fail", "Local", "Poisoned", "axis_words", "is_static"]
-
-
-def draws_noise(region: Region) -> bool:
-    """Whether a network draws, itself or in what it calls."""
-    return any(n.op == "random_like" for r in region.walk() for n in r.graph)

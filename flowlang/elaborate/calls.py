@@ -42,6 +42,7 @@ from flowlang.elaborate.values import (
 )
 from flowlang.elaborate.weights import lend
 from flowlang.ir.graph import Emission, Region
+from flowlang.ir.noise import draws
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.tangents import FROZEN
 from flowlang.ir.taps import method_of, place_type
@@ -992,6 +993,11 @@ def emit_call(
         raise body.fail(
             "FL0902", f"`inverse({name})` has no meaning yet: `{name}` draws, or parts leave it on the way", span,
             suggestion="write the opposite step by itself; in a program of a model `inverse` of it is a sample",
+        )  # fmt: skip
+    if inst.inverted and body.region.kind != "program" and draws(region, training=True):
+        raise body.fail(
+            "FL0410", f"a network of `{name}` draws while training, and an inverse never does: its noise would have no effect here",
+            span, suggestion=f"leave the draw out of the networks of `{name}`, as by a rate of 0",
         )  # fmt: skip
     if inst.inverted and [t.axes for t in region.output_types()] != [t.axes for t in type_of(inputs, region)]:
         raise body.fail(

@@ -26,6 +26,8 @@ from flowlang.elaborate.values import (
 )
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Region
+from flowlang.ir.noise import draws
+from flowlang.ir.tangents import plain_method
 from flowlang.ir.types import TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
@@ -274,11 +276,29 @@ def build_program(model: Body, d: tree.Declaration, inputs: list[DataInput]) -> 
         body.report(e.diagnostic)
     except Poisoned:
         region.broken = True
+    both_ways(body)
     keep_parameters(model, body)
     needed = region.graph.reachable(list(region.outputs))
     named = {p.name for ps in d.parameters for p in ps}
     region.inputs = [i for i in region.inputs if i in needed or region.graph[i].label in named]
     return region
+
+
+def both_ways(program: ProgramBody) -> None:
+    """Refuses a program that runs a bijector and its inverse if its networks draw: the one with noise, the other without."""
+    first: dict[str, str] = {}
+    for node in program.graph:
+        callee = node.attrs.get("region")
+        if not isinstance(callee, Region) or callee.kind not in ("bijector", "chain"):
+            continue
+        way = "back" if plain_method(node.attrs) in ("inverse", "generate") else "forward"
+        if first.setdefault(str(node.attrs["child"]), way) != way and draws(callee, training=True):
+            where = node.span or program.region.span
+            assert where is not None
+            program.report(program.diagnostic(
+                "FL0410", f"this program runs `{callee.name}` and its inverse, and its networks draw while training: the one draws, the other does not",
+                where, suggestion="write two programs, or leave the draw out of its networks",
+            ))  # fmt: skip
 
 
 def keep_parameters(model: Body, program: ProgramBody) -> None:

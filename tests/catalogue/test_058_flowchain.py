@@ -274,7 +274,7 @@ def test_sizes_of_the_published_preset() -> None:
 def test_the_encoder_of_trajectron() -> None:
     """Against torch's LSTMs: own states, and the sums of the neighbours' beside them; without neighbours their end counts nothing."""
     text = """net n(x: R[T = 8, F = 6], y: R[T = 8, F = 6], e: R) { trajectron_encoder(5, 4)(x, y, e) }\n"""
-    f: Any = fl.compile(text, flow="n", seed=0, dtype=torch.float64).requires_grad_(False)
+    f: Any = fl.compile(text, flow="n", seed=0, dtype=torch.float64).requires_grad_(False).eval()
     w = dict(f.named_parameters())
     names = [k.removesuffix("_weight") for k in w if k.endswith("_weight")]
 
@@ -293,6 +293,17 @@ def test_the_encoder_of_trajectron() -> None:
     wanted = nn.functional.linear(ends, w[f"{k}_weight"], w[f"{k}_bias"])
     torch.testing.assert_close(f(x, y, e), wanted, rtol=0, atol=1e-12)
     assert torch.equal(f(x, y, e)[0], f(x, -y, e)[0])
+
+    # While training, three dropouts of a quarter: each end, and the neighbours' once more after `edges`.
+    drops = [m for m in f.modules() if type(m).__name__.startswith("Dropout")]
+    seen: list[tuple[Tensor, Tensor]] = []
+    for m in drops:
+        m.register_forward_hook(lambda _m, i, o: seen.append((i[0], o)))
+    f.train()(x.repeat(200, 1, 1), y.repeat(200, 1, 1), e.repeat(200))
+    assert len(seen) == 3
+    for i, o in seen:
+        assert bool(((o == 0) | ((o - i / 0.75).abs() < 1e-12)).all())
+        assert abs(float((o[i != 0] != 0).double().mean()) - 0.75) < 0.04
 
 
 def test_the_published_configuration_reads_neighbours() -> None:

@@ -222,6 +222,35 @@ def test_the_flow_of_pixels_is_a_lower_bound_and_samples_pixels() -> None:
     assert bool(((drawn >= 0) & (drawn <= 3) & (drawn == drawn.round())).all())
 
 
+def test_dropout_of_the_conditioners() -> None:
+    """Rate 0.2 in the published preset, while training: values before the second convolution and after attention are 0 or 1/0.8 of
+    themselves; the bound is random there alone, samples never."""
+    text = TINY.replace("flowpp_tiny", "flowpp(channels = 1, size = 4, filters = 8, blocks = 1, noise_blocks = 1, heads = 2, components = 4)")  # fmt: skip
+    model = moved(fl.compile(text, seed=0, dtype=torch.float64), 0.03).requires_grad_(False)
+    drops = [m for m in model.modules() if type(m).__name__.startswith("Dropout")]
+    assert drops
+    seen: list[tuple[Tensor, Tensor]] = []
+    hooks = [m.register_forward_hook(lambda _m, i, o: seen.append((i[0], o))) for m in drops]
+    x = torch.randint(0, 256, (3, 1, 4, 4), generator=generator()).double()
+    ε = noise(3, 1, 4, 4)
+    model.train()
+    a, b = model.log_prob_bound(x, ε), model.log_prob_bound(x, ε)
+    assert not torch.equal(a, b)
+    # 9 + 4 steps, each with one gated convolution and one attention, and 3 of the context: twice
+    assert len(seen) == 2 * (2 * 13 + 3)
+    kept = torch.cat([(o != 0).flatten() for _, o in seen])
+    assert abs(float(kept.double().mean()) - 0.8) < 0.02
+    assert all(bool(((o == 0) | ((o - i / 0.8).abs() < 1e-12)).all()) for i, o in seen)
+    torch.manual_seed(1)
+    drawn = model.sample(2)
+    model.eval()
+    for h in hooks:
+        h.remove()
+    torch.manual_seed(1)
+    assert torch.equal(model.sample(2), drawn)
+    assert torch.equal(model.log_prob_bound(x, ε), model.log_prob_bound(x, ε))
+
+
 def test_the_model_trains_and_samples() -> None:
     model: Any = fl.compile(TINY, seed=0)
     x = torch.randint(0, 256, (8, 1, 8, 8), generator=generator()).float()
