@@ -306,7 +306,9 @@ def shaped(node: Node, t: Sequence[TensorType], x: Sequence[Tensor]) -> Tensor:
                 x[0].permute([dim(n) for n in (*front, *a["axes"])]).reshape(math.prod(t[0].size(n) for n in front), -1)
             )
             largest = torch.linalg.eigvalsh(flat @ flat.mT)[-1].clamp_min(0).sqrt()
-            return x[0] * torch.clamp_max(a["bound"] / largest, 1.0)
+            if len(x) > 1:
+                largest = between(flat, float(largest), *(float(v) for v in x[1:])) * (1 + 1e-6)  # rounding
+            return x[0] * min(a["bound"] / float(largest), 1.0)
         case "matrix_solve":
             return matrix_solve(x[0], t[0], x[1], t[1], a["axis"], a["given"], out)
         case "det":
@@ -559,3 +561,23 @@ def near(f: Callable[[Tensor], Tensor], x: Tensor, goal: Tensor) -> Tensor | Non
             break  # at rest, or stuck
         x, error = new, left
     return x if float(error.abs().max()) <= 1e-9 * (1 + float(goal.abs().max())) else None
+
+
+def between(matrix: Tensor, spectral: float, p: float, q: float) -> float:
+    """The bound of the norm from lp to lq: powers of norms that are known, by the line through (1/2, 1/2) and (1/p, 1/q)."""
+    a, b = 1 / p, 1 / q
+    if b > a:
+        rows, columns = matrix.shape
+        return min(
+            rows ** (b - a) * between(matrix, spectral, p, p), columns ** (b - a) * between(matrix, spectral, q, q)
+        )
+    t = max(2 * a - 1, 1 - 2 * b)
+    if t == 0:
+        return spectral
+    a, b = 0.5 + (a - 0.5) / t, 0.5 + (b - 0.5) / t
+    lengths = (
+        [torch.linalg.vector_norm(c, 1 / max(b, 1e-3)) for c in matrix.T]
+        if a > 1 - 1e-9
+        else [torch.linalg.vector_norm(r, 1 / max(1 - a, 1e-3)) for r in matrix]
+    )
+    return spectral ** (1 - t) * float(max(lengths)) ** t

@@ -1038,7 +1038,8 @@ def _norm_bounded(w: Writer, n: Node) -> Expr:
     axes = list(n.attrs["axes"])
     order = [a for a in t.names if a not in axes] + axes
     text = moved(w.tensor(n.inputs[0]), t.names, order)
-    made = f"{w.scope.use('norm_bounded')}({text}, {n.attrs['bound']!r}, {len(axes)})"
+    orders = "".join(f", {w.tensor(i)}" for i in n.inputs[1:])
+    made = f"{w.scope.use('norm_bounded')}({text}, {n.attrs['bound']!r}, {len(axes)}{orders})"
     return Expr(moved(made, order, t.names))
 
 

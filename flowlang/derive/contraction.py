@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flowlang.derive import explain
 from flowlang.derive.plan import FixedPoint
 from flowlang.ir.interval import REAL
-from flowlang.ir.lipschitz import constant
+from flowlang.ir.lipschitz import Orders, constant
 from flowlang.ir.types import TensorType
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def contraction(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Fi
     if terms is None or not inv.sound_region(p, u, path):
         return None
     found = residual_constant(inv, u, e, terms)
+    if found is None or not contracts(found):
+        found = constant_in_some_norm(inv, p, u, e, terms) or found
     if found is None:
         return None
     if not contracts(found):
@@ -67,6 +69,20 @@ def residual_constant(inv: Inverter, u: int, e: int, terms: Sequence[tuple[int, 
             return None
         total += found * broadcast_cost(inv.graph[g].tensor, inv.graph[e].tensor)
     return total
+
+
+def constant_in_some_norm(inv: Inverter, p: Problem, u: int, e: int, terms: Sequence[tuple[int, bool]]) -> float | None:
+    """A7: the same in a norm that the weights tell; None where it is none, or not below 1."""
+    orders = Orders(lambda region: inv.analyses.ranges(region).interval)
+    total = 0.0
+    for g, _ in terms:
+        found = orders.constant(inv.region, inv.graph, u, g)
+        if orders.apart:
+            p.notes.append(explain.norms_apart(inv, u, e))
+        if found is None or not same_axes(inv.graph[g].tensor, inv.graph[e].tensor):
+            return None
+        total += found
+    return total if contracts(total) else None
 
 
 def broadcast_cost(narrow: TensorType, wide: TensorType) -> float:

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 def shown(op: str) -> str:
     """An op's name as the spec writes it."""
-    signs = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "neg": "-", "contract": "sum", "square": "^ 2"}
+    signs = {
+        "add": "+",
+        "sub": "-",
+        "mul": "*",
+        "div": "/",
+        "pow": "^",
+        "neg": "-",
+        "contract": "sum",
+        "square": "^ 2",
+    } | {"norm_bounded": "induced"}
     return signs.get(op, op.removeprefix("reduce_"))
 
 
@@ -125,6 +134,15 @@ def not_monotone(inv: Inverter, u: int, e: int, path: list[int], slope: Interval
         "FL0404", f"not invertible: this is not shown to be strictly monotone in {called(inv, u)}: {where}", inv.graph[e].span,
         notes=notes, suggestion="bound the coefficients, as in `param a: Interval(0, 0.9)`, so that the slope keeps its sign",
     )  # fmt: skip
+
+
+def norms_apart(inv: Inverter, u: int, e: int) -> Failure:
+    return Failure(
+        "FL0407",
+        f"not invertible: what is added to {called(inv, u)} has weights that are bounded in norms that do not follow each other",
+        inv.graph[e].span,
+        suggestion="bound each weight from the norm in which the one before it ends, and the first from that of the last",
+    )
 
 
 def not_contractive(inv: Inverter, u: int, e: int, found: float) -> Failure:

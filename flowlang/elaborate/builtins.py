@@ -607,6 +607,36 @@ def eigen(function: str) -> Fn:
     return call
 
 
+def induced(body: Body, args: Arguments) -> Any:
+    """`induced[D](W, c, p, q)`: the weight scaled so that its norm from lp over D to lq over its other axes is at most c."""
+    expect(body, args, "induced", 4)
+    weight = operand(body, args)
+    limit = args.positional[1]
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
+        raise body.fail(
+            "FL0305",
+            "the bound of `induced` is a number above 0",
+            span(args),
+            suggestion="as in `induced[D](W, 0.97, p, q)`",
+        )
+    names = axis_list(body, args)
+    if not names:
+        raise body.fail(
+            "FL0307", "`induced` names the axes that its weight is summed over", span(args), suggestion="as in `induced[D](W, 0.97, p, q)`"
+        )  # fmt: skip
+    for n in names:
+        axis_rules.need_axis(body, body.b.type(weight), n, span(args))
+    orders = [body.tensor(v, args.spans[2 + k]) for k, v in enumerate(args.positional[2:])]
+    for k, i in enumerate((weight, *orders)):
+        if body.graph[i].batched:
+            what = "the weight" if k == 0 else "an order"
+            raise body.fail(
+                "FL0306", f"{what} of `induced` is one for all samples, and this is one for each", span(args),
+                suggestion="give parameters, or numbers",
+            )  # fmt: skip
+    return body.node("norm_bounded", weight, *orders, axes=tuple(names), bound=float(limit), span=span(args))
+
+
 def shift(body: Body, args: Arguments) -> Any:
     expect(body, args, "shift", 2)
     x = operand(body, args)
@@ -1105,6 +1135,7 @@ def _table() -> dict[str, Any]:
     put("paired", paired)
     put("first_batch", first_batch)
     put("lipschitz", lipschitz)
+    put("induced", induced)
     for name in ("grad", "jvp", "vjp", "jacobian", "divergence", "derivative"):
         put(name, differentiated(name))
     put("frozen", frozen)

@@ -106,7 +106,7 @@ def slot_constant(
 
 def weight_norm(weight: Node, axes: tuple[str, ...]) -> float | None:
     """The norm of a weight as the matrix of a product that sums over `axes`, where its kind tells it."""
-    if weight.op == "norm_bounded" and set(axes) == set(weight.attrs["axes"]):
+    if weight.op == "norm_bounded" and len(weight.inputs) == 1 and set(axes) == set(weight.attrs["axes"]):
         return float(weight.attrs["bound"])
     domain = weight.attrs.get("domain")
     structure = getattr(domain, "structure", None)
@@ -129,6 +129,124 @@ def kernel_norm(weight: Node, operand: TensorType, conv: Node) -> float | None:
     sizes = tuple(operand.size(s) for s in conv.attrs["space"])
     plain = conv.attrs["groups"] == 1 and set(conv.attrs["dilation"]) == {1}
     return SLACK * float(domain.args[0]) if plain and tuple(domain.args[1:]) == sizes else None
+
+
+# ---- norms of other orders -----------------------------------------------------------------------
+
+Key = tuple[object, ...]  # which lp norm: a number, or the value that holds it; ENTRY before anything has told
+ENTRY: Key = ("entry",)
+TWO: Key = ("number", 2.0)
+KEEPS = ("rename", "order", "reverse", "permute", "split", "merge")  # ops that move entries about: any norm stays
+
+
+class Orders:
+    """Constants of a map between lp norms whose orders its weights tell (`norm_bounded` with orders p and q).
+
+    The entry's norm is that which the first weight takes; what is measured in another norm than the next part takes has no
+    constant. A map from a norm to itself whose constant is below 1 is a contraction, whatever the norm (Banach).
+    """
+
+    def __init__(self, ranges: Callable[[Region], Callable[[int], Interval]]):
+        self.ranges = ranges
+        self.start: Key | None = None
+        self.apart = False  # whether two parts were found to measure in different norms
+
+    def constant(self, region: Region, graph: Graph, entry: int, target: int) -> float | None:
+        """A bound from the entry's norm to the same norm of the target."""
+        found = self.through(graph, entry, target, ENTRY, self.ranges(region), (), {})
+        return found[0] if found is not None and self.same(found[1], ENTRY) else None
+
+    def same(self, have: Key, wanted: Key) -> bool:
+        """Whether two norms are one; the entry's is told here where it is still open."""
+        if have == wanted:
+            return True
+        if ENTRY in (have, wanted):
+            other = wanted if have == ENTRY else have
+            if self.start is None:
+                self.start = other
+            if self.start == other:
+                return True
+        self.apart = True
+        return False
+
+    def through(
+        self, graph: Graph, entry: int, target: int, norm: Key, interval: Callable[[int], Interval], scope: tuple[str, ...],
+        given: dict[int, Key],
+    ) -> tuple[float, Key] | None:  # fmt: skip
+        known: dict[int, tuple[float, Key] | None] = {entry: (1.0, norm)}
+        moving = graph.descendants([entry])
+        if target not in moving:
+            return 0.0, norm
+
+        def key(i: int) -> Key:
+            if i in given:
+                return given[i]
+            node = graph[i]
+            return ("number", float(node.attrs["value"])) if node.op == "const" else ("value", *scope, i)
+
+        varies = dict.fromkeys(moving, 1.0)
+        for i in sorted(moving & graph.reachable([target]) - {entry}):
+            node = graph[i]
+            slots = [k for k, j in enumerate(node.inputs) if j in moving]
+            swish = self.swish(graph, node, varies) if node.op == "mul" and len(slots) == 2 else None
+            if swish is not None:
+                x = known[swish]
+                known[i] = None if x is None else (x[0] * SWISH, x[1])
+                continue
+            parts = [known[node.inputs[k]] for k in slots]
+            if any(p is None for p in parts):
+                known[i] = None
+                continue
+            known[i] = self.local(graph, node, slots, [p for p in parts if p is not None], interval, scope, key)
+        return known[target]
+
+    @staticmethod
+    def swish(graph: Graph, node: Node, varies: Constants) -> int | None:
+        """The x of x·sigmoid(k·x)."""
+        pairs = (node.inputs, node.inputs[::-1])
+        return next((x for x, gate in pairs if swish_gate(graph, x, gate, varies)), None)
+
+    def local(
+        self, graph: Graph, node: Node, slots: Sequence[int], parts: Sequence[tuple[float, Key]],
+        interval: Callable[[int], Interval], scope: tuple[str, ...], key: Callable[[int], Key],
+    ) -> tuple[float, Key] | None:  # fmt: skip
+        first, slot = parts[0], slots[0]
+        operand = graph[node.inputs[slot]]
+        if not isinstance(node.type, TensorType) or not isinstance(operand.type, TensorType):
+            return None
+        if node.op in KEEPS:
+            return first
+        if node.op == "call":
+            region: Region = node.attrs["region"]
+            if len(slots) > 1 or node.attrs.get("lifted") or region.updates or len(region.outputs) != 1:
+                return None
+            leaves = [*region.inputs, *region.context]
+            given = {leaves[k]: key(j) for k, j in enumerate(node.inputs) if k != slot}
+            inner = (*scope, str(node.attrs["child"]))
+            found = self.through(
+                region.graph, leaves[slot], region.outputs[0], first[1], self.ranges(region), inner, given
+            )
+            return None if found is None else (first[0] * found[0], found[1])
+        if node.op == "contract" and len(slots) == 1:
+            weight, axes = graph[node.inputs[1 - slot]], tuple(node.attrs["axes"])
+            if set(operand.tensor.names) != set(axes):
+                return None  # other axes would be measured in both norms
+            if weight.op == "norm_bounded" and len(weight.inputs) == 3 and set(axes) == set(weight.attrs["axes"]):
+                p, q = (key(j) for j in weight.inputs[1:])
+                return (first[0] * float(weight.attrs["bound"]), q) if self.same(first[1], p) else None
+            spectral = weight_norm(weight, axes)
+            return (first[0] * spectral, TWO) if spectral is not None and self.same(first[1], TWO) else None
+        wide = [graph[node.inputs[k]].tensor for k in slots]
+        if any(set(t.axes) != set(node.tensor.axes) for t in wide) or not OPS[node.op].elementwise:
+            return None  # what is broadcast is longer, by how much depends on the norm
+        if node.op in ("add", "sub"):
+            return (sum(p[0] for p in parts), first[1]) if all(self.same(p[1], first[1]) for p in parts) else None
+        if len(slots) > 1:
+            return None
+        rule = OPS[node.op].lipschitz
+        types = [graph[j].tensor for j in node.inputs]
+        factor = None if rule is None else rule(node, types, slot, [interval(j) for j in node.inputs])
+        return None if factor is None else (first[0] * factor, first[1])
 
 
 def lifted_broadcast(node: Node, argument: TensorType) -> float:

@@ -366,6 +366,13 @@ def matrix_cases() -> Iterator[Case]:
             {"axes": ("D",), "bound": bound},
             str(bound),
         )
+    order = Operand(real(), param=domain("Interval", (1.0, 5.0)))
+    yield Case(
+        "norm_bounded",
+        (Operand(real(("E", 3), ("D", 4)), param=plain), order, order),
+        {"axes": ("D",), "bound": 0.2},
+        "orders",
+    )
     yield from window_cases()
 
 

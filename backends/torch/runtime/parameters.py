@@ -423,11 +423,47 @@ class BoundedWeight(nn.Module):
         return self.raw * (self.bound / torch.clamp_min(self.estimate(), self.bound))
 
 
-def norm_bounded(weight: Tensor, bound: float, inputs: int) -> Tensor:
-    """The weight scaled so that its spectral norm, the last `inputs` axes against the others, is at most `bound`."""
+def norm_bounded(weight: Tensor, bound: float, inputs: int, *orders: Tensor | float) -> Tensor:
+    """The weight scaled so that its norm, the last `inputs` axes against the others, is at most `bound`.
+
+    The spectral norm, or with orders p and q a bound of the norm from lp to lq.
+    """
     rows = math.prod(weight.shape[: weight.dim() - inputs])
-    norm = torch.linalg.matrix_norm(weight.reshape(rows, -1), ord=2)
+    matrix = weight.reshape(rows, -1)
+    norm = induced_norm(matrix, *orders) if orders else torch.linalg.matrix_norm(matrix, ord=2)
     return weight * (bound / torch.clamp_min(norm, bound))
+
+
+def induced_norm(matrix: Tensor, p: Tensor | float, q: Tensor | float) -> Tensor:
+    """A bound of max |Wx|_q / |x|_p: exact for p = 1, for q = inf and for p = q = 2, between them by Riesz and Thorin.
+
+    With a = 1/p and b = 1/q, b <= a, the logarithm of the norm is convex in (a, b), and it is known at the middle (the spectral
+    norm), for a = 1 (the largest column) and for b = 0 (the largest row). Where q < p, lengths in the two norms differ by at most
+    a power of the number of entries. (Finding the norm itself is NP-hard; a power method gives a bound from below.)
+    """
+    a, b = (1 / torch.as_tensor(v, dtype=matrix.dtype, device=matrix.device) for v in (p, q))
+    gap = torch.clamp_min(b - a, 0)
+    by_rows = matrix.shape[0] ** gap * between_norms(matrix, a, torch.minimum(a, b))
+    by_columns = matrix.shape[1] ** gap * between_norms(matrix, torch.maximum(a, b), b)
+    return torch.minimum(by_rows, by_columns) * (1 + 1e-6)  # rounding
+
+
+def between_norms(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The bound for 1/p = a and 1/q = b <= a, on the line from the middle through (a, b) to where the norm is known."""
+    part = torch.maximum(2 * a - 1, 1 - 2 * b)
+    far = torch.clamp_min(part, 1e-6)
+    columns = longest(matrix, 0, 0.5 + (b - 0.5) / far)
+    rows = longest(matrix, 1, 0.5 - (a - 0.5) / far)
+    edge = torch.where(2 * a - 1 >= 1 - 2 * b, columns, rows)
+    return torch.linalg.matrix_norm(matrix, ord=2) ** (1 - part) * edge**part
+
+
+def longest(matrix: Tensor, dim: int, order: Tensor) -> Tensor:
+    """The largest norm along a dimension, its order being 1/`order`; very large orders are taken smaller, which is longer."""
+    order = order.clamp(1e-3, 1)
+    size = matrix.abs()
+    top = size.amax(dim, keepdim=True).clamp_min(1e-30)
+    return (top.squeeze(dim) * ((size / top) ** (1 / order)).sum(dim) ** order).amax()
 
 
 def degree_mask(rows: Sequence[int], cols: Sequence[int], strict: bool) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flowlang.ir.domains import Domain
-from flowlang.ir.interval import REAL, point
-from flowlang.ir.ops.base import Attrs, Op, OpProblem
+from flowlang.ir.interval import REAL, Interval, point
+from flowlang.ir.ops.base import Attrs, Need, Op, OpProblem
 from flowlang.ir.ops.shape import need
 from flowlang.ir.relation import MAX_BITS, Matrix, Relation, Support, compare, matrix
 from flowlang.ir.types import Axis, TensorType, Type
@@ -202,10 +203,29 @@ OPS.append(Op(
 
 # ---- weights with a bounded spectral norm -------------------------------------------------------
 
-# W · min(1, bound / ‖W‖₂), the matrix being `out` against all other axes; the norm is exact (SVD).
+
+def _bounded_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    for t in types[1:]:
+        if t.axes:
+            raise OpProblem(
+                "FL0301",
+                f"the order of a norm is one number, and this is `{t}`",
+                suggestion="give a number of at least 1",
+            )
+    return types[0]
+
+
+def _bounded_total(node: Node, types: Sequence[TensorType]) -> Sequence[Need]:
+    return [Need(slot, ORDERS, words="an order of at least 1") for slot in range(1, len(types))]
+
+
+ORDERS = Interval(1.0, math.inf)
+
+# W · min(1, bound / ‖W‖), the matrix being `out` against all other axes. With one operand the norm is the spectral one, exact
+# (SVD); with orders p and q behind, a bound of the norm from lp to lq (`induced_norm` in the runtime).
 OPS.append(Op(
-    "norm_bounded", lambda types, attrs: types[0], _by_name, interval=lambda ivs, types, node: ivs[0].union(point(0.0)),
-    support=lambda node, types, supports: supports[0], lipschitz=None,
+    "norm_bounded", _bounded_infer, _by_name, interval=lambda ivs, types, node: ivs[0].union(point(0.0)),
+    support=lambda node, types, supports: supports[0], lipschitz=None, total=_bounded_total,
     cost=lambda node, types: 4 * types[0].count,
     why_not={"invert": "parameters only", "jvp": "parameters only", "lipschitz": "parameters only"},
 ))  # fmt: skip
