@@ -5,19 +5,32 @@ from typing import TYPE_CHECKING, Any
 from flowlang.version import __version__
 
 if TYPE_CHECKING:
-    from flowlang.api import analyse, check, compare_onnx, compile, export_onnx, folded, generate, info, load, save
+    from flowlang.api import (
+        analyse,
+        certificate,
+        check,
+        compare_onnx,
+        compile,
+        export_onnx,
+        folded,
+        generate,
+        info,
+        load,
+        save,
+    )
     from flowlang.diagnostics import Diagnostic, FlowError, Report
     from flowlang.library import library_folders
 
 __all__ = [
-    "Diagnostic", "FlowError", "Report", "__version__", "analyse", "check", "compare_onnx", "compile", "export_onnx", "folded",
-    "generate", "info", "library_folders", "load", "save",
+    "Diagnostic", "FlowError", "Report", "__version__", "analyse", "certificate", "check", "compare_onnx", "compile", "export_onnx",
+    "folded", "generate", "info", "library_folders", "load", "save",
 ]  # fmt: skip
 
 # Where each name comes from: importing the package loads none of it, and torch least of all.
 HOMES = {
     "flowlang.api": (
         "analyse",
+        "certificate",
         "check",
         "compare_onnx",
         "compile",

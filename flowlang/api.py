@@ -276,6 +276,27 @@ def origin_of(module: Any) -> tuple[Compilation, str]:
     return origins[type(module)]
 
 
+def certificate(flow: Flow) -> dict[str, Any]:
+    """What is proved of a flow with the weights that it has; empty where nothing has to be.
+
+    `contraction` is the largest constant of a contraction x + g(x). It rests on the norms of the weights in `Lipschitz(c)`: how
+    many there are, and the one that is nearest to its bound. FL0702 where a norm exceeds its bound.
+    """
+    from flowlang.backends.torch.standard import Standardised, StandardisedModel
+
+    module: Any = flow.flow if isinstance(flow, Standardised | StandardisedModel) else flow
+    norms = module.certify()
+    found: dict[str, Any] = {}
+    if type(module) in origins:
+        comp, name = origins[type(module)]
+        constant = comp.analyses.contraction(comp.regions[name])
+        found = {} if constant is None else {"contraction": constant}
+    if norms:
+        nearest = max(norms, key=lambda n: norms[n][0] / norms[n][1])
+        found |= {"weights": len(norms), "nearest": nearest, "norm": norms[nearest][0], "bound": norms[nearest][1]}
+    return found
+
+
 def folded_of(comp: Compilation, name: str, *, norms_only: bool = False) -> Folded:
     from flowlang.derive.folding import fold as run
 
@@ -432,7 +453,7 @@ def export_onnx(
     whole = flow if isinstance(flow, Standardised | StandardisedModel) else None
     module = whole.flow if whole is not None else flow
     comp, name = origin_of(module)
-    module.certify()
+    proved = certificate(module)
     folds, trains = hasattr(module, "verdicts"), programs is not None and "train" in programs
     if folds and trains:
         raise FlowError(Diagnostic("FL0804", "a folded network has no training pass", comp.regions[name].span,
@@ -449,7 +470,7 @@ def export_onnx(
         comp, name, module, path, list(default_programs(comp.regions[name]) if programs is None else programs), opset=opset, seed=seed,
         standard=whole.standard() if whole is not None else None,
         given_standard=whole.given_standard() if whole is not None else None,
-        dynamic=dynamic, at=at,
+        dynamic=dynamic, at=at, certificate=proved,
     )  # fmt: skip
 
 
@@ -503,7 +524,8 @@ class Resized:
 def save(flow: Flow, path: str | Path, **meta: Any) -> None:
     """Writes a flow to one safetensors file: its weights, its spec's text with what it imports, sizes and version.
 
-    `load` restores the module from that file alone. `meta` adds entries of your own (JSON values).
+    `load` restores the module from that file alone. `meta` adds entries of your own (JSON values). What is proved of the weights
+    (`certificate`) is kept beside them; weights that break their bounds are refused.
     """
     from flowlang.backends.torch.standard import Standardised, StandardisedModel
     from flowlang.backends.torch.store import write_tensors
@@ -511,6 +533,8 @@ def save(flow: Flow, path: str | Path, **meta: Any) -> None:
     whole = isinstance(flow, Standardised | StandardisedModel)
     inner: Any = flow.flow if whole else flow
     kept = flow.statistics() if whole else {}
+    proved = certificate(inner) if type(inner) in origins else {}
+    kept |= {"certificate": proved} if proved else {}
     write_tensors(path, inner.state_dict(), {**(getattr(inner, "origin", None) or {}), **kept, **meta})
 
 
@@ -560,6 +584,17 @@ def recompile(file: Path, meta: Mapping[str, Any], spec: str | Path | None, sets
 
 
 __all__ = [
-    "Compilation", "FlowError", "Report", "analyse", "check", "compile", "export_onnx", "folded", "generate", "info", "load",
+    "Compilation",
+    "FlowError",
+    "Report",
+    "analyse",
+    "certificate",
+    "check",
+    "compile",
+    "export_onnx",
+    "folded",
+    "generate",
+    "info",
+    "load",
     "save",
 ]  # fmt: skip

@@ -717,6 +717,9 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
 
         reason = why_not(region)
         entry["norm"] = {**report(region), "folds": "yes" if reason is None else f"no: {reason}"}
+    constant = comp.analyses.contraction(region)
+    if constant is not None:
+        entry["contraction"] = constant
     if region.programs:
         entry["programs"] = {n: {"exactness": comp.analyses.exactness(p)} for n, p in region.programs.items()}
     if not is_map(region):

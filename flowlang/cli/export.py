@@ -37,9 +37,10 @@ def export(
     opset: int | None, seed: int | None, dynamic: str | None, check: bool, double: bool,
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
-    from flowlang.api import compare_onnx, compile_from, export_onnx
+    from flowlang.api import certificate, compare_onnx, compile_from, export_onnx
     from flowlang.backends.onnx.files import check_opset, need_onnx, shown
     from flowlang.cli.common import load_ok
+    from flowlang.cli.tables import certified
 
     need_onnx()
     check_opset(opset)
@@ -68,5 +69,8 @@ def export(
                 if error is None
                 else f"  in onnxruntime within {error:.1e} of PyTorch"
             )
+    proved = certificate(made)
+    if proved:
+        click.echo(certified(proved))
     if weights is None:
         click.echo("fresh weights: give trained ones with --weights")

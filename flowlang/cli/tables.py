@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -16,6 +16,19 @@ def table(head: list[str], rows: list[list[str]], numbers: Sequence[int] = ()) -
 
     lines = [line(r) for r in [head, *rows]]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def certified(found: Mapping[str, Any]) -> str:
+    """What is proved of contractions, and of the weights that they rest on."""
+    parts = []
+    if found.get("contraction") is not None:
+        parts.append(f"contractions have a constant of at most {found['contraction']:.6g}")
+    if found.get("weights"):
+        parts.append(
+            f"{found['weights']} weights are within their bounds (nearest is `{found['nearest']}`, of norm {found['norm']:.6g},"
+            f" and {found['bound']:.6g} is allowed)"
+        )
+    return f"certificate: {'; '.join(parts)}"
 
 
 def info_text(declarations: list[dict[str, Any]]) -> str:
@@ -39,6 +52,8 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 facts.append(f"{what} = {d[key] or 'no polynomial in the sizes of the data'}")
         if "base" in d:
             facts.append(f"base {d['base']}, {d['steps']} steps")
+        if "contraction" in d:
+            facts.append(f"{certified(d)}, for weights within their bounds")
         for name, program in d.get("programs", {}).items():
             if program["exactness"] != "exact":
                 facts.append(f"`{name}`: its log-density is {SAID[program['exactness']]}")

@@ -24,6 +24,7 @@ from flowlang.cli.common import (
     seed_option,
     spec_options,
 )
+from flowlang.cli.tables import certified
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.train.data import Recipe, Table, read_table
 from flowlang.train.loop import FREE, Options, Result, begun_with
@@ -245,6 +246,8 @@ def report(result: Result, out: str, what: str) -> None:
     for name, value in at.items():
         if name not in ("epoch", "train", "validation"):
             click.echo(f"{name} on the held-out rows then: {value:.4f}")
+    if result.certificate:
+        click.echo(certified(result.certificate))
     if result.skipped:
         click.echo(f"{result.skipped} batches were left out: their loss or gradient was not finite", err=True)
     if result.stopped == "interrupted":

@@ -559,6 +559,12 @@ class Analyses:
         steps = () if rule is not None else self.steps_of(region)
         return combined([own, *(self.step_exactness(region, s) for s in steps)])
 
+    def contraction(self, region: Region) -> float | None:
+        """The largest constant that is proved of a contraction here or below; None where there is none."""
+        plans = [self.plan(r) for r in region.walk() if is_map(r)]
+        steps = [s for p in plans if isinstance(p, Plan) for s in p.steps]
+        return max((s.constant for s in steps if isinstance(s, FixedPoint)), default=None)
+
     def step_exactness(self, region: Region, step: Step) -> str:
         match step:
             case FixedPoint():

@@ -184,7 +184,7 @@ class Orders:
             node = graph[i]
             return ("number", float(node.attrs["value"])) if node.op == "const" else ("value", *scope, i)
 
-        varies = dict.fromkeys(moving, 1.0)
+        varies: Constants = dict.fromkeys(moving, 1.0)
         for i in sorted(moving & graph.reachable([target]) - {entry}):
             node = graph[i]
             slots = [k for k, j in enumerate(node.inputs) if j in moving]

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flowlang.api import certificate
 from flowlang.backends.torch.store import load_state, read_tensors, write_tensors
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import replace_file
@@ -106,6 +107,7 @@ class Result:
     stopped: str = "epochs"
     skipped: int = 0
     main: bool = True  # this process reports
+    certificate: dict[str, Any] = field(default_factory=dict)  # what is proved of the weights that are kept
 
 
 def need_fabric() -> Any:
@@ -273,7 +275,7 @@ class Trainer:
                 self.result.stopped = "time"
             self.checkpoint(always=True)
         self.flow.load_state_dict(self.best)
-        self.flow.certify()
+        self.result.certificate = certificate(self.flow)
         self.best = self.weights()
         self.write_best()
         return self.result
@@ -400,7 +402,9 @@ class Trainer:
 
     def write_best(self) -> None:
         if self.result.main:
-            write_tensors(self.out / "model.safetensors", self.best, self.fixed)
+            proved = self.result.certificate
+            meta = {**self.fixed, "certificate": proved} if proved else self.fixed
+            write_tensors(self.out / "model.safetensors", self.best, meta)
 
     def checkpoint(self, always: bool = False) -> None:
         """Everything that the rest of the run depends on, in one file that replaces the last one whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from flowlang.backends.torch.runtime import estimate_log_det, exact_log_det
 from flowlang.backends.torch.runtime.parameters import induced_norm
 from flowlang.backends.torch.runtime.solvers import roulette
+from flowlang.backends.torch.store import read_tensors, write_tensors
 from torch import Tensor
 
 import flowlang as fl
@@ -132,6 +134,73 @@ def test_2_estimates_are_kept_and_a_weight_without_a_certificate_is_refused(tmp_
         next(p for n, p in flow.named_parameters() if n.endswith("raw")).fill_(math.inf)
     with pytest.raises(fl.FlowError, match="norm of the weight"):
         fl.export_onnx(flow, tmp_path / "f.onnx", programs=["forward"])
+
+
+SMALL = "flow f {\n data x: R[D = 2]\n repeat 2 { iresblock(iresnet_fc(8, 0.9, preact = false)) }\n base normal\n}\n"
+
+
+def test_2_the_certificate_is_stated_and_kept(tmp_path: Path) -> None:
+    """The proved constant, and norms by singular values: in `info`, after training, in saved weights and in exported models."""
+    import onnxruntime as ort
+    from click.testing import CliRunner
+
+    from flowlang.cli.main import cli
+
+    constant = (0.9 * SLACK) ** 3 * (1.09984 / 1.1) ** 2
+    spec = tmp_path / "f.flow"
+    spec.write_text(SMALL)
+    np.savetxt(tmp_path / "d.csv", points(64).numpy(), delimiter=",")
+
+    def told(*words: str) -> str:
+        result = CliRunner().invoke(cli, [str(w) for w in words])
+        assert result.exit_code == 0, result.output
+        return next(x.strip() for x in result.output.splitlines() if x.strip().startswith("certificate:"))
+
+    said = f"certificate: contractions have a constant of at most {constant:.6g}"
+    assert told("info", str(spec)) == f"{said}, for weights within their bounds"
+    run = tmp_path / "run"
+    after = told("train", str(spec), "--data", str(tmp_path / "d.csv"), "-o", str(run), "--epochs", "1")
+    assert after.startswith(f"{said}; 6 weights are within their bounds")
+    assert told("export", str(spec), "--weights", str(run), "-o", str(tmp_path / "f.onnx"), "--program", "forward").split(" (")[0] == after.split(" (")[0]  # fmt: skip
+
+    flow: Any = fl.load(run)
+    found = fl.certificate(flow)
+    norms = {n: float(torch.linalg.svdvals(m().detach().double())[0]) for n, m in flow.named_modules() if hasattr(m, "improve")}  # fmt: skip
+    assert found["norm"] == pytest.approx(max(norms.values()), rel=1e-5)
+    assert found["contraction"] == pytest.approx(constant)
+    assert found["bound"] == pytest.approx(0.9 * SLACK)
+    fl.save(flow, tmp_path / "w.safetensors")
+    for kept in (read_tensors(tmp_path / "w.safetensors")[1]["certificate"], read_tensors(run / "model.safetensors")[1]["certificate"]):  # fmt: skip
+        assert {k: v for k, v in kept.items() if k != "nearest"} == pytest.approx({k: v for k, v in found.items() if k != "nearest"}, rel=1e-4)  # fmt: skip
+    for path in fl.export_onnx(flow, tmp_path / "g.onnx", programs=["forward", "inverse"]).values():
+        metadata = ort.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["certificate"])["contraction"] == pytest.approx(constant)
+
+
+def test_2_a_bound_that_is_broken_is_refused_everywhere(tmp_path: Path) -> None:
+    """Weights whose norm the power iteration misses (its vector has no part along the largest direction): 4.5 where 0.918 is allowed,
+    which singular values confirm. Refused at export, when saved and when loaded; no file is written."""
+    spec = "net g(x: R[D]) {\n param W: Lipschitz(0.9)[E = D, D]\n sum[D](W * x)[E -> D]\n}\n"
+    spec += "flow f {\n data x: R[D = 2]\n exact_iresblock(g)\n base normal\n}\n"
+    flow: Any = fl.compile(spec, flow="f", seed=0)
+    fl.save(flow, tmp_path / "good.safetensors")
+    weight = next(m for m in flow.modules() if hasattr(m, "improve"))
+    with torch.no_grad():
+        weight.raw.copy_(torch.diag(torch.tensor([5.0, 1.0])))
+        weight.u.copy_(torch.tensor([0.0, 1.0]))
+    assert float(torch.linalg.svdvals(weight().detach())[0]) == pytest.approx(4.5)
+    for act in (
+        lambda: fl.export_onnx(flow, tmp_path / "f.onnx", programs=["forward"]),
+        lambda: fl.save(flow, tmp_path / "f.safetensors"),
+        lambda: fl.certificate(flow),
+    ):
+        with pytest.raises(fl.FlowError, match=r"norm of the weight `.*` is 4\.5, and 0\.918"):
+            act()
+    assert not list(tmp_path.glob("f.*"))
+    tensors, meta = read_tensors(tmp_path / "good.safetensors")
+    write_tensors(tmp_path / "bad.safetensors", {**tensors, **{k: v for k, v in flow.state_dict().items() if k in tensors}}, meta)  # fmt: skip
+    with pytest.raises(fl.FlowError, match="norm of the weight"):
+        fl.load(tmp_path / "bad.safetensors")
 
 
 # ---- induced mixed norms (the card's option) ----------------------------------------------------
