@@ -156,6 +156,47 @@ def test_long_centres_have_one_preimage_each() -> None:
     assert float((f.inverse(z, c=c, weight=weight, bias=bias)[0] - p).abs().max()) < 1e-8
 
 
+def test_a_bound_of_centres_that_is_proved() -> None:
+    """`proved`: the parts of the proof in the docs, at the bound and for extreme weights and biases. (The
+    default bound rests on a search.)"""
+    g, m, eps, n = generator(0), 3, 0.1, 20_000
+    least = 2 * eps * (math.tanh(1) + math.log(math.cosh(1)))
+    r = ((1 + m * eps) * (2 / (3 * least) + 2 * eps * m / least**2)) ** -0.25
+    assert 0.48 < r < 0.5
+    c = r * torch.nn.functional.normalize(torch.randn(n, m, 4, dtype=torch.float64, generator=g), dim=-1)
+    c[: n // 2, 1:] = c[: n // 2, :1]  # parallel centres
+    p = points(n, 4, seed=1)
+    w = torch.softmax(8 * torch.randn(n, m + 1, dtype=torch.float64, generator=g), -1) + eps
+    b = torch.nn.functional.softplus(8 * torch.randn(n, m + 1, dtype=torch.float64, generator=g))
+    t = torch.cat([(c * p[:, None]).sum(-1), torch.ones(n, 1, dtype=torch.float64)], -1)
+    bottom = b + torch.cosh(t)
+    one, two, value = torch.sinh(t) / bottom, (1 + b * torch.cosh(t)) / bottom**2, bottom.log()
+    k = 2 * (w[:, -1] * one[:, -1] + eps * value.sum(-1))
+    assert float(k.min()) >= least
+    a = ((w * one)[:, :-1, None] * c).sum(1)
+    e = ((w * (one - t * two))[:, :-1, None] * c).sum(1)
+    s = 2 * eps * (one[:, :-1, None] * c).sum(1)
+    assert float(a.norm(dim=-1).max()) <= (1 + m * eps) * r**2
+    assert float(e.norm(dim=-1).max()) <= (1 + m * eps) * 2 / 3 * r**4
+    assert float(s.norm(dim=-1).max()) <= 2 * eps * m * r**2
+    assert float((e.norm(dim=-1) / k + s.norm(dim=-1) * a.norm(dim=-1) / k**2).max()) < 1
+    # What vanishes where the tangent map is singular.
+    big = torch.einsum("nm,nmi,nmj->nij", (w * two)[:, :-1], c, c) + k[:, None, None] * torch.eye(4, dtype=torch.float64)
+    ra, rp, re = (torch.linalg.solve(big, v) for v in (a, p, e))
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).sum(-1)
+
+    left = 1 + dot(p, re) - (dot(p, rp) * dot(s, ra) - dot(p, ra) * dot(s, rp))
+    assert float(left.min()) > 0
+
+    f = fl.compile(CONVEX.replace("convex_gradient_sphere", "convex_gradient_sphere(proved = true)"), seed=0, dtype=torch.float64)
+    given = {"c": 4 * torch.randn(300, 3, 4, dtype=torch.float64, generator=g)}
+    given |= {key: 4 * torch.randn(300, 4, dtype=torch.float64, generator=g) for key in ("weight", "bias")}
+    z = f(p[:300], **given)[0]
+    assert float((f.inverse(z, **given)[0] - p[:300]).abs().max()) < 1e-9
+
+
 def basis(p: Tensor) -> Tensor:
     return torch.linalg.svd(p.unsqueeze(0))[2][1:].mT
 
@@ -319,8 +360,11 @@ def test_the_whole_flow_is_a_bijection_with_its_log_det(text: str) -> None:
         assert abs(float(torch.linalg.slogdet(own)[1] - log_det[k])) < 1e-6
 
 
-def tetrahedron(q: Tensor) -> Tensor:
-    """The toy energy of independent rotations: the group's elements as products of two of its generators' powers."""
+def tetrahedron(q: Tensor, moment: int = 0) -> Tensor:
+    """The toy energy of independent rotations: the group's elements as products of two of its generators' powers.
+
+    With `moment` the mean of that power of <g, q> over the group instead.
+    """
 
     def times(a: Tensor, b: Tensor) -> Tensor:
         w = a[0] * b[0] - a[1:] @ b[1:]
@@ -334,8 +378,21 @@ def tetrahedron(q: Tensor) -> Tensor:
             if not any(min(float((new - o).norm()), float((new + o).norm())) < 1e-6 for o in found):
                 found.append(new)
     assert len(found) == 12
+    if moment:
+        return (q @ torch.stack(found).to(q).mT).pow(moment).mean(-1)
     each = -4 * (q @ torch.stack(found).to(q).mT).pow(8).sum(-1) - 2 * q[..., 0].square()
     return each.sum(-1)
+
+
+def test_7_why_the_toy_has_a_field() -> None:
+    """The 12 rotations as 24 unit quaternions are a spherical 5-design: the mean of <g, x>^k over them is the sphere's up to k = 5. So
+    Σ <g, q>² is constant, and a map that is even of low degree cannot lower the reverse KL of the tetrahedral term alone."""
+    x = points(50, 4, seed=2)
+    found = {k: tetrahedron(x, k) for k in (2, 4, 6)}
+    sphere = {2: 1 / 4, 4: 1 / 8, 6: 5 / 64}  # the moments of a coordinate of a uniform point of S³
+    assert float((found[2] - sphere[2]).abs().max()) < 1e-7
+    assert float((found[4] - sphere[4]).abs().max()) < 1e-7
+    assert float((found[6] - sphere[6]).abs().max()) > 0.01
 
 
 def test_the_parts_of_the_reverse_kl() -> None:

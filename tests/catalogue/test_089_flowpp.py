@@ -279,7 +279,10 @@ def test_exported(tmp_path: Path) -> None:
     model = moved(fl.compile(spec, seed=0), 0.03)
     x = torch.randint(0, 256, (3, 1, 4, 4), generator=generator()).float()
     ε = noise(3, 1, 4, 4).float()
-    files = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob_bound"])
+    files = fl.export_onnx(model, tmp_path / "m.onnx", programs=["log_prob_bound", "sample"])
+    compared = fl.compare_onnx(model, files)  # the same noise through both; the inverse of the mixtures is a loop
+    assert compared["sample"].error is not None
+    assert compared["sample"].error < 1e-2
     session = ort.InferenceSession(str(files["log_prob_bound"]))
     names = [i.name for i in session.get_inputs()]
     found = session.run(None, dict(zip(names, (x.numpy(), ε.numpy()), strict=True)))[0]
