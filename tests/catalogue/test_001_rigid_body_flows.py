@@ -181,7 +181,9 @@ def test_a_bound_of_centres_that_is_proved() -> None:
     assert float(s.norm(dim=-1).max()) <= 2 * eps * m * r**2
     assert float((e.norm(dim=-1) / k + s.norm(dim=-1) * a.norm(dim=-1) / k**2).max()) < 1
     # What vanishes where the tangent map is singular.
-    big = torch.einsum("nm,nmi,nmj->nij", (w * two)[:, :-1], c, c) + k[:, None, None] * torch.eye(4, dtype=torch.float64)
+    big = torch.einsum("nm,nmi,nmj->nij", (w * two)[:, :-1], c, c) + k[:, None, None] * torch.eye(
+        4, dtype=torch.float64
+    )
     ra, rp, re = (torch.linalg.solve(big, v) for v in (a, p, e))
 
     def dot(u: Tensor, v: Tensor) -> Tensor:
@@ -190,7 +192,9 @@ def test_a_bound_of_centres_that_is_proved() -> None:
     left = 1 + dot(p, re) - (dot(p, rp) * dot(s, ra) - dot(p, ra) * dot(s, rp))
     assert float(left.min()) > 0
 
-    f = fl.compile(CONVEX.replace("convex_gradient_sphere", "convex_gradient_sphere(proved = true)"), seed=0, dtype=torch.float64)
+    f = fl.compile(
+        CONVEX.replace("convex_gradient_sphere", "convex_gradient_sphere(proved = true)"), seed=0, dtype=torch.float64
+    )
     given = {"c": 4 * torch.randn(300, 3, 4, dtype=torch.float64, generator=g)}
     given |= {key: 4 * torch.randn(300, 4, dtype=torch.float64, generator=g) for key in ("weight", "bias")}
     z = f(p[:300], **given)[0]
