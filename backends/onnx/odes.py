@@ -14,8 +14,8 @@ import numpy as np
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Dim, Value
 from flowlang.backends.onnx.lower import Lowering, Result, Unlowered, emitter
 from flowlang.backends.onnx.solvers import any_of, finite
+from flowlang.backends.torch.runtime.adaptive import GROW, MOST_STEPS, SAFETY, SHRINK
 from flowlang.backends.torch.runtime.ode_gradients import COUPLING
-from flowlang.backends.torch.runtime.odes import GROW, MOST_STEPS, SAFETY, SHRINK
 
 from flowlang.analysis.solvers import interpolant, order
 from flowlang.derive.programs import Program
@@ -92,7 +92,8 @@ def _integrate(w: Lowering, n: Node) -> Result:
     else:
         most = int(n.attrs.get("max_steps", MOST_STEPS))
         adaptive = Adaptive(
-            g, rates, start, stop, float(n.attrs["rtol"]), float(n.attrs["atol"]), method, len(w.leads), most
+            g, rates, start, stop, float(n.attrs["rtol"]), float(n.attrs["atol"]), method, len(w.leads), most,
+            bool(n.attrs.get("shared")),
         )
         found = adaptive.solve(state, w, dense)
     return found[0] if isinstance(n.type, TensorType) else found
@@ -310,16 +311,21 @@ class Adaptive:
         method: Method,
         lead_rank: int,
         most: int,
+        shared: bool = False,
     ):
-        self.lead_rank, self.most = lead_rank, most
+        self.lead_rank, self.most, self.shared = lead_rank, most, shared
+        self.leads: Sequence[Dim] = ()
+        self.known: Value | None = None  # which samples are finite at the start
         self.g, self.rates, self.method, self.rtol, self.atol = g, rates, method, rtol, atol
         self.start, self.span, self.sign = start, abs(stop - start), 1.0 if stop > start else -1.0
 
     def solve(self, state: State, w: Lowering, dense: Dense | None) -> State:
         g, m = self.g, self.method
         parts = len(state)
-        leads = w.leads
+        leads = self.leads = w.leads
         slope = self.rates(state, g.filled(self.start, leads))
+        if self.shared:
+            self.known = finite(g, self.norm(state, state, state))
         h = self.first_step(state, slope)
         smallest = 16 * g.eps * self.span
 
@@ -327,7 +333,7 @@ class Adaptive:
             now, slope = carried[:parts], carried[parts : 2 * parts]
             done, h, before = carried[2 * parts : 2 * parts + 3]
             active = g.binary("Less", done, self.span, BOOL)
-            h = g.binary("Min", h, g.sub(self.span, done))
+            h = self.next_step(h, g.sub(self.span, done))
             signed = g.mul(h, self.sign)
             slopes = [slope]
             for row, c in zip(m.a[1:], m.c[1:], strict=True):
@@ -362,7 +368,7 @@ class Adaptive:
             return any_of(g, g.binary("Less", done, self.span, BOOL)), [*now, *slope, done, h, before, *filled]
 
         # A sample that is not finite at the start has no step: it is NaN, by itself.
-        known = finite(g, h)
+        known = finite(g, h) if self.known is None else self.known
         zero = g.where(known, g.filled(0.0, leads), self.span)
         state = [self.chosen(known, v, g.filled(math.nan, v.shape)) for v in state]
         carried = [*state, *slope, zero, g.where(known, h, 1.0), g.filled(1.0, leads)]
@@ -373,6 +379,12 @@ class Adaptive:
         reached = g.unary("Not", g.binary("Less", out[2 * parts], self.span, BOOL), BOOL)
         found = out[:parts] if dense is None else out[2 * parts + 3 : -1]
         return [self.chosen(reached, v, g.filled(math.nan, v.shape)) for v in found]
+
+    def next_step(self, h: Value, left: Value) -> Value:
+        """At most h; the last two steps are equal."""
+        g = self.g
+        count = g.unary("Ceil", g.sub(g.div(left, g.clip(h, 1e-30, None)), 1e-3))
+        return g.binary("Min", h, g.div(left, g.clip(count, 1.0, 2.0)))
 
     def weighted(self, slopes: Sequence[State], h: Value) -> State:
         """The error estimate h·Σ e·k of each part."""
@@ -402,10 +414,16 @@ class Adaptive:
             size = g.binary("Max", g.unary("Abs", a), g.unary("Abs", b))
             q = g.div(v, g.add(g.mul(size, self.rtol), self.atol))
             square = g.mul(q, q)
+            if self.known is not None:  # one norm over all samples
+                square = g.where(expanded(g, self.known, square), square, 0.0)
+                part = g.reduce("ReduceMean", square, [-1 - k for k in range(square.rank)])
+                found = part if found is None else g.binary("Max", found, part)
+                continue
             part = g.reduce("ReduceMean", square, [-1 - k for k in range(square.rank - self.lead_rank)])
             found = part if found is None else g.binary("Max", found, part)
         assert found is not None
-        return g.unary("Sqrt", found)
+        found = g.unary("Sqrt", found)
+        return found if self.known is None else g.expand(found, tuple(self.leads))
 
     def first_step(self, state: State, slope: State) -> Value:
         """A step to begin with, from the first and second derivative (Hairer, Norsett & Wanner, II.4)."""

@@ -18,6 +18,7 @@ from flowlang.backends.torch.polish import folded, reuse_names
 
 from flowlang.analysis.solvers import interpolant, order
 from flowlang.derive.analyse import Analyses
+from flowlang.derive.prepared import fixed_values, prepared
 from flowlang.derive.programs import Program, is_map, is_random
 from flowlang.derive.tidy import graphs, tidy, without_log_det, zero_log_det
 from flowlang.ir.domains import Domain
@@ -25,6 +26,7 @@ from flowlang.ir.graph import Child, Node, Region
 from flowlang.ir.interval import REAL
 from flowlang.ir.noise import draws
 from flowlang.ir.tableau import Tableau
+from flowlang.ir.tangents import FROZEN, probes_of
 
 LINE_WIDTH = 120
 
@@ -68,6 +70,7 @@ class Generator:
         self.helpers: set[str] = set()
         self.reserved = runtime_names() | set(self.classes.values())
         self._programs: dict[tuple[int, str, bool], Program] = {}
+        self._prepared: dict[tuple[int, str], Program | None] = {}
         self._noisy: dict[tuple[int, str, bool], bool] = {}
         self._scopes: dict[int, ClassScope] = {}
 
@@ -82,12 +85,35 @@ class Generator:
     def program(self, region: Region, name: str, value_only: bool = False) -> Program:
         """A region's program, tidied; `value_only` leaves its log-det out."""
         key = (id(region), name, value_only)
+        if key not in self._programs and name.startswith(PREPARED):
+            made = self.prepared(region, name)
+            assert made is not None
+            self._programs[key] = made
         if key not in self._programs:
             program = self.analyses.program(region, name)
             if value_only:
                 program = without_log_det(program)
             self._programs[key] = tidy(program, self.zero_log_det)
         return self._programs[key]
+
+    def prepared(self, region: Region, name: str) -> Program | None:
+        """A field's program as one function whose weights are fetched once; `name` says which, and for whose times."""
+        key = (id(region), name)
+        if key not in self._prepared:
+            plain, together = name.removeprefix(PREPARED).removesuffix(TOGETHER), name.endswith(TOGETHER)
+            along = probes_of(plain.removeprefix(FROZEN), region.graph[region.inputs[0]].tensor) is not None
+            self._prepared[key] = prepared(self.program(region, plain), 1 + along, together=together)
+        return self._prepared[key]
+
+    def solved_with(self, n: Node) -> list[str]:
+        """The prepared programs of a field that the steps of `integrate` call: for shared times, for each sample's, or both."""
+        if n.attrs.get("gradient", "through") != "through" or implicit(n):
+            return []
+        region, method, _ = called(n)
+        names = [f"{PREPARED}{method}{TOGETHER}"]
+        if "rtol" in n.attrs and not n.attrs.get("shared"):
+            names.append(f"{PREPARED}{method}")
+        return [x for x in names if self.prepared(region, x) is not None]
 
     def zero_log_det(self, region: Region, name: str) -> bool:
         return zero_log_det(self.program(region, name))
@@ -180,6 +206,9 @@ class Generator:
                 todo += [called(n) for n in graph if n.op in RUNS]
                 todo += [(n.attrs["region"], UNDOES[called(n)[1]], True) for n in graph if self.undoes(n)]
                 todo += [(n.attrs["region"], "forward", False) for n in graph if implicit(n)]
+                todo += [
+                    (n.attrs["region"], p, False) for n in graph if n.op == "integrate" for p in self.solved_with(n)
+                ]
                 todo += [(r, "forward", False) for n in graph for r in n.attrs.get("rule_regions", ())]
         return {k: sorted(v, key=lambda p: (p[1], program_rank(p[0]), p[0])) for k, v in found.items()}
 
@@ -196,6 +225,9 @@ class Generator:
             program, method = self.program(region, p, v), prefix + method_name(p, v)
             if p == "forward" and "backward" in region.rules:
                 bodies.append(self.write_own_gradient(program, method))
+                continue
+            if p.startswith(PREPARED):
+                bodies.append(self.write_prepared(scope, program, p))
                 continue
             bodies.append(self.write_method(scope, program, f"_{p}" if p in OWN_GRADIENT else method))
         for program in region.programs.values():
@@ -378,6 +410,51 @@ class Generator:
             *(f"    {x}" for x in body),
         ]
 
+    def write_prepared(self, scope: ClassScope, program: Program, method: str) -> list[str]:
+        """A method that gives a function: what its arguments do not change is found when the function is made."""
+        program = with_native_norms(program)
+        graph = program.graph
+        plain = method.removeprefix(PREPARED).removesuffix(TOGETHER)
+        tensor = graph[program.inputs[0]].tensor
+        own = 2 + (probes_of(plain.removeprefix(FROZEN), tensor) is not None)
+        moving, held = program.inputs[:own], program.inputs[own:]
+        writer = Writer(scope, graph)
+        names = []
+        for i in (*held, *moving):
+            names.append(writer.names.fresh(graph[i].label or graph[i].attrs.get("name") or "x"))
+            writer.env[i] = Expr(names[-1])
+        arguments, inner = names[: len(held)], names[len(held) :]
+        weight = next(n for n in graph if n.op == "param")
+        first = next((i for i in held if graph[i].batched), None)
+        writer.reference = scope.parameter(weight)
+        if first is not None:
+            rank = graph[first].tensor.rank
+            writer.batch = f"{writer.env[first].text}.shape[:-{rank}]" if rank else f"{writer.env[first].text}.shape"
+        fixed = [i for i in fixed_values(program, moving) if not writer.is_number(i)]
+        writer.run(fixed)
+        for i in fixed:
+            writer.variable(i)
+        outside, writer.lines, writer.uses = writer.lines, [], {}
+        writer.reference, rank = inner[0], tensor.rank
+        writer.batch = f"{inner[0]}.shape[:-{rank}]" if rank else f"{inner[0]}.shape"
+        results = writer.run(program.outputs)
+        final = [writer.as_tensor(o) if writer.is_number(o) else r for o, r in zip(program.outputs, results, strict=True)]
+        several = f"tuple[{', '.join(['Tensor'] * len(final))}]" if len(final) > 1 else "Tensor"
+        function = writer.names.fresh("rates" if plain.removeprefix(FROZEN) == "forward" else "rates_and_divergence")
+        own_time = "one for all samples" if method.endswith(TOGETHER) else "one for each sample"
+        signature = ["self", *(f"{n}: {annotation(graph[i])}" for n, i in zip(arguments, held, strict=True))]
+        head = f"def {method}({', '.join(signature)}) -> Callable[..., {several}]:"
+        lines = [
+            f'"""The field as a function of {", ".join(inner)}, the time {own_time}."""',
+            *outside,
+            "",
+            f"def {function}({', '.join(f'{n}: Tensor' for n in inner)}) -> {several}:",
+            *(f"    {x}" for x in [*writer.lines, f"return {', '.join(final)}"]),
+            "",
+            f"return {function}",
+        ]
+        return [head, *(f"    {y}" for x in lines for y in folded(x, LINE_WIDTH - 8))]
+
     def write_own_gradient(self, program: Program, method: str) -> list[str]:
         """The forward method of a region with a backward pass of its own, which holds while training."""
         fresh = Names(self.reserved)
@@ -443,6 +520,7 @@ EXACTNESS = {  # what is added to the words of a program
     "unbiased": ["", "Its log-density is an unbiased estimate."],
     "ratio": ["", "Its log-density is right up to a constant."],
 }
+PREPARED, TOGETHER = "prepared_", "_together"  # around the name of a field's program
 RUNS = ("call", "repeat", "integrate", "scan")  # ops that run a program of a child
 
 

@@ -12,6 +12,7 @@ from flowlang.backends.torch.names import Names
 from flowlang.derive.programs import Program, is_map
 from flowlang.derive.schedule import schedule
 from flowlang.ir.graph import Graph, Node, Region, result_types
+from flowlang.ir.ops import OPS
 from flowlang.ir.ops.control import Series
 from flowlang.ir.ops.splines import SPLINES, bin_axis, kind_of, numbers_of
 from flowlang.ir.tangents import plain_method, probes_of
@@ -772,6 +773,8 @@ def _contract(w: Writer, n: Node) -> Expr:
     product = _product(w, n)
     if product is not None:
         return Expr(f"{product[0]} @ {product[1]}", PRODUCT)
+    if ta.names == tb.names == tuple(n.attrs["axes"]) and len(ta.names) == 1:
+        return Expr(f"torch.linalg.vecdot({argument(w, a)}, {argument(w, b)})")
     letters: dict[str, str] = {}
     for name in (*ta.names, *tb.names):
         letters.setdefault(name, "abcdefghijklmnopqrstuvwxyz"[len(letters)])
@@ -1386,11 +1389,20 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
     state = f"({start_value}, {start_value}.new_zeros({batch}))" if traced else f"({start_value},)"
     inputs = ", ".join([state_, t, *(known if gradient != "through" else [])])
     rates = f"lambda {inputs}: {call}" if traced else f"lambda {inputs}: ({call},)"
+    made = {}
+    for name in w.scope.generator.solved_with(n):
+        call = f"{child}.{name}({', '.join(outside[along:])})"
+        made["each" if name.endswith(called(n)[1]) else "together"] = (
+            f"{w.scope.use('as_rates')}({', '.join([call, *outside[:along]])})"
+        )
+    later = [f"{k}=lambda: {text}" for k, text in made.items()]
+    together = [f"together={made['together']}"] if made else []
     ends = f"{n.attrs['start']!r}, {n.attrs['stop']!r}"
     steps = n.attrs.get("times", n.attrs.get("steps"))
     if "rule" in n.attrs:
         rules = [f"self.{w.scope.children[c]}" for c in n.attrs["rule"]]
-        text = f"{w.scope.use('ode_rule')}({rates}, {state}, {batch}, {ends}, {steps!r}, [{', '.join(rules)}])"
+        parts = [rates, state, batch, ends, repr(steps), f"[{', '.join(rules)}]", *together]
+        text = f"{w.scope.use('ode_rule')}({', '.join(parts)})"
         return _trajectory(w, n, text, traced)
     method = w.scope.tableau(n.attrs["solver"], n.attrs["tableau"], dense=timed or "at" in n.attrs)
     if not n.attrs["tableau"].explicit:
@@ -1400,18 +1412,25 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
     at = [f"at={w.tensor(n.inputs[-1])}"] if timed else []
     if "at" in n.attrs:
         at = [f"at={n.attrs['at']!r}"]
-    how = {k: n.attrs[k] for k in ("rtol", "atol", "max_steps") if k in n.attrs}
+    how = {k: n.attrs[k] for k in ("rtol", "atol", "max_steps", "shared") if k in n.attrs}
     if gradient != "through":
         given = repr(steps) if steps is not None else f"dict({', '.join(f'{k}={v!r}' for k, v in how.items())})"
         held = f"({', '.join(outside)}{',' if len(outside) == 1 else ''})"
         text = f"{w.scope.use(f'ode_{gradient}')}({', '.join([rates, state, batch, ends, given, method, held, child, *at])})"
     elif steps is not None:
-        text = f"{w.scope.use('ode_steps')}({', '.join([rates, state, batch, ends, repr(steps), method, *at])})"
+        text = f"{w.scope.use('ode_steps')}({', '.join([rates, state, batch, ends, repr(steps), method, *at, *together])})"
     else:
-        most = [f"max_steps={how['max_steps']}"] if "max_steps" in how else []
-        parts = [rates, state, batch, ends, f"{how['rtol']!r}, {how['atol']!r}", method, *at, *most]
+        most = [f"{k}={how[k]!r}" for k in ("max_steps", "shared") if k in how]
+        free = [] if at or how.get("shared") or couples_samples(n) or any(w.graph[i].batched for i in others) else ["apart=True"]
+        parts = [rates, state, batch, ends, f"{how['rtol']!r}, {how['atol']!r}", method, *at, *most, *later, *free]
         text = f"{w.scope.use('ode_adaptive')}({', '.join(parts)})"
     return _trajectory(w, n, text, traced)
+
+
+def couples_samples(n: Node) -> bool:
+    """Whether a field mixes the samples of a batch, so that none can be left out."""
+    region: Region = n.attrs["region"]
+    return any(m.op in ("scan", "choose") or OPS[m.op].pools for r in region.walk() for m in r.graph)
 
 
 def _trajectory(w: Writer, n: Node, text: str, traced: bool) -> Expr | None:

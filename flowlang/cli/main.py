@@ -192,12 +192,24 @@ def explain(code: str) -> None:
     is_flag=True,
     help="The variance of a net's values along its depth at initialisation; -o FILE.png plots it.",
 )
-def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, signal_: bool) -> None:
-    """Draw a flow's chain as SVG or Mermaid, or how a signal goes through a net."""
+@click.option(
+    "--solver",
+    "solvers_",
+    multiple=True,
+    metavar="NAME",
+    help="A solver's stability region and what accuracy costs; may be repeated; -o FILE.png plots them together.",
+)
+def draw(
+    spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, signal_: bool, solvers_: tuple[str, ...]
+) -> None:
+    """Draw a flow's chain as SVG or Mermaid, how a signal goes through a net, or solvers."""
     from flowlang.api import pick_flow
     from flowlang.draw.chain import mermaid, svg
 
     comp = load_ok(spec, sets, False, build=flow)
+    if solvers_:
+        draw_solvers(comp, solvers_, out)
+        return
     if signal_:
         draw_signal(comp, flow, out)
         return
@@ -208,6 +220,22 @@ def draw(spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, si
     else:
         write_text(out, text)
         click.echo(f"{out}: flow {name}")
+
+
+def draw_solvers(comp: Any, names: tuple[str, ...], out: str | None) -> None:
+    from flowlang.cli.tables import table
+    from flowlang.draw.solvers import curve, plot
+
+    if out is not None and not out.endswith(".png"):
+        raise FlowError(
+            Diagnostic("FL0804", f"`{out}` is no .png", suggestion="solvers are drawn as in `-o solvers.png`")
+        )
+    curves = [curve(comp, n) for n in names]
+    rows = [[c.name, str(n), f"{e:.2e}"] for c in curves for n, e in c.work]
+    click.echo(table(["solver", "evaluations", "error"], rows, numbers=(1, 2)))
+    if out is not None:
+        plot(curves, out)
+        click.echo(f"{out}: {', '.join(names)}")
 
 
 def draw_signal(comp: Any, flow: str | None, out: str | None) -> None:

@@ -35,6 +35,7 @@ from flowlang.derive.quiet import quiet
 from flowlang.derive.search import Inverter
 from flowlang.derive.surfaces import no_rule, off_the_sphere
 from flowlang.derive.tapped import tapped_program
+from flowlang.derive.traces import short_divergence
 from flowlang.ir.domains import Domain
 from flowlang.ir.graph import BaseDistribution, Draw, Emission, Graph, Node, Region, Update, result_types
 from flowlang.ir.interval import POSITIVE, REAL, Interval
@@ -641,8 +642,10 @@ def leads_back(found: Interval, domain: Interval) -> bool:
 
 def derivative(region: Region, name: str) -> Program | None:
     """The program of that name if it is one of a net's derivatives. Raises NoDerivative where an op has none."""
-    if name in ("divergence", "divergence_along"):
-        return divergence_program(region, exact=name == "divergence")
+    if name == "divergence":
+        return short_divergence(region) or divergence_program(region)
+    if name == "divergence_along":
+        return divergence_program(region, exact=False)
     if name.startswith(PLUS):
         return divergence_plus(region, int(name.removeprefix(PLUS)))
     how = Tangents.named(name)

@@ -373,8 +373,9 @@ def call_target(body: Body, inst: Instance, args: Arguments) -> Any:
     return call_instance(body, full, tensors, extras, axes, args.span)
 
 
-# Of every solver: so many equal steps, or steps between given times, or the tolerances of adaptive ones and their cap.
-SOLVER_OPTIONS = ("steps", "times", "rtol", "atol", "max_steps")
+# Of every solver: so many equal steps, or steps between given times, or the tolerances of adaptive ones, their cap, and
+# whether all samples share the steps.
+SOLVER_OPTIONS = ("steps", "times", "rtol", "atol", "max_steps", "shared")
 
 
 def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
@@ -400,6 +401,16 @@ def solver_instance(body: Body, inst: Instance, args: Arguments) -> Instance:
             )  # fmt: skip
         if name == "times":
             values[name] = step_times(body, inst, value, where)
+            continue
+        if name == "shared":
+            if not isinstance(value, bool):
+                raise body.fail(
+                    "FL0306",
+                    f"`shared` is `true` or `false`, and this is {describe(value)}",
+                    where,
+                    suggestion="as in `dopri5(rtol = 1e-5, atol = 1e-5, shared = true)`",
+                )
+            values[name] = value
             continue
         whole = name in ("steps", "max_steps")
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)

@@ -316,7 +316,11 @@ def solver_attributes(
             raise poisoned() from None
     how: dict[str, Any] = {"solver": name, "tableau": tableau} if rule is None else {"solver": name, "rule": rule}
     options = solver.arguments
+    shared = {"shared": True} if options.get("shared") and "shared" not in own_parameters(declaration) else {}
     found = step_options(body, solver, ends)
+    if shared and (found or tableau is None or tableau.embedded is None or not tableau.explicit):
+        raise body.fail("FL0202", "`shared` is for steps whose size is chosen by tolerances", solver.span,
+                        suggestion="leave it out: steps that are given are the same for all samples")  # fmt: skip
     if found:
         return {**how, **found}
     own = next((p.default for ps in declaration.parameters for p in ps if p.name == "steps"), None)
@@ -328,7 +332,11 @@ def solver_attributes(
             suggestion=f"as in `{name}(steps = 20)`; `dopri5` chooses its steps by tolerances",
         )  # fmt: skip
     most = {"max_steps": options["max_steps"]} if "max_steps" in options else {}
-    return {**how, **{k: float(options.get(k, v)) for k, v in TOLERANCES.items()}, **most}
+    return {**how, **{k: float(options.get(k, v)) for k, v in TOLERANCES.items()}, **most, **shared}
+
+
+def own_parameters(declaration: tree.Declaration) -> set[str]:
+    return {p.name for ps in declaration.parameters for p in ps}
 
 
 def step_options(body: Body, solver: Instance, ends: tuple[float, float]) -> dict[str, Any]:

@@ -228,7 +228,8 @@ def test_gradients_agree_with_those_through_the_solver(
 ) -> None:
     y, wanted = gradients(program, solver, "through")
     z, found = gradients(program, solver, gradient)
-    assert torch.allclose(y, z, rtol=0, atol=0 if gradient == "adjoint" else 1e-6)
+    # Without gradients a step's slopes lie side by side, and their sum has another order: rounding alone may differ.
+    assert torch.allclose(y, z, rtol=0, atol=1e-13 if gradient == "adjoint" else 1e-6)
     for a, b in zip(wanted, found, strict=True):
         assert a.abs().max() > 0
         assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)

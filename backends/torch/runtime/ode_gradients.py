@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from flowlang.backends.torch.runtime.adaptive import ode_adaptive
 from flowlang.backends.torch.runtime.odes import (
     RungeKutta,
     Time,
@@ -20,7 +21,6 @@ from flowlang.backends.torch.runtime.odes import (
     expanded,
     grid,
     note_steps,
-    ode_adaptive,
     ode_steps,
     stages,
 )

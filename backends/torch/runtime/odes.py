@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from flowlang.backends.torch.runtime.errors import no_solution, no_stages, too_many_steps
+from flowlang.backends.torch.runtime.errors import no_stages
 from torch import Tensor
 
 State = tuple[Tensor, ...]
@@ -73,6 +72,16 @@ def counted(rates: Rates) -> Rates:
         return rates(state, t)
 
     return call
+
+
+def as_rates(function: Callable[..., Any], *noise: Tensor) -> Rates:
+    """A field that was made ready, as a function of the state."""
+
+    def rates(state: State, t: Any) -> State:
+        found = function(state[0], *noise, t)
+        return found if isinstance(found, tuple) else (found,)
+
+    return rates
 
 
 def note_steps(accepted: Tensor, rejected: Tensor) -> None:
@@ -262,18 +271,19 @@ def grid(start: float, stop: float, steps: int | tuple[float, ...]) -> list[floa
 
 def ode_steps(
     rates: Rates, state: State, batch: Sequence[int], start: Time, stop: Time, steps: int | tuple[float, ...],
-    method: RungeKutta, at: Tensor | tuple[float, ...] | None = None, taken: Any = None,
+    method: RungeKutta, at: Tensor | tuple[float, ...] | None = None, taken: Any = None, together: Rates | None = None,
 ) -> State:  # fmt: skip
     """The state at `stop`, after that many equal steps, or steps between the times given; or its values `at` times.
 
-    `rates(state, t)` gives its derivative, t for each sample; `taken(weights)` is told each step's h·b.
+    `rates(state, t)` gives its derivative, t for each sample; `together` takes one t for all. `taken(weights)` is told
+    each step's h·b.
     """
     size, first = tuple(batch), state[0]
     whole = first.new_full if not isinstance(start, Tensor) and not isinstance(stop, Tensor) else None
-    inner = counted(rates)
+    inner, shape = counted(rates if together is None else together), size if together is None else ()
 
     def each(state: State, t: Time) -> State:
-        return inner(state, t if isinstance(t, Tensor) else first.new_full(size, t))
+        return inner(state, t if isinstance(t, Tensor) else first.new_full(shape, t))
 
     if whole is not None:
         assert isinstance(start, float | int)
@@ -309,15 +319,16 @@ def ode_steps(
 
 def ode_rule(
     rates: Rates, state: State, batch: Sequence[int], start: float, stop: float, steps: int | tuple[float, ...],
-    rules: Sequence[Any],
+    rules: Sequence[Any], together: Rates | None = None,
 ) -> State:  # fmt: skip
     """The state at `stop` by a step rule: `rule(x, *memory, t, h, i, v)` gives the next x and memory.
 
     The last rule serves all steps that have none of their own. Several parts of a state go as one tensor, since a
     rule that carries more than x only sums multiples.
     """
-    inner = counted(rates)
+    inner = counted(rates if together is None else together)
     first, size = state[0], tuple(batch)
+    shape = size if together is None else ()
     shapes = [s.shape[len(size) :] for s in state]
 
     def pack(parts: State) -> Tensor:
@@ -330,7 +341,7 @@ def ode_rule(
         return tuple(p.reshape((*size, *s)) for p, s in zip(parts, shapes, strict=True))
 
     def v(x: Tensor, t: Any) -> Tensor:
-        when = t.expand(size) if isinstance(t, Tensor) else first.new_full(size, t)
+        when = t.expand(shape) if isinstance(t, Tensor) else first.new_full(shape, t)
         return pack(inner(unpack(x), when))
 
     times = first.new_tensor(grid(start, stop, steps))
@@ -412,218 +423,3 @@ class Dense:
                     value = value + expanded(w, slope) * slope
             out.append(torch.where(expanded(inside, old), value, old))
         self.values = tuple(out)
-
-
-SAFETY = 0.9
-SHRINK = 0.2
-GROW = 10.0
-MOST_STEPS = 100_000
-
-
-def ode_adaptive(
-    rates: Rates, state: State, batch: Sequence[int], start: Time, stop: Time, rtol: float, atol: float,
-    method: RungeKutta, at: Tensor | tuple[float, ...] | None = None, max_steps: int = MOST_STEPS, taken: Any = None,
-) -> State:  # fmt: skip
-    """The state at `stop`, in steps that hold the local error below atol + rtol·|x| for each sample by itself.
-
-    The error norm is the root mean square over a sample; steps follow a PI controller (Hairer, Norsett & Wanner,
-    II.4 and IV.2). Gradients flow through the steps taken, not through their sizes. A sample that is not finite at
-    the start stays so by itself.
-    """
-    first = state[0]
-    size = tuple(batch)
-    alone = at is None and taken is None and math.prod(size) == 1 and not torch.compiler.is_compiling()
-    if alone and not isinstance(start, Tensor) and not isinstance(stop, Tensor):
-        return one_adaptive(rates, state, size, start, stop, rtol, atol, method, max_steps)
-    rank = len(size)
-    rates = counted(rates)
-    zero = first.new_zeros(size)
-    begin = zero + start
-    with torch.no_grad():
-        ahead = stop - begin
-        sign, span = torch.sign(ahead), ahead.abs()
-        smallest = 16 * torch.finfo(first.dtype).eps * span
-        lost = ~finite(state, rank)
-        some_lost = bool(lost.any())
-    if some_lost:  # they take no steps, and do not spoil the gradients of others
-        state = tuple(torch.where(expanded(lost, s), torch.zeros_like(s), s) for s in state)
-    found = None if at is None else Dense(at, size, state)
-    way = begun(begin, state[0])
-    slope = rates(state, begin)
-    with torch.no_grad():
-        bad = ~finite(slope, rank) & ~lost
-        if bool(bad.any()):
-            lost, some_lost = lost | bad, True
-        h = first_step(rates, state, slope, begin, sign, span, rtol, atol, method.order, rank)
-        h = torch.where(lost, span, h)
-        done = torch.where(lost, span, zero)  # time passed since the start, for each sample
-        before = torch.ones_like(h)
-        power = 1 / method.order
-        accepts, rejects = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
-    fsal = last_is_first(method) and taken is None
-    for _ in range(max_steps):
-        with torch.no_grad():
-            active = done < span
-            if not bool(active.any()):
-                break
-            h = torch.minimum(h, span - done)
-            t = torch.addcmul(begin, sign, done)
-            step = sign * h
-        signed = shaped(step, state)
-        slopes = stages(rates, state, t, step, signed, method, None if taken is not None else slope)
-        new = combined(state, method.b, slopes, signed)
-        with torch.no_grad():
-            ratio = scaled_norm(combined(None, method.error, slopes, signed), state, new, rtol, atol, rank)
-            accepted = active & (ratio <= 1)
-            bad = active & ~torch.isfinite(ratio)
-            factor = SAFETY * ratio.clamp_min(1e-10) ** (-0.7 * power) * before.clamp_min(1e-10) ** (0.4 * power)
-            factor = factor.clamp(SHRINK, GROW).nan_to_num(SHRINK)
-            refused = active & ~accepted
-            some_refused = bool(refused.any())
-            if some_refused:
-                if bool((refused & (h <= smallest)).any()):
-                    raise no_solution(float((begin + sign * done)[refused & (h <= smallest)][0]))
-                factor = torch.where(refused, factor.clamp_max(1.0), factor)
-            if _COUNTS:
-                accepts, rejects = accepts + accepted.cpu(), rejects + refused.cpu()
-            reached = done + h
-            reached = torch.where(span - reached <= smallest, span, reached)
-            done = torch.where(accepted, reached, done)
-            before = torch.where(accepted, ratio, before)
-            h = h * factor
-            after = torch.addcmul(begin, sign, done)
-        if bool(bad.any()) and torch.is_grad_enabled():  # a step that is thrown away must not spoil gradients
-            step = torch.where(bad, torch.zeros_like(step), step)
-            signed = shaped(step, state)
-            slopes = stages(rates, state, t, step, signed, method, None if taken is not None else slope)
-            new = combined(state, method.b, slopes, signed)
-        if taken is not None:
-            moved = torch.where(accepted, step, torch.zeros_like(step))
-            taken([moved * b for b in method.b])
-        every = bool(accepted.all())
-        old = state
-        state = new if every else chosen(accepted, new, state)
-        if way is not None:
-            way.append((after, state[0].detach()))
-        if taken is None:
-            last = slopes[-1] if fsal else rates(state, after)
-            if found is not None:
-                found.fill(
-                    old, slopes if fsal else [*slopes, last], t, torch.where(active, step, sign), accepted, method
-                )
-            slope = last if every else chosen(accepted, last, slope)
-    else:
-        with torch.no_grad():
-            raise too_many_steps(max_steps, float((begin + sign * done)[done < span][0]))
-    if _COUNTS:
-        note_steps(accepts, rejects)
-    results = state if found is None else found.values
-    if not some_lost:
-        return results
-    return tuple(torch.where(expanded(lost, s), torch.full_like(s, float("nan")), s) for s in results)
-
-
-def one_adaptive(
-    rates: Rates, state: State, size: tuple[int, ...], start: float, stop: float, rtol: float, atol: float,
-    method: RungeKutta, max_steps: int,
-) -> State:  # fmt: skip
-    """The same for a single sample, whose time and step are numbers: most calls of a small step are those of control."""
-    first, rank = state[0], len(size)
-    inner = counted(rates)
-
-    def each(state: State, t: Any) -> State:
-        return inner(state, t if isinstance(t, Tensor) else first.new_full(size, t))
-
-    sign, span = (1.0 if stop > start else -1.0), abs(stop - start)
-    smallest = 16 * torch.finfo(first.dtype).eps * span
-    slope = each(state, start)
-    with torch.no_grad():
-        if not bool(finite((*state, *slope), rank).all()):
-            return tuple(torch.full_like(s, float("nan")) for s in state)
-        like = first.new_ones(size)
-        h = float(
-            first_step(inner, state, slope, start * like, sign * like, span * like, rtol, atol, method.order, rank)
-        )
-    done, before, power, accepts, rejects = 0.0, 1.0, 1 / method.order, 0, 0
-    way = begun(start, first)
-    for _ in range(max_steps):
-        if done >= span:
-            break
-        h = min(h, span - done)
-        t = start + sign * done
-        slopes = stages(each, state, t, sign * h, sign * h, method, slope)
-        new = combined(state, method.b, slopes, sign * h)
-        with torch.no_grad():
-            ratio = float(scaled_norm(combined(None, method.error, slopes, sign * h), state, new, rtol, atol, rank))
-        known = math.isfinite(ratio)
-        factor = SHRINK
-        if known:
-            factor = SAFETY * max(ratio, 1e-10) ** (-0.7 * power) * max(before, 1e-10) ** (0.4 * power)
-            factor = min(max(factor, SHRINK), GROW)
-        if not known or ratio > 1:
-            if h <= smallest:
-                raise no_solution(t)
-            rejects, h = rejects + 1, h * min(factor, 1.0)
-            continue
-        accepts, before = accepts + 1, ratio
-        done = span if span - (done + h) <= smallest else done + h
-        h *= factor
-        state = new
-        if way is not None:
-            way.append((start + sign * done, new[0].detach()))
-        slope = slopes[-1] if last_is_first(method) else each(new, start + sign * done)
-    else:
-        raise too_many_steps(max_steps, start + sign * done)
-    if _COUNTS:
-        note_steps(torch.full(size, accepts), torch.full(size, rejects))
-    return state
-
-
-def chosen(condition: Tensor, new: State, old: State) -> State:
-    return tuple(torch.where(expanded(condition, n), n, o) for n, o in zip(new, old, strict=True))
-
-
-def finite(state: State, rank: int) -> Tensor:
-    """Whether all of a sample is finite."""
-    found: Tensor | None = None
-    for s in state:
-        here = torch.isfinite(s)
-        here = here.flatten(rank).all(-1) if here.dim() > rank else here
-        found = here if found is None else found & here
-    assert found is not None
-    return found
-
-
-def scaled_norm(
-    values: Sequence[Tensor], old: Sequence[Tensor], new: Sequence[Tensor], rtol: float, atol: float, rank: int
-) -> Tensor:
-    """For each sample, the largest root mean square over the parts of value/(atol + rtol·|x|)."""
-    found: Tensor | None = None
-    for v, a, b in zip(values, old, new, strict=True):
-        size = a.abs() if a is b else torch.maximum(a.abs(), b.abs())
-        square = (v / (size * rtol + atol)).square()
-        part = square.flatten(rank).mean(-1) if square.dim() > rank else square
-        found = part if found is None else torch.maximum(found, part)
-    assert found is not None
-    return torch.sqrt(found)
-
-
-def first_step(
-    rates: Rates, state: State, slope: State, start: Tensor, sign: Tensor, span: Tensor, rtol: float, atol: float,
-    order: int, rank: int,
-) -> Tensor:  # fmt: skip
-    """A step to begin with, from the first and second derivative (Hairer, Norsett & Wanner, II.4)."""
-    size = scaled_norm(state, state, state, rtol, atol, rank)
-    speed = scaled_norm(slope, state, state, rtol, atol, rank)
-    h = torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-6), 0.01 * size / speed.clamp_min(1e-30))
-    h = torch.minimum(h, span)
-    step = sign * h
-    signed = tuple(expanded(step, s) for s in state)
-    moved = rates(tuple(torch.addcmul(s, d, k) for s, d, k in zip(state, signed, slope, strict=True)), start + step)
-    bend = scaled_norm(
-        tuple(a - b for a, b in zip(moved, slope, strict=True)), state, state, rtol, atol, rank
-    ) / h.clamp_min(1e-30)
-    most = torch.maximum(speed, bend)
-    other = torch.where(most <= 1e-15, (1e-3 * h).clamp_min(1e-6), (0.01 / most.clamp_min(1e-30)) ** (1 / (order + 1)))
-    found = torch.minimum(100 * h, other)
-    return torch.minimum(torch.where(torch.isfinite(found), found, h), span)
