@@ -20,9 +20,12 @@ def test_regions_and_slopes_are_those_of_the_methods(tmp_path: Path) -> None:
     rk4 = curve(comp, "rk4")
     assert rk4.stability is not None
     inside, outside = region(rk4.stability, -2.7852), region(rk4.stability, -2.7854)  # the textbook's real border
-    assert inside <= 1.0001 and outside >= 0.9999 and region(rk4.stability, 2.828j) < 1 < region(rk4.stability, 2.83j)
+    assert inside <= 1.0001
+    assert outside >= 0.9999
+    assert region(rk4.stability, 2.828j) < 1 < region(rk4.stability, 2.83j)
     euler = curve(comp, "backward_euler").stability
-    assert euler is not None and abs(region(euler, -1e6)) < 1e-5  # L-stable
+    assert euler is not None
+    assert abs(region(euler, -1e6)) < 1e-5
     mine = curve(comp, "mine")
     assert mine.stability is None  # a rule has no tableau
     for c, order in ((rk4, 4), (mine, 2)):
@@ -36,7 +39,8 @@ def test_a_picture_is_written_and_strangers_are_told(tmp_path: Path) -> None:
     out = tmp_path / "s.png"
     found = CliRunner().invoke(cli, ["draw", str(spec), "--solver", "euler", "--solver", "mine", "-o", str(out)])
     assert found.exit_code == 0, found.output
-    assert out.read_bytes().startswith(b"\x89PNG") and "evaluations" in found.output
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "evaluations" in found.output
     from flowlang.diagnostics import FlowError
 
     with pytest.raises(FlowError, match="no solver"):
