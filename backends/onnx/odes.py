@@ -92,7 +92,15 @@ def _integrate(w: Lowering, n: Node) -> Result:
     else:
         most = int(n.attrs.get("max_steps", MOST_STEPS))
         adaptive = Adaptive(
-            g, rates, start, stop, float(n.attrs["rtol"]), float(n.attrs["atol"]), method, len(w.leads), most,
+            g,
+            rates,
+            start,
+            stop,
+            float(n.attrs["rtol"]),
+            float(n.attrs["atol"]),
+            method,
+            len(w.leads),
+            most,
             bool(n.attrs.get("shared")),
         )
         found = adaptive.solve(state, w, dense)

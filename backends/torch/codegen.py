@@ -438,7 +438,9 @@ class Generator:
         writer.reference, rank = inner[0], tensor.rank
         writer.batch = f"{inner[0]}.shape[:-{rank}]" if rank else f"{inner[0]}.shape"
         results = writer.run(program.outputs)
-        final = [writer.as_tensor(o) if writer.is_number(o) else r for o, r in zip(program.outputs, results, strict=True)]
+        final = [
+            writer.as_tensor(o) if writer.is_number(o) else r for o, r in zip(program.outputs, results, strict=True)
+        ]
         several = f"tuple[{', '.join(['Tensor'] * len(final))}]" if len(final) > 1 else "Tensor"
         function = writer.names.fresh("rates" if plain.removeprefix(FROZEN) == "forward" else "rates_and_divergence")
         own_time = "one for all samples" if method.endswith(TOGETHER) else "one for each sample"

@@ -1418,10 +1418,16 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
         held = f"({', '.join(outside)}{',' if len(outside) == 1 else ''})"
         text = f"{w.scope.use(f'ode_{gradient}')}({', '.join([rates, state, batch, ends, given, method, held, child, *at])})"
     elif steps is not None:
-        text = f"{w.scope.use('ode_steps')}({', '.join([rates, state, batch, ends, repr(steps), method, *at, *together])})"
+        text = (
+            f"{w.scope.use('ode_steps')}({', '.join([rates, state, batch, ends, repr(steps), method, *at, *together])})"
+        )
     else:
         most = [f"{k}={how[k]!r}" for k in ("max_steps", "shared") if k in how]
-        free = [] if at or how.get("shared") or couples_samples(n) or any(w.graph[i].batched for i in others) else ["apart=True"]
+        free = (
+            []
+            if at or how.get("shared") or couples_samples(n) or any(w.graph[i].batched for i in others)
+            else ["apart=True"]
+        )
         parts = [rates, state, batch, ends, f"{how['rtol']!r}, {how['atol']!r}", method, *at, *most, *later, *free]
         text = f"{w.scope.use('ode_adaptive')}({', '.join(parts)})"
     return _trajectory(w, n, text, traced)
