@@ -23,7 +23,7 @@ def tidy(e: Any) -> Any:
     turning = e.atoms(sp.sin, sp.cos, sp.tan)
     if any(abs(n.p) > LARGEST or n.q > LARGEST for f in turning for n in f.atoms(sp.Rational)):
         return e
-    return sp.simplify(e)
+    return sp.simplify(sp.piecewise_fold(e) if e.has(sp.Piecewise) else e)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,21 @@ class SymbolicPath:
                     return time, name
         return None
 
+    def jump(self) -> Any:
+        """A time inside (0, 1) where pieces of the path do not meet; None for a path without such pieces."""
+        times = {
+            s
+            for r in self.expression.atoms(sp.core.relational.Relational)
+            for s in sp.solve(r.lhs - r.rhs, t)
+            if s.is_number and s.is_real and 0 < s < 1
+        }
+        near = sp.Rational(1, 10**9)
+        for time in sorted(times):
+            ends = [chosen(self.expression, time + e).subs(t, time) for e in (-near, near)]
+            if tidy(ends[1] - ends[0]) != 0:
+                return time
+        return None
+
     def snr_turns(self) -> float | None:
         """A time where the signal-to-noise ratio does not grow; None where it grows throughout."""
         ratio = self.signal_to_noise
@@ -103,6 +118,13 @@ class SymbolicPath:
                 return k / GRID
             last = value
         return None
+
+
+def chosen(e: Any, time: Any) -> Any:
+    """An expression with the pieces that hold at a time."""
+    while found := e.atoms(sp.Piecewise):
+        e = e.xreplace({p: next(v for v, c in p.args if c.subs(t, time) == True) for p in found})  # noqa: E712
+    return e
 
 
 def conversions(path: SymbolicPath) -> dict[str, Any]:

@@ -47,8 +47,13 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
         check_ends(path, where, report, (1,) if prior is not None else (0, 1))
     if prior is not None:
         check_prior(path, declaration, prior, report)
-    rough = path.irregular()
-    if rough is not None:
+    rough, jump = path.irregular(), path.jump()
+    if jump is not None:
+        report.add(
+            Diagnostic("FL0604", f"the path jumps at t = {float(jump):g}", where,
+                       suggestion="let its pieces meet: only the velocity may jump")
+        )  # fmt: skip
+    elif rough is not None:
         time, what = rough
         report.add(
             Diagnostic("FL0604", f"{what} is not a finite real number at t = {time:g}", where,

@@ -255,7 +255,7 @@ class Evaluator:
         function = self.algebra.functions.get(fn.id)
         if function is None or found is not None:
             raise NotPlain(fn.span, f"`{fn.id}`")
-        if any(map(is_truth, arguments)):
+        if any(map(is_truth, arguments[fn.id == "where" :])):
             raise NotPlain(span, f"`{fn.id}` of a truth value")
         try:
             return function(*arguments)

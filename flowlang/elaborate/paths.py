@@ -28,6 +28,7 @@ def symbolic(declaration: tree.Declaration, given: Mapping[str, Any] | None = No
         "square": lambda e: e**2, "log1p": lambda e: sp.log(1 + e), "expm1": lambda e: sp.exp(e) - 1,
         "sigmoid": lambda e: one / (1 + sp.exp(-e)), "softplus": lambda e: sp.log(1 + sp.exp(e)),
         "clamp": lambda e, lo, hi: sp.Min(sp.Max(e, lo), hi),
+        "where": lambda c, a, b: sp.Piecewise((a, c), (b, True)),
     }  # fmt: skip
     algebra = Algebra(number, functions, {"π": sp.pi, "pi": sp.pi})
     names = static_names(algebra, declaration, {k: sp.sympify(v) for k, v in (given or {}).items()})
@@ -151,6 +152,11 @@ def convert(body: Body, fn: PathFunction, args: Arguments) -> Any:
     parts = []
     for symbol in (x, given):
         factor = sp.simplify(sp.diff(found, symbol))
+        if factor.has(sp.zoo, sp.nan, sp.oo):
+            raise body.fail(
+                "FL0306", f"the {known[0]} does not tell the {fn.name} all along the path `{fn.path.declaration.name}`", args.span,
+                suggestion="predict another of " + ", ".join(f"`{k}`" for k in PREDICTIONS),
+            )  # fmt: skip
         if factor != 0:
             parts.append(emit_formula(body, factor * symbol, env))
     return body.wrap(body.b.add(*parts) if len(parts) == 2 else parts[0])
@@ -177,6 +183,16 @@ def emit_formula(body: Body, e: Any, env: Mapping[str, int]) -> int:
         case sp.Pow(base=base, exp=power):
             inner = emit_formula(body, base, env)
             return proved(body, b.op("pow", inner, emit_formula(body, power, env)))
+        case sp.Piecewise():
+            (*first, (last, _)) = e.args  # what no condition chose is not there for 0 <= t <= 1
+            out = emit_formula(body, last, env)
+            for value, condition in reversed(first):
+                out = b.op("where", emit_condition(body, condition, env), emit_formula(body, value, env), out)
+            return out
+        case sp.Heaviside():
+            return b.op(
+                "where", b.op("ge", emit_formula(body, e.args[0], env), b.const(0.0)), b.const(1.0), b.const(0.0)
+            )
         case sp.exp():
             return b.op("exp", emit_formula(body, e.args[0], env))
         case sp.Abs() | sp.Min() | sp.Max() | sp.Function():
@@ -189,6 +205,25 @@ def emit_formula(body: Body, e: Any, env: Mapping[str, int]) -> int:
                 return out
             return proved(body, b.op(name, out))
     raise AssertionError(f"no graph for {type(e).__name__}")
+
+
+COMPARISONS = {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}
+
+
+def emit_condition(body: Body, c: Any, env: Mapping[str, int]) -> int:
+    """A comparison, or several, as a truth value of the graph."""
+    import sympy as sp
+
+    b = body.b
+    match c:
+        case sp.And() | sp.Or():
+            out, *parts = (emit_condition(body, a, env) for a in c.args)
+            for p in parts:
+                out = b.op("and" if isinstance(c, sp.And) else "or", out, p)
+            return out
+        case sp.Not():
+            return b.op("not", emit_condition(body, c.args[0], env))
+    return b.op(COMPARISONS[c.rel_op], emit_formula(body, c.lhs, env), emit_formula(body, c.rhs, env))
 
 
 def proved(body: Body, n: int) -> int:
