@@ -78,6 +78,116 @@ def partial_rms(x: Tensor, m: Any) -> Tensor:
     return x / (torch.sqrt((part**2).mean(-1, keepdim=True)) + 1e-8) * m.gamma
 
 
+def channels(v: Tensor) -> Tensor:
+    return v[:, None, None]
+
+
+class PowerFunction(torch.autograd.Function):
+    """PowerNorm after its warm-up, with the paper's backward pass; the statistics are the module's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, core: Any) -> Tensor:  # type: ignore[override]
+        q = (x * x).mean((0, 2, 3))
+        z = x / channels(torch.sqrt(core.other_phi + 1e-5))
+        core.other_phi.mul_(0.9).add_(0.1 * q)
+        ctx.save_for_backward(z, q)
+        ctx.core = core
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        z, q = ctx.saved_tensors
+        g = dy - channels(0.1 * ctx.core.other_nu) * z
+        ctx.core.other_nu.add_((g * z).mean((0, 2, 3)))
+        return g / channels(torch.sqrt(q + 1e-5)), None
+
+
+def power_norm(x: Tensor, m: Any) -> Tensor:
+    if not hasattr(m, "other_phi"):
+        m.other_phi, m.other_nu = torch.ones(64), torch.zeros(64)
+    return PowerFunction.apply(x, m) * channels(m.gamma) + channels(m.beta)  # type: ignore[no-untyped-call]
+
+
+class OnlineFunction(torch.autograd.Function):
+    """Online normalisation, sample after sample."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Any) -> Tensor:  # type: ignore[override]
+        ys, sds = [], []
+        for row in x:
+            sd = torch.sqrt(m.other_var + 1e-5)
+            ys.append((row - channels(m.other_mu)) / channels(sd))
+            sds.append(sd)
+            mean, var = row.mean((1, 2)), row.var((1, 2), unbiased=False)
+            m.other_var = 0.99 * m.other_var + 0.01 * var + 0.99 * 0.01 * (mean - m.other_mu) ** 2
+            m.other_mu = m.other_mu + 0.01 * (mean - m.other_mu)
+        y = torch.stack(ys)
+        ctx.save_for_backward(y, torch.stack(sds))
+        ctx.m = m
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (y, sds), m, out = ctx.saved_tensors, ctx.m, []
+        for g, row, sd in zip(dy, y, sds, strict=True):
+            a = g - channels(0.01 * m.other_v) * row
+            m.other_v = m.other_v + (a * row).mean((1, 2))
+            d = a / channels(sd) - channels(0.01 * m.other_u)
+            m.other_u = m.other_u + d.mean((1, 2))
+            out.append(d)
+        return torch.stack(out), None
+
+
+def online(x: Tensor, m: Any) -> Tensor:
+    if not hasattr(m, "other_mu"):
+        m.other_mu, m.other_var, m.other_u, m.other_v = (
+            torch.zeros(64),
+            torch.ones(64),
+            torch.zeros(64),
+            torch.zeros(64),
+        )
+    return OnlineFunction.apply(x, m)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def group_scaling(x: Tensor, m: Any) -> Tensor:
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5)
+
+
+def mean_only(x: Tensor, m: Any) -> Tensor:
+    mean = x.mean((0, 2, 3))
+    with torch.no_grad():
+        m.running_mean.mul_(0.9).add_(0.1 * mean)
+    return x - channels(mean) + channels(m.beta)
+
+
+def weights(body: str, other: nn.Module, pairs: dict[str, str]) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """A linear layer with a map of its weights, and torch's with the same numbers."""
+    mine: Any = fl.compile(f"net n(x: R[D = 256]) {{ {body} }}", flow="n", seed=0)
+    own, theirs = (
+        dict(mine.named_parameters()) | dict(mine.named_buffers()),
+        dict(other.named_parameters()) | dict(other.named_buffers()),
+    )
+    with torch.no_grad():
+        for a, b in pairs.items():
+            theirs[b].copy_(own[a].reshape(theirs[b].shape))
+    return mine._forward, other
+
+
+def weight_norm() -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    key = "parametrizations.weight.original"
+    return weights(
+        "linear[D -> E = 256](x, weight = weight_norm)", nn.utils.parametrizations.weight_norm(nn.Linear(256, 256)),
+        {"linear_weight": f"{key}1", "weight_norm.g": f"{key}0", "linear_bias": "bias"},
+    )  # fmt: skip
+
+
+def spectral() -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    return weights(
+        "linear[D -> E = 256](x, weight = spectral)", nn.utils.spectral_norm(nn.Linear(256, 256)),
+        {"linear_weight": "weight_orig", "spectral.u": "weight_u", "linear_bias": "bias"},
+    )  # fmt: skip
+
+
 NATIVE: list[tuple[str, str, tuple[int, ...], Callable[[], nn.Module]]] = [
     ("layer norm", "layer_norm[D](x)", TOKENS, lambda: nn.LayerNorm(256)),
     ("RMSNorm", "rms_norm[D](x)", TOKENS, lambda: nn.RMSNorm(256, eps=1e-5)),
@@ -92,6 +202,9 @@ COMPOSED: list[tuple[str, str, tuple[int, ...], Callable[[Tensor, Any], Tensor]]
     ("EvoNorm-B0", "evonorm_b0()(x)", IMAGE, evonorm_b0), ("PN-V", "power_norm_v()(x)", IMAGE, power_norm_v),
     ("channel norm (32)", "channel_norm[C](32)(x)", IMAGE, channel_norm),
     ("partial RMSNorm (1/16)", "partial_rms_norm(0.0625)[D](x)", TOKENS, partial_rms),
+    ("group scaling", "group_scaling()[D](x)", TOKENS, group_scaling), ("mean-only batch norm", "mean_only_batch_norm()[C](x)", IMAGE, mean_only),
+    ("PowerNorm", "power_norm(warmup = 0, group = 0)[C](x)", IMAGE, power_norm),
+    ("online norm", "online_norm_core(0.99, 0.99, 1e-5)[C](x)", (32, 64, 8, 8), online),
 ]  # fmt: skip
 
 
@@ -126,6 +239,10 @@ def main() -> None:
     print(f"{'norm':24} {'generated':>10} {'other':>10} {'other / generated':>18}")
     for name, body, shape, layer in NATIVE:
         a, b = compare(compiled(body, shape), layer(), torch.randn(*shape), args.rounds)
+        print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  torch's own layer")
+    for name, make in (("weight norm, linear", weight_norm), ("spectral norm, linear", spectral)):
+        mine, other = make()
+        a, b = compare(mine, other, torch.randn(128, 256), args.rounds)
         print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  torch's own layer")
     for name, body, shape, formula in COMPOSED:
         module = compiled(body, shape)

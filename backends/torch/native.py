@@ -2,7 +2,7 @@
 
 Recognised are (x - mean)/sqrt(var + eps) and x/sqrt(mean(x²) + eps), with or without gain and offset, over the last axes
 (`F.layer_norm`, `F.rms_norm`), within groups of channels and all of space, or of space alone (`F.group_norm`), and by
-running statistics of the batch (`F.batch_norm`). Others become functions of the runtime whose gradients are written by hand:
+running statistics of the batch (`F.batch_norm`); of weights, g · V/|V| (`torch._weight_norm`). Others become functions of the runtime whose gradients are written by hand:
 RMSNorm on processors, where torch's kernel is a chain of ops, and RMSNorm by a part of the features or with eps outside the
 root; EvoNorm's sample norms, x · sigmoid(v · x) over the spread of a group; and its batch norms, x over the larger of two
 spreads. Everything else is written out op by op.
@@ -310,6 +310,8 @@ def match(graph: Graph, n: int) -> Native | None:
         return mean_of_squares(graph, node)
     if node.op == "batch_var":
         return unbiased(graph, node)
+    if node.op == "mul" and not node.batched:
+        return weight_normed(graph, node)
     if node.op not in ("add", "mul", "div") or not node.batched:
         return None
     for axes in affine_axes(graph, node):
@@ -317,6 +319,23 @@ def match(graph: Graph, n: int) -> Native | None:
         if found is not None:
             return found
     return None
+
+
+def weight_normed(graph: Graph, node: Node) -> Native | None:
+    """g · V/sqrt(sum(V²)) of a weight, the sum over all axes but the first, along which g is a parameter."""
+    r = Reader(graph)
+    names = node.tensor.names
+    pair = r.param(node, names[:1])
+    ratio = r.take(pair[0], "div") if pair is not None and len(names) > 1 else None
+    root = r.take(ratio.inputs[1], "sqrt") if ratio is not None else None
+    total = r.take(root.inputs[0], "sum") if root is not None else None
+    square = r.take(total.inputs[0], "square") if total is not None else None
+    if pair is None or ratio is None or total is None or square is None:
+        return None
+    v = graph[ratio.inputs[0]]
+    if square.inputs != (v.id,) or v.tensor.names != names or sorted(total.attrs["axes"]) != sorted(names[1:]):
+        return None
+    return Native("native_weight_norm", (v.id, pair[1]), {}, frozenset(r.taken))
 
 
 def mean_of_squares(graph: Graph, node: Node) -> Native | None:
@@ -625,6 +644,7 @@ TITLES = {  # torch's own kernels
     "native_group_norm": "group norm",
     "native_batch_norm": "batch norm",
     "native_attention": "scaled_dot_product_attention",
+    "native_weight_norm": "weight norm",
 }
 BY_HAND = (  # functions of the runtime that take the place of several ops
     "native_rms_norm", "native_over_larger", "native_gated_norm", "native_unbiased", "native_mean_square",
@@ -703,6 +723,12 @@ def _attention(w: Writer, n: Node) -> Expr:
     title(w, n)
     causal = ", True" if n.attrs["causal"] else ""
     return Expr(f"{w.scope.use('attend')}({', '.join(argument(w, i) for i in n.inputs)}, {n.attrs['scale']!r}{causal})")
+
+
+@emitter("native_weight_norm")
+def _weight_norm(w: Writer, n: Node) -> Expr:
+    title(w, n)
+    return Expr(f"{w.scope.use('normed_weight')}({', '.join(argument(w, i) for i in n.inputs)})")
 
 
 @emitter("native_gated_norm")

@@ -233,3 +233,11 @@ def gated_norm(
 ) -> Tensor:
     """Normalisation by the deviation (`centred`) or the root mean square of groups, of x · sigmoid(v · x)."""
     return by_hand(gated_norm_plain, gated_norm_run, gated_norm_back, x, rank, groups, v, gain, offset, centred, eps)
+
+
+def normed_weight(v: Tensor, g: Tensor) -> Tensor:
+    """g · v/|v|, the norm over all dims but the first: the kernel of torch's own weight norm outside of transformations of programs."""
+    gain = g.reshape(-1, *(1,) * (v.dim() - 1))
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return v * (gain / v.square().sum(tuple(range(1, v.dim())), keepdim=True).sqrt())
+    return torch._weight_norm(v, gain, 0)
