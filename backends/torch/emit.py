@@ -793,6 +793,8 @@ def _product(w: Writer, n: Node) -> tuple[str, str] | None:
         return None
     for m, x in (n.inputs, tuple(reversed(n.inputs))):
         tm, tx = w.type(m).names, w.type(x).names
+        if tm[-1:] == axes == tx and n.tensor.names == tm[:-1]:
+            return w.env[m].at(PRODUCT), w.env[x].at(UNARY)
         if tm[-1:] != axes or tx[-2:-1] != axes:
             continue
         plain = len(tx) == 2 and n.tensor.names == (*tm[:-1], tx[1])

@@ -147,3 +147,38 @@ def test_gradients_by_hand_are_those_of_the_formula(body: str) -> None:
     assert torch.autograd.gradcheck(run, (x, *parameters.values()))
     torch.testing.assert_close(torch.vmap(mine)(x), mine(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mine(x)[0], mine(x[0]), rtol=1e-12, atol=1e-12)
+
+
+LINEAR = {
+    "linear[D -> E = 3](x, weight = weight_norm)": ("D = 5", True), "conv(x, 4, kernel = 3, weight = weight_norm)": ("C = 2, H = 4, W = 4", True),
+    "linear[D -> E = 3](x, weight = other)": ("D = 5", False),
+}  # fmt: skip
+OTHER = "norm other(V: R[O, ..]) { param g: R[O] = 1; V / (sqrt(sum[..](V ^ 2)) + 0.1) * g }\n"
+
+
+@pytest.mark.parametrize("body", LINEAR)
+def test_weight_norm_is_torch_s_kernel(body: str) -> None:
+    """Values, gradients and their gradients, inside and outside of transformations of functions."""
+    axes, native = LINEAR[body]
+    spec = f"{OTHER}net n(x: R[{axes}]) {{ {body} }}\n"
+    text, _ = generate(spec, flow="n", standalone=False)
+    assert ("normed_weight(" in text and "# torch's own weight norm" in text) == native
+    if not native:
+        return
+    module = fl.compile(spec, flow="n", dtype=torch.float64, seed=0)
+    v = next(p for n, p in module.named_parameters() if n.endswith("_weight"))
+    g = module.weight_norm.g.detach() + 0.5
+
+    def plain(v: torch.Tensor) -> torch.Tensor:
+        return v * (g / v.flatten(1).norm(dim=1)).reshape(-1, *(1,) * (v.dim() - 1))
+
+    def used(v: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module.weight_norm, {"g": g}, (v,))
+
+    torch.testing.assert_close(used(v), plain(v), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(used, v.detach().requires_grad_())
+    assert torch.autograd.gradgradcheck(used, v.detach().requires_grad_())
+    many = torch.stack([v.detach(), 2 * v.detach() + 0.1])
+    torch.testing.assert_close(
+        torch.func.vmap(used)(many), torch.stack([plain(w) for w in many]), rtol=1e-12, atol=1e-12
+    )
