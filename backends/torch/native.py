@@ -2,7 +2,7 @@
 
 Recognised are (x - mean)/sqrt(var + eps) and x/sqrt(mean(x²) + eps), with or without gain and offset, over the last axes
 (`F.layer_norm`, `F.rms_norm`), within groups of channels and all of space, or of space alone (`F.group_norm`), and by
-running statistics of the batch (`F.batch_norm`); of weights, g · V/|V| (`torch._weight_norm`). Others become functions of the runtime whose gradients are written by hand:
+running statistics of the batch (`F.batch_norm`); of weights, g · V/|V| (the kernels of torch's weight norm). Others become functions of the runtime whose gradients are written by hand:
 RMSNorm on processors, where torch's kernel is a chain of ops, and RMSNorm by a part of the features or with eps outside the
 root; EvoNorm's sample norms, x · sigmoid(v · x) over the spread of a group; and its batch norms, x over the larger of two
 spreads. Everything else is written out op by op.

@@ -235,9 +235,25 @@ def gated_norm(
     return by_hand(gated_norm_plain, gated_norm_run, gated_norm_back, x, rank, groups, v, gain, offset, centred, eps)
 
 
-def normed_weight(v: Tensor, g: Tensor) -> Tensor:
-    """g · v/|v|, the norm over all dims but the first: the kernel of torch's own weight norm outside of transformations of programs."""
+def normed_weight_plain(v: Tensor, g: Tensor) -> Tensor:
+    each = (-1, *(1,) * (v.dim() - 1))
+    return v * (g / v.square().sum(tuple(range(1, v.dim()))).sqrt()).reshape(each)
+
+
+def normed_weight_run(v: Tensor, g: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    found, norms = torch._weight_norm_interface(v, g.reshape(-1, *(1,) * (v.dim() - 1)), 0)
+    return found, (norms,)
+
+
+def normed_weight_back(dw: Tensor, kept: tuple[Tensor], v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     gain = g.reshape(-1, *(1,) * (v.dim() - 1))
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return v * (gain / v.square().sum(tuple(range(1, v.dim())), keepdim=True).sqrt())
-    return torch._weight_norm(v, gain, 0)
+    dv, dg = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, gain, kept[0], 0)
+    return dv, dg.reshape(g.shape)
+
+
+def normed_weight(v: Tensor, g: Tensor) -> Tensor:
+    """g · v/|v|, the norm over all dims but the first: the kernels of torch's own weight norm.
+
+    Its gradient of the gradient takes |v| for a constant (torch 2.13), and is left to the formula.
+    """
+    return by_hand(normed_weight_plain, normed_weight_run, normed_weight_back, v, g)
