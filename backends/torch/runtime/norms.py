@@ -241,13 +241,13 @@ def normed_weight_plain(v: Tensor, g: Tensor) -> Tensor:
 
 
 def normed_weight_run(v: Tensor, g: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    found, norms = torch._weight_norm_interface(v, g.reshape(-1, *(1,) * (v.dim() - 1)), 0)
+    found, norms = torch._weight_norm_interface(v.contiguous(), g.reshape(-1, *(1,) * (v.dim() - 1)), 0)
     return found, (norms,)
 
 
 def normed_weight_back(dw: Tensor, kept: tuple[Tensor], v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     gain = g.reshape(-1, *(1,) * (v.dim() - 1))
-    dv, dg = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v, gain, kept[0], 0)
+    dv, dg = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v.contiguous(), gain, kept[0], 0)
     return dv, dg.reshape(g.shape)
 
 
@@ -256,4 +256,6 @@ def normed_weight(v: Tensor, g: Tensor) -> Tensor:
 
     Its gradient of the gradient takes |v| for a constant (torch 2.13), and is left to the formula.
     """
+    if v.device.type not in ("cpu", "cuda"):
+        return normed_weight_plain(v, g)
     return by_hand(normed_weight_plain, normed_weight_run, normed_weight_back, v, g)
