@@ -1,6 +1,8 @@
 """Integration beside torchdiffeq, torchode, torchdyn, zuko and flow_matching, at equal measured accuracy.
 
-    SP=$(ls -d /path/to/peers/lib/python3*/site-packages); PYTHONPATH=$SP python benchmarks/odes.py
+    SP=$(ls -d /path/to/peers/lib/python3*/site-packages); PYTHONPATH=$OWN:$SP python benchmarks/odes.py
+
+OWN is this environment's `site-packages`: otherwise a link to FlowLang in the peers' folder is measured.
 
 One field (2 x 128 tanh units that see the time) with the same weights everywhere, float32, no gradient. Every library solves
 at several tolerances; its error is measured against float64 at 1e-12, and its time and evaluations are read at the errors
