@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowlang.diagnostics import Diagnostic, FlowError
 
 
-def replace_file(path: Path, blob: bytes) -> None:
+def replace_file(path: Path, blob: bytes | Sequence[bytes]) -> None:
     """A reader, a crash or a full disk never leaves half a file, nor costs the one that was there.
 
     Links stay links and modes what they were; pipes and devices are written as they are. Raises FlowError (FL0801).
     """
+    parts = [blob] if isinstance(blob, bytes) else blob
     try:
         if not path.name or path.is_dir():
             raise FlowError(
@@ -22,13 +24,13 @@ def replace_file(path: Path, blob: bytes) -> None:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            path.write_bytes(blob)
+            path.write_bytes(b"".join(parts))
             return
         target = path.resolve()
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             with temporary.open("wb") as f:
-                f.write(blob)
+                f.writelines(parts)
                 f.flush()
                 os.fsync(f.fileno())
             if target.exists():

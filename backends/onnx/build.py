@@ -114,7 +114,7 @@ class Model:
         self.weights = ModuleWeights(Generator(region, analyses, ""), region, exact)
         self.noise: list[Noise] = []
         self.taken: set[str] = set()
-        self.random_shape: Value | None = None
+        self.shared = Shared(analyses.program, self.draw, incremental=options.incremental, training=name == TRAIN)
 
     def program_of(self) -> Program:
         return self.analyses.program(self.region, "forward" if self.name == TRAIN else self.name)
@@ -134,13 +134,11 @@ class Model:
     def lowered(self) -> dict[str, Value]:
         """The graph of the program in the builder; gives the outputs by name."""
         g, program = self.g, self.program
-        training = self.name == TRAIN
-        shared = Shared(self.analyses.program, self.draw, incremental=self.options.incremental, training=training)
         if not program.inputs and (self.options.seed is not None or not self.noisy()):
             g.batch = g.input(self.fresh("batch_size"), (1,), INT)
         arguments = self.inputs(program)
         names = self.output_names(program)  # before those of noise
-        found = Lowering(g, shared, self.weights, ("batch",)).program(program, arguments)
+        found = Lowering(g, self.shared, self.weights, ("batch",)).program(program, arguments)
         outputs = self.outputs(program, names, found)
         for key, v in outputs.items():
             rank = self.output_ranks[key]
@@ -385,42 +383,68 @@ At = Callable[[Mapping[str, int]], Instance | None]  # the same flow at other si
 
 def export_open(at: At, multiples: Mapping[str, int], program: str, options: Options) -> onnx.ModelProto:
     """The model of one program with axes of any size (multiples of the given numbers)."""
-    points = points_of(multiples)
-    # Small sizes may meet other rules (a shift beyond the axis). The smallest that does not is what is promised.
+    failed: Unlowered | None = None
     # What an incremental loop keeps may depend on the size; then rounds of the whole body, which do not, take its place.
-    ways = [(small, incremental) for incremental in (True, False) for small in (*small_points(multiples), None)]
-    for small, incremental in ways[:-1]:
+    for incremental in (True, False):
+        sizes = Sizes(at, program, replace(options, incremental=incremental))
+        # Small sizes may meet other rules (a shift beyond the axis). The smallest that does not is what is promised.
+        for small in (*small_points(multiples), None):
+            points = points_of(multiples)
+            try:
+                return sizes.model(points if small is None else [*points, small], multiples)
+            except Unlowered as e:
+                failed = e
+        if not sizes.scans:
+            break
+    assert failed is not None
+    raise failed
+
+
+class Sizes:
+    """A program lowered at several sizes, at each once."""
+
+    def __init__(self, at: At, program: str, options: Options):
+        self.at, self.program, self.options = at, program, options
+        self.known: dict[tuple[tuple[str, int], ...], tuple[Model, dict[str, Value]] | Unlowered | None] = {}
+        self.scans = False  # whether any has a loop that could be incremental
+
+    def lowered(self, point: Mapping[str, int]) -> tuple[Model, dict[str, Value]] | None:
+        """None where the size is not allowed."""
+        key = tuple(point.items())
+        if key not in self.known:
+            flow = self.flow(point)
+            self.known[key] = None
+            if flow is not None:
+                model = model_of(*flow, self.program, self.options)
+                try:
+                    self.known[key] = (model, model.lowered())
+                except Unlowered as e:
+                    self.known[key] = e
+                self.scans |= model.shared.scans
+        found = self.known[key]
+        if isinstance(found, Unlowered):
+            raise found
+        return found
+
+    def flow(self, point: Mapping[str, int]) -> Instance | None:
         try:
-            every = points if small is None else [*points, small]
-            return _open(at, every, multiples, program, replace(options, incremental=incremental))
-        except Unlowered:
-            continue
-    return _open(at, points, multiples, program, replace(options, incremental=False))
+            return self.at(point)
+        except OtherWeights:
+            return None
 
-
-def allowed(at: At, point: Mapping[str, int]) -> Instance | None:
-    try:
-        return at(point)
-    except OtherWeights:
-        return None
-
-
-def _open(
-    at: At, points: Sequence[Mapping[str, int]], multiples: Mapping[str, int], program: str, options: Options
-) -> onnx.ModelProto:
-    models = [model_of(*f, program, options) for p in points if (f := allowed(at, p)) is not None]
-    if len(models) < len(points):
-        given = allowed(at, {})
-        assert given is not None
-        base = model_of(*given, program, options)
-        raise Unlowered(base.place, "not all sizes are allowed, or some have other weights", WAY_AROUND)
-    base = models[0]
-    outputs = [m.lowered() for m in models]
-    general = General(points, [m.g for m in models], base.place)
-    general.compare(outputs)
-    general.apply()
-    free = {a: {"multiple_of": m, "at_least": min(p[a] for p in points)} for a, m in multiples.items()}
-    return base.finished(outputs[0], free)
+    def model(self, points: Sequence[Mapping[str, int]], multiples: Mapping[str, int]) -> onnx.ModelProto:
+        made = [f for p in points if (f := self.lowered(p)) is not None]
+        if len(made) < len(points):
+            given = self.flow({})
+            assert given is not None
+            place = model_of(*given, self.program, self.options).place
+            raise Unlowered(place, "not all sizes are allowed, or some have other weights", WAY_AROUND)
+        base, outputs = made[0]
+        general = General(points, [m.g for m, _ in made], base.place)
+        general.compare([o for _, o in made])
+        general.apply()
+        free = {a: {"multiple_of": m, "at_least": min(p[a] for p in points)} for a, m in multiples.items()}
+        return base.finished(outputs, free)
 
 
 __all__ = [

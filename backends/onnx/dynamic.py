@@ -209,19 +209,26 @@ class General:
     # ---- rewriting ------------------------------------------------------------------------------------------
 
     def apply(self) -> None:
-        """Writes the expressions into the base graph."""
-        main = self.g.stack[0]
-        before, main.nodes, main.known = main.nodes, [], {}
-        scopes, self.g.scopes, self.g.group = self.g.scopes, ["sizes"], None
+        """Writes the expressions into the base graph; where there is none for something, the graph stays as it was."""
+        g, main = self.g, self.g.stack[0]
+        before, known, inputs = main.nodes, main.known, list(main.inputs)
+        main.nodes, main.known = [], {}
+        scopes, g.scopes, g.group = g.scopes, ["sizes"], None
         renewed: dict[tuple[int, ...], Value] = {}
+        try:
+            for node, _, values in self.uses:
+                key = tuple(map(id, values))
+                self.last = node
+                if key not in renewed:
+                    renewed[key] = self.constant([v.array for v in values], values[0].kind)
+        except Unlowered:
+            main.nodes, main.known, main.inputs = before, known, inputs
+            raise
+        finally:
+            g.scopes = scopes
         for node, slot, values in self.uses:
-            key = tuple(map(id, values))
-            self.last = node
-            if key not in renewed:
-                renewed[key] = self.constant([v.array for v in values], values[0].kind)
-            node.inputs[slot] = renewed[key]
+            node.inputs[slot] = renewed[tuple(map(id, values))]
         main.nodes += before
-        self.g.scopes = scopes
         for v, shape in self.shapes:
             v.shape = shape
 

@@ -13,6 +13,7 @@ from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import replace_file
 
 if TYPE_CHECKING:
+    import onnx
     from flowlang.backends.onnx.build import At, Options, Standard
 
     from flowlang.compiler import Compilation
@@ -76,6 +77,18 @@ def check_weights(module: Any) -> None:
             Diagnostic("FL0803", f"the weights hold values that are not finite: {named}",
                        suggestion="export the weights of an earlier checkpoint, or train again with a smaller rate")
         )  # fmt: skip
+
+
+def check_sizes(module: Any) -> None:
+    """A single tensor is one message too."""
+    from flowlang.backends.onnx.model import LARGEST
+
+    for n, t in module.named_parameters():
+        if t.numel() * t.element_size() > LARGEST:
+            raise FlowError(
+                Diagnostic("FL0701", f"cannot be exported to ONNX: the weight `{n}` alone has more than 2 GB, which no ONNX file holds",
+                           suggestion="make the layer of several smaller ones")
+            )  # fmt: skip
 
 
 def file_of(path: Path, program: str, several: bool) -> Path:
@@ -176,6 +189,7 @@ def export_files(
     check_programs(comp.regions[name], programs)
     check_opset(opset)
     check_weights(module)
+    check_sizes(module)
 
     def kept(s: Any) -> Standard | None:
         if s is None or ((s.mean == 0).all() and (s.scale == 1).all()):
@@ -192,7 +206,7 @@ def export_files(
     free = free_axes(comp, name, dynamic, at, options)
     if free:
         options = along(comp.regions[name], options, free)
-    made: dict[Path, bytes] = {}
+    made: dict[Path, onnx.ModelProto] = {}
     out: dict[str, Path] = {}
     for program in dict.fromkeys(programs):
         try:
@@ -210,10 +224,29 @@ def export_files(
                 )
             ) from None
         out[program] = file_of(Path(path), program, len(set(programs)) > 1)
-        made[out[program]] = model.SerializeToString()
-    for file, blob in made.items():  # none before all are made
-        replace_file(file, blob)
+        made[out[program]] = model
+    for file, model in made.items():  # none before all are made
+        write(file, model)
     return out
+
+
+def write(file: Path, model: onnx.ModelProto) -> None:
+    """More weights than one message holds stand in FILE.data, which belongs beside the model."""
+    from flowlang.backends.onnx.model import LARGEST, put_outside, weights_size
+
+    if weights_size(model.graph.initializer) > LARGEST:
+        beside = file.with_name(f"{file.name}.data")
+        replace_file(beside, put_outside(model, beside.name))
+    replace_file(file, model.SerializeToString())
+
+
+def weights_of(file: Path) -> Path | None:
+    """The file beside a model that holds its weights, where they are too many for one message."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    places = {e.value for w in model.graph.initializer for e in w.external_data if e.key == "location"}
+    return file.with_name(places.pop()) if places else None
 
 
 def shown(file: Path) -> str:

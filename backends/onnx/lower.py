@@ -77,6 +77,7 @@ class Shared:
     incremental: bool = True
     training: bool = False  # the pass of a training step, and what it puts into states
     states: dict[tuple[int, str], tuple[Weights, Value]] = field(default_factory=dict)  # their newest values
+    scans: bool = False  # whether a loop was written that could be incremental
 
 
 class Lowering:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 LOWEST_OPSET, DEFAULT_OPSET = 18, 18
 HIGHEST_OPSET = 25
+LARGEST = 2**31 - 2**24  # bytes of weights that fit in one protobuf message, beside the graph
 
 
 def prune(body: Body) -> None:
@@ -227,9 +228,7 @@ class Writer:
             self.taken[v.name] += 1
         for v in body.outputs:
             self.taken[v.name] += 1
-        graph = self.graph(body, name)
-        graph.initializer.extend(self.protos)
-        return graph
+        return self.graph(body, name)
 
     def graph(self, body: Body, name: str) -> onnx.GraphProto:
         for v in body.inputs:
@@ -327,6 +326,36 @@ def finish(
         ir_version=helper.find_min_ir_version_for([opset]),
     )  # fmt: skip
     helper.set_model_props(model, dict(metadata))
+    weights, small = writer.protos, writer.protos
+    if weights_size(writer.protos) > LARGEST:  # no message holds them: for the checks, large ones are inputs
+        small = [w for w in weights if len(w.raw_data) <= OWN_FILE]
+        large = [w for w in weights if len(w.raw_data) > OWN_FILE]
+        model.graph.input.extend(helper.make_tensor_value_info(w.name, w.data_type, list(w.dims)) for w in large)
+    model.graph.initializer.extend(small)
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    if small is not weights:
+        del model.graph.input[len(main.inputs) :]
+        model.graph.initializer.extend(large)
     return model
+
+
+OWN_FILE = 1024  # bytes from which on a weight may stand in a file of its own
+
+
+def weights_size(weights: Iterable[TensorProto]) -> int:
+    return sum(len(w.raw_data) for w in weights)
+
+
+def put_outside(model: onnx.ModelProto, location: str) -> list[bytes]:
+    """Takes the weights out of a model that is too large for one message, into a file beside it; gives what that holds."""
+    parts: list[bytes] = []
+    place = 0
+    for w in model.graph.initializer:
+        if len(w.raw_data) <= OWN_FILE:
+            continue
+        parts.append(w.raw_data)
+        onnx.external_data_helper.set_external_data(w, location, offset=place, length=len(w.raw_data))
+        place += len(w.raw_data)
+        w.ClearField("raw_data")
+    return parts

@@ -41,6 +41,7 @@ def _scan(w: Lowering, n: Node) -> Value:
     g, t = w.g, n.tensor
     size, position = t.size(n.attrs["axis"]), t.position(n.attrs["axis"])
     hint = f"scan_{n.attrs['axis']}"
+    w.shared.scans = True
     plan = schedule(body, n.attrs["axis"], bool(n.attrs["reverse"])) if w.shared.incremental else None
     if plan is not None:
         captured = {i: w.env[o] for i, o in zip(plan.body.inputs[1:], outer, strict=True)}

@@ -39,11 +39,12 @@ def size(v: Value, axis: int) -> int:
     return n
 
 
-def assemble(g: Builder, rows: Sequence[Row]) -> Value:
-    """The rows as one value `[*leads, M, rows, entries]`."""
-    fast = from_layer(g, rows)
-    if fast is not None:
-        return fast
+def assemble(g: Builder, *groups: Sequence[Row]) -> list[Value]:
+    """The rows of each group as one value `[*leads, M, rows, entries]`."""
+    return from_layer(g, groups) or [stacked(g, rows) for rows in groups]
+
+
+def stacked(g: Builder, rows: Sequence[Row]) -> Value:
     made = []
     for row in rows:
         m = size(row.raw, -2)
@@ -65,24 +66,27 @@ def assemble(g: Builder, rows: Sequence[Row]) -> Value:
     return g.concat(made, -2)
 
 
-def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
+def from_layer(g: Builder, groups: Sequence[Sequence[Row]]) -> list[Value] | None:
     """The same when all parameters are columns of one linear layer: its weights are put in the table's order."""
     base: Value | None = None
     starts: list[int] = []
-    for row in rows:
+    for row in (row for rows in groups for row in rows):
         found = layer_columns(row.raw)
         if found is None or (base is not None and found[0] is not base):
             return None
         base, start = found
         starts.append(start)
     assert base is not None
-    m, n = size(rows[0].raw, -2), len(rows[0].entries)
+    m = size(groups[0][0].raw, -2)
     columns: list[int] = []
     constants: list[float] = []
-    for j in range(m):
-        for row, start in zip(rows, starts, strict=True):
-            columns += [-1 if isinstance(e, float) else start + e * m + j for e in row.entries]
-            constants += [e if isinstance(e, float) else row.shift for e in row.entries]
+    first = iter(starts)
+    for rows in groups:
+        own = [next(first) for _ in rows]
+        for j in range(m):
+            for row, start in zip(rows, own, strict=True):
+                columns += [-1 if isinstance(e, float) else start + e * m + j for e in row.entries]
+                constants += [e if isinstance(e, float) else row.shift for e in row.entries]
     x, weight, bias = linear_parts(base)
     index = np.asarray(columns)
     known = index >= 0
@@ -91,7 +95,9 @@ def from_layer(g: Builder, rows: Sequence[Row]) -> Value | None:
     group, g.group = g.group, None  # the layer is the network's, not the spline's
     made = g.add(g.matmul(x, g.const(matrix)), g.const(offset))
     g.group = group
-    return g.reshape(made, (*base.shape[:-1], m, len(rows), n))
+    shapes = [(m, len(rows), len(rows[0].entries)) for rows in groups]
+    parts = g.split(made, made.rank - 1, [math.prod(n) for n in shapes]) if len(groups) > 1 else [made]
+    return [g.reshape(part, (*base.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def layer_columns(v: Value) -> tuple[Value, int] | None:
@@ -212,8 +218,7 @@ Numbers = dict[str, float]
 class RqsTable:
     """What a bin needs is linear in the shares and raw slopes, so that one product gives it for every bin.
 
-    The first number of the row of slopes is 1: products have an offset by it. Beyond the box on the line stands one
-    bin more at each side, of slope 1 and so long that every number is in it: the identity needs no branch.
+    The first number of the row of slopes is 1: products have an offset by it.
     """
 
     bins: int
@@ -234,30 +239,35 @@ class RqsTable:
         inner = range(self.bins if self.circular else self.bins - 1)
         return [Row(widths, shares), Row(heights, shares), Row(slopes, (1.0, *inner), self.shift)]
 
+    @property
+    def size(self) -> int:
+        """Of what the product sums: the three rows, and x (or y)."""
+        return 3 * self.width + 1
+
     def number(self, value: float) -> np.ndarray:
-        """A constant: `[3 width]`, the factors of what the product sums."""
-        found = np.zeros(3 * self.width)
+        """A constant: `[size]`, the factors of what the product sums."""
+        found = np.zeros(self.size)
         found[2 * self.width] = value
         return found
 
     def steps(self, row: int, least: float) -> np.ndarray:
-        """The bins' widths or heights, `[3 width, bins]`."""
+        """The bins' widths or heights, `[size, bins]`."""
         bound, k = self.numbers["bound"], self.bins
         found = np.repeat(self.number(2 * bound * least)[:, None], k, 1)
         found[row * self.width : row * self.width + k] = 2 * bound * (1 - least * k) * np.eye(k)
         return found
 
     def knots(self, row: int, least: float) -> np.ndarray:
-        """The knots of x or y, `[3 width, bins + 1]`; the ends are exact."""
+        """The knots of x or y, `[size, bins + 1]`; the ends are exact."""
         steps, bound = self.steps(row, least), self.numbers["bound"]
         found = np.cumsum(np.concatenate([self.number(-bound)[:, None], steps], 1), 1)
         found[:, -1] = self.number(bound)
         return found
 
     def raw_slopes(self) -> np.ndarray:
-        """At the knots, `[3 width, bins + 1]`."""
+        """At the knots, `[size, bins + 1]`."""
         k, at = self.bins, 2 * self.width
-        found = np.zeros((3 * self.width, k + 1))
+        found = np.zeros((self.size, k + 1))
         found[at + 1 : at + self.width, range(k)[0 if self.circular else 1 :]] = np.eye(self.width - 1)
         if self.circular:
             found[:, k] = found[:, 0]
@@ -265,46 +275,53 @@ class RqsTable:
             found[:, 0] = found[:, k] = self.number(self.shift)
         return found
 
-    def parts(self, far: float) -> dict[str, np.ndarray]:
-        """What a bin may need, by names, each `[3 width, bins]`."""
+    def parts(self) -> dict[str, np.ndarray]:
+        """What a bin may need, by names, each `[size, bins]`. Places are seen from x (or y)."""
         x, y, d = self.knots(0, self.numbers["min_width"]), self.knots(1, self.numbers["min_height"]), self.raw_slopes()
+        x[-1] = y[-1] = -1
         found = {
             "x0": x[:, :-1], "x1": x[:, 1:], "w": self.steps(0, self.numbers["min_width"]),
             "y0": y[:, :-1], "y1": y[:, 1:], "h": self.steps(1, self.numbers["min_height"]),
             "d0": d[:, :-1], "d1": d[:, 1:],
         }  # fmt: skip
-        if not self.circular:
-            bound = self.numbers["bound"]
-            outer = {"x0": bound, "y0": bound, "w": far, "h": far, "x1": bound + far, "y1": bound + far}
-            for name, inside in found.items():
-                # The first is seen from the box: its width is negative.
-                value = self.shift if name in ("d0", "d1") else outer[name]
-                sign = 1.0 if name in ("d0", "d1") else -1.0
-                ends = [self.number(sign * value)[:, None], self.number(value)[:, None]]
-                found[name] = np.concatenate([ends[0], inside, ends[1]], 1)
-        found["least"] = np.repeat(self.number(self.numbers["min_slope"])[:, None], found["w"].shape[1], 1)
-        return found
+        for name, value in (("least", self.numbers["min_slope"]), ("one", 1.0)):
+            found[name] = np.repeat(self.number(value)[:, None], self.bins, 1)
+        return {**found, "-y0": -found["y0"]}
 
-    def limits(self, row: int) -> np.ndarray:
-        """As many as x (or y) is not below, that is its bin."""
-        found = self.knots(row, self.numbers["min_height" if row else "min_width"])
-        return found[:, 1:-1] if self.circular else found
+    def distances(self, row: int) -> np.ndarray:
+        """How far x (or y) is beyond the lower end of each bin, `[size, bins]`; the lowest is beyond every x."""
+        lower = self.knots(row, self.numbers["min_height" if row else "min_width"])[:, :-1]
+        lower[:, 0] = self.number(-3 * self.numbers["bound"])
+        lower[-1] = -1
+        return -lower
+
+    def held(self, g: Builder, x: Value) -> Value:
+        """x within the box: what the map adds to it is added to x itself, so that beyond the box it is the identity."""
+        bound = self.numbers["bound"]
+        return g.unsqueeze(x if self.circular else g.clip(x, -bound, bound), [-1])
 
 
 def rqs_bin(g: Builder, table: RqsTable, raw: Sequence[Value], x: Value, row: int, names: Sequence[str]) -> Value:
     """The named parts of the bin of x (of y: row 1), `[.., M, names]`."""
-    whole = assemble(g, table.rows(*raw))
-    logits, rest = g.split(whole, whole.rank - 2, [2, 1])
-    entries = g.concat([g.softmax(logits, -1), rest], -2)
-    entries = g.reshape(entries, (*entries.shape[:-2], 3 * table.width))
-    limits = g.matmul(entries, g.const(table.limits(row)))
-    over = g.cast(g.binary("GreaterOrEqual", x, limits, BOOL), INT)
-    k = g.reduce("ReduceSum", over, [-1], keep=True)
-    parts = table.parts(2.0**512 if g.dtype == "float64" else 2.0**100)
-    bins = parts["w"].shape[1]
-    matrix = np.stack([parts[n] for n in names], -1).reshape(3 * table.width, bins * len(names))
-    found = g.matmul(entries, g.const(matrix))
-    return picked(g, g.reshape(found, (*found.shape[:-1], bins, len(names))), k)
+    *shares, slopes = table.rows(*raw)
+    logits, rest = assemble(g, shares, [slopes])
+    soft = g.softmax(logits, -1)
+    entries = [g.reshape(v, (*v.shape[:-2], size(v, -2) * size(v, -1))) for v in (soft, rest)]
+    fixed = soft.array is not None and rest.array is not None  # the same for every sample: the products are constants
+    whole = g.concat(entries if fixed else [*entries, x], -1)
+    parts = table.parts()
+    matrix = np.stack([parts[n] for n in names], -1).reshape(table.size, table.bins * len(names))
+    distances = table.distances(row)
+    if fixed:
+        matrix, distances = matrix[:-1], distances[:-1]
+    found, above = g.matmul(whole, g.const(matrix)), g.matmul(whole, g.const(distances))
+    if fixed:
+        above = g.add(above, x)
+    # The bin's lower end is the nearest of those that x is beyond.
+    nearness = g.unary("Reciprocal", above)
+    k = g.op("ArgMax", nearness, shape=(*nearness.shape[:-1], 1), kind=INT, axis=nearness.rank - 1, keepdims=1)
+    bins = picked(g, g.reshape(found, (*found.shape[:-1], table.bins, len(names))), k)
+    return g.add(bins, g.mul(x, g.const(np.array([parts[n][-1, 0] for n in names])))) if fixed else bins
 
 
 def picked(g: Builder, table: Value, k: Value) -> Value:
@@ -322,35 +339,36 @@ def rqs(g: Builder, x: Value, n: Numbers, *raw: Value, circular: bool = False) -
     """With t the place in the bin, r = 1 - t, s = h / w, p = s·t + d0·r and q = s·r + d1·t, all at least 0:
     y = (y1·t·p + y0·r·q) / (t·p + r·q), slope (s / (t·p + r·q))²·(t·q + r·p).
 
-    The products stand along the axis of bins: (t, r, r, t, r, t) times (q, p, q, p, 0, 0)."""
-    column = g.unsqueeze(x, [-1])
-    names = ["x0", "x1", "w", "h", "y0", "y1", "d0", "d1", "least", "least"]
-    found = rqs_bin(g, RqsTable(size(raw[0], -1), n, circular), raw, column, 0, names)
-    x_ends, w, h, y_ends, d, least = g.split(found, found.rank - 1, [2, 1, 1, 2, 2, 2])
-    # t, -r (in the bin below the box -t, r): held to a sum of 1, which the ends' rounding would be off by.
-    places = g.unary("LpNormalization", g.sub(column, x_ends), axis=-1, p=1)
-    six = g.matmul(places, g.const([[1, 0, 0, 1, 0, 1], [0, -1, -1, 0, -1, 0]]))
+    The products stand along the axis of bins: (s·t, s·r, t, r, ..) times (q, p, p, q, 0, ..)."""
+    table = RqsTable(size(raw[0], -1), n, circular)
+    names = ["x0", "x1", "w", "h", "y1", "y0", "d0", "d1", "one", "one", "least", "least"]
+    found = rqs_bin(g, table, raw, table.held(g, x), 0, names)
+    x_ends, w, h, y_ends, d, rest = g.split(found, found.rank - 1, [2, 1, 1, 2, 2, 4])
+    # -t and r: held to a sum of 1, which the ends' rounding would be off by.
+    places = g.unary("LpNormalization", x_ends, axis=-1, p=1)
+    eight = g.matmul(places, g.const([[-1, 0, 0, -1, -1, 0, 0, -1], [0, 1, 1, 0, 0, 1, 1, 0]]))
     s = g.div(h, w)
-    factors = g.concat([s, s, g.unary("Softplus", d), least], -1)
-    # Of s·t, s·r, d0·r, d1·t, least·r, least·t.
-    q_p = np.array([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]])
-    rises = g.matmul(g.mul(six, factors), g.const(np.concatenate([q_p, q_p, np.zeros((6, 2))], 1)))
-    crossed, parts, _ = g.split(g.mul(six, rises), six.rank - 1, [2, 2, 2])
-    whole = total(g, parts)
-    value = g.reduce("ReduceSum", g.mul(g.div(parts, whole), y_ends), [-1])
-    ratio = g.div(s, whole)
-    return value, g.reduce("ReduceLogSum", g.mul(g.mul(ratio, ratio), crossed), [-1])
+    # s·t, s·r, d0·r, d1·t, t, r, least·r, least·t; their sums p and q stand where the first two and t, r are.
+    terms = g.mul(eight, g.concat([s, s, g.unary("Softplus", d), rest], -1))
+    p = np.array([1, 0, 1, 0, 0, 0, 1, 0])
+    q = np.array([0, 1, 0, 1, 0, 0, 0, 1])
+    zero = 0 * p
+    crossed = g.mul(terms, g.matmul(terms, g.const(np.stack([q, p, zero, zero, p, q, zero, zero], -1))))
+    whole = g.matmul(crossed, g.const(np.array([0, 0, 0, 0, 1, 1, 0, 0])[:, None]))
+    slopes, _, parts, _ = g.split(g.div(crossed, whole), crossed.rank - 1, [2, 2, 2, 2])
+    change = g.reduce("ReduceSum", g.mul(parts, y_ends), [-1])
+    return g.add(x, change), g.reduce("ReduceLogSum", g.mul(slopes, g.div(s, whole)), [-1])
 
 
 def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = False) -> Pair:
     """The quadratic of eq. 6-8 in the form without cancellation, then the forward slope there."""
-    column = g.unsqueeze(y, [-1])
-    names = ["x0", "w", "y0", "h", "d0", "d1"]
-    found = rqs_bin(g, RqsTable(size(raw[0], -1), n, circular), raw, column, 1, names)
-    x0, w, y0, h, d = g.split(found, found.rank - 1, [1, 1, 1, 1, 2])
+    table = RqsTable(size(raw[0], -1), n, circular)
+    names = ["x0", "w", "-y0", "h", "d0", "d1"]
+    found = rqs_bin(g, table, raw, table.held(g, y), 1, names)
+    x0, w, rise, h, d = g.split(found, found.rank - 1, [1, 1, 1, 1, 2])
     d0, d1 = g.split(g.add(g.unary("Softplus", d), n["min_slope"]), d.rank - 1, [1, 1])
     s = g.div(h, w)
-    share = g.div(g.sub(column, y0), h)
+    share = g.div(rise, h)
     # b is half the paper's; of the two forms of the root the one whose terms have one sign.
     bend = g.mul(share, g.sub(g.mul(g.add(d0, d1), 0.5), s))
     b, c = g.sub(g.mul(d0, 0.5), bend), g.mul(s, share)
@@ -363,7 +381,8 @@ def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = 
     q = g.add(g.mul(s, rest), g.mul(d1, t))
     ratio = g.div(s, g.add(g.mul(t, p), g.mul(rest, q)))
     slope = g.mul(g.mul(ratio, ratio), g.add(g.mul(t, q), g.mul(rest, p)))
-    return g.squeeze(g.add(x0, g.mul(t, w)), [-1]), g.squeeze(g.unary("Log", slope), [-1])
+    change = g.squeeze(g.add(x0, g.mul(t, w)), [-1])
+    return g.add(y, change), g.squeeze(g.unary("Log", slope), [-1])
 
 
 def rqs_circular(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:
@@ -400,10 +419,10 @@ def linear(g: Builder, x: Value, n: Numbers, heights: Value) -> Pair:
     bins, bound = size(heights, -1), n["bound"]
     width = 2 * bound / bins
     box = Box.of(g, x, bound)
-    k = g.clip(g.unary("Floor", g.mul(g.add(box.inside, bound), 1 / width)), 0.0, bins - 1.0)
-    y0, y1 = ends(g, knots(g, heights, bound, n["min_height"]), g.cast(k, INT))
+    k = bin_of(g, box.inside, g.const(width * np.arange(1, bins) - bound))
+    y0, y1 = ends(g, knots(g, heights, bound, n["min_height"]), k)
     slope = g.mul(g.sub(y1, y0), 1 / width)
-    start = g.sub(g.mul(k, width), bound)
+    start = g.sub(g.mul(g.cast(k, REAL), width), bound)
     return box.result(g, g.add(y0, g.mul(slope, g.sub(box.inside, start))), slope)
 
 

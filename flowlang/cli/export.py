@@ -38,7 +38,7 @@ def export(
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
     from flowlang.api import certificate, compare_onnx, compile_from, export_onnx
-    from flowlang.backends.onnx.files import check_opset, need_onnx, shown
+    from flowlang.backends.onnx.files import check_opset, need_onnx, shown, weights_of
     from flowlang.cli.common import load_ok
     from flowlang.cli.tables import certified
 
@@ -61,6 +61,8 @@ def export(
     compared = compare_onnx(made, files) if check else {}
     for program, file in files.items():
         click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")
+        if (beside := weights_of(file)) is not None:
+            click.echo(f"  its weights stand in {beside}, {beside.stat().st_size / 1e6:.0f} MB: keep both together")
         click.echo(f"  {shown(file)}")
         if program in compared:
             error, reason = compared[program].error, compared[program].reason

@@ -1,0 +1,45 @@
+"""Models with more weights than a protobuf message holds: the weights stand in a file beside the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from flowlang.backends.onnx import model
+
+import flowlang as fl
+from flowlang.diagnostics import FlowError
+
+TEXT = "flow f { data x: R[D = 4]\n repeat 2 { rqs_coupling(net = mlp(32))\n reverse }\n base normal }"
+
+
+def test_large_weights_stand_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = fl.compile(TEXT, seed=0)
+    plain = fl.export_onnx(flow, tmp_path / "plain.onnx", ["log_prob"])["log_prob"]
+    whole = model.weights_size(onnx.load(plain).graph.initializer)
+    monkeypatch.setattr(model, "LARGEST", whole - 1)
+    files = fl.export_onnx(flow, tmp_path / "large.onnx", ["log_prob", "sample"])
+    assert sorted(p.name for p in tmp_path.glob("large*")) == [
+        f"large.{p}.onnx{d}" for p in ("log_prob", "sample") for d in ("", ".data")
+    ]
+    x = torch.randn(5, 4)
+    for program, file in files.items():
+        assert file.stat().st_size < plain.stat().st_size - whole / 2
+        onnx.checker.check_model(str(file), full_check=True)
+        assert fl.compare_onnx(flow, files)[program].error <= 1e-5
+    found = ort.InferenceSession(str(files["log_prob"])).run(None, {"x": x.numpy()})[0]
+    assert (found == ort.InferenceSession(str(plain)).run(None, {"x": x.numpy()})[0]).all()
+
+
+def test_one_weight_of_more_than_a_file_holds_is_a_diagnostic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = fl.compile(TEXT, seed=0)
+    monkeypatch.setattr(model, "LARGEST", 4000)
+    with pytest.raises(FlowError) as e:
+        fl.export_onnx(flow, tmp_path / "f.onnx", ["log_prob"])
+    (d,) = e.value.diagnostics
+    assert d.code == "FL0701"
+    assert "2 GB" in d.message
+    assert not list(tmp_path.iterdir())
