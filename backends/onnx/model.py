@@ -131,6 +131,12 @@ def fuse_sums(part: Body, uses: Counter[int]) -> None:
             part.nodes = [*[n for n in part.nodes[:at] if id(n) not in drop], together, first, *part.nodes[at:]]
         if len(node.inputs) == 2:
             node.op = "Add"
+        elif len(node.inputs) == 1:  # all terms are in one sum, which gives the result itself
+            only = node.inputs[0]
+            assert only is not None
+            assert only.node is not None
+            only.node.outputs, node.outputs[0].node = node.outputs, only.node
+            part.nodes.remove(node)
 
 
 def fuse_slices(part: Body) -> None:
