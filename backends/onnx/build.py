@@ -143,7 +143,7 @@ class Model:
         for key, v in outputs.items():
             rank = self.output_ranks[key]
             outputs[key] = g.expand(v, ("batch", *v.shape[v.rank - rank :]))
-        for (_, state), (weights, v) in shared.states.items():
+        for (_, state), (weights, v) in self.shared.states.items():
             outputs[self.fresh(self.state_name(weights, state))] = v
         return outputs
 
