@@ -3,12 +3,16 @@
     pip install -e '.[bench]'
     python benchmarks/flows.py                        # everything (an hour on two cores)
     python benchmarks/flows.py --kinds maf --dims 64 --batches 4096 --ops sample
+    python benchmarks/flows.py --against old.json --plot flows.png
 
 All have 8 transforms, a conditioner with 2 x 128 ReLU units and, for splines, 8 bins on [-5, 5]. In every
 cell the libraries take turns, so that other work on the machine hurts all of them alike. Tables show
-the best time in ms, the median over the best peer's, and time(fastest peer) / time(FlowLang); raw
-numbers go to a JSON file (`--json`), to be compared between commits. A peer that is not installed is
-left out.
+the best time in ms, time(fastest peer) / time(FlowLang), the least that is possible (`products`: the cell's
+matrix products alone, in the same turns) and the share of it that FlowLang reaches, and the most memory that
+a call holds at once, of FlowLang and of the peer that holds least. Raw numbers go to a JSON file (`--json`);
+`--against` compares with one of another commit, by the ratio to the peers, which other work on the machine moves
+little. Before the tables FlowLang and nflows compute densities with the same weights, copied from one to the
+other, where a spec says the same map. A peer that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -55,6 +60,25 @@ bijector step(x: R[D]) {
   rqs[K](x, w, h, s, bound = 5)
 }
 flow nsf_ar { data x: R[D = 8];  repeat 8 { step;  reverse };  base normal }""",
+}
+
+
+# The same with nflows' own form of a scale, where that differs: with copied weights both give the same densities.
+SAME = {
+    **SPECS,
+    "realnvp": """
+bijector step(x: R[D]) {
+  a, b = halves[D](x)
+  shift: R[b.D], raw: R[b.D] = mlp(128, 128, act = relu)(a)
+  join[D](a, b * (sigmoid(raw + 2) + 0.001) + shift)
+}
+flow realnvp { data x: R[D = 8];  repeat 8 { step;  reverse };  base normal }""",
+    "maf": """
+bijector step(x: R[D]) {
+  shift: R[D], raw: R[D] = autoregressive_mlp[D](x, hidden = [128, 128], act = relu)
+  x * (softplus(raw) + 0.001) + shift
+}
+flow maf { data x: R[D = 8];  repeat 8 { step;  reverse };  base normal }""",
 }
 
 
@@ -192,6 +216,106 @@ def freia(kind: str, size: int) -> Model | None:
     return Model(flow, log_prob, lambda n: flow(torch.randn(n, size), rev=True)[0])
 
 
+def same_function(kind: str, batch: int = 64) -> float:
+    """The largest difference of log-densities in float64 between FlowLang and nflows with the same weights.
+
+    Masked networks at D = 9, where both have as many hidden units of each degree (in FlowLang sorted by it).
+    """
+    import flowlang as fl
+
+    size = 9 if kind in ("maf", "nsf_ar") else 8
+
+    torch.manual_seed(0)
+    theirs = nflows(kind, size).module.double().eval()
+    ours = fl.compile(SAME[kind], D=size, dtype=torch.float64).eval()
+    parameters = iter(ours.parameters())
+    half = size // 2
+    masked = kind in ("maf", "nsf_ar")
+    outputs = 2 if kind in ("realnvp", "maf") else 3 * BINS - 1
+    steps = [m for m in theirs.modules() if type(m).__name__.endswith("Transform") and list(m.parameters(recurse=True))]
+    steps = [m for m in steps if type(m).__name__ != "CompositeTransform"]
+    with torch.no_grad():
+        for k, step in enumerate(steps):
+            layers = [p.clone() for p in step.parameters()]
+            weights, biases = layers[0::2], layers[1::2]
+            n = size if masked else half
+            # Rows by parameter, then coordinate; nflows has coordinates first but for affine couplings.
+            by_coordinate = kind != "realnvp"
+            shape = (n, outputs) if by_coordinate else (outputs, n)
+            w, b = weights[-1].unflatten(0, shape), biases[-1].unflatten(0, shape)
+            w, b = (w.transpose(0, 1), b.T) if by_coordinate else (w, b)
+            w, b = w.contiguous(), b.contiguous()
+            if kind == "maf":  # scale, shift
+                w, b = w.flip(0), b.flip(0)
+            if outputs > 2:
+                if not masked:  # nflows divides logits by it where a network tells its width
+                    w[: 2 * BINS] /= math.sqrt(WIDTH)
+                    b[: 2 * BINS] /= math.sqrt(WIDTH)
+                b[2 * BINS :] -= math.log(math.expm1(1 - 1e-3))  # raw 0 is slope 1 in FlowLang
+            if not masked and k % 2:  # every other coupling sees the coordinates reversed
+                weights[0], w, b = weights[0].flip(1), w.flip(1), b.flip(1)
+            if masked:
+                order = torch.argsort(torch.arange(WIDTH) % (size - 1), stable=True)
+                weights = [weights[0][order], weights[1][order][:, order]]
+                biases, w = [biases[0][order], biases[1][order]], w[..., order]
+            for made in (weights[0], biases[0], weights[1], biases[1], w, b):
+                own = next(parameters)
+                own.copy_(made.reshape(own.shape))
+        x = 2 * torch.randn(batch, size, dtype=torch.float64)
+        seen = x if masked else torch.cat((x[:, 1::2], x[:, 0::2]), -1)
+        return float((ours.log_prob(seen) - theirs.log_prob(x)).abs().max())
+
+
+def products(kind: str, size: int, op: str, batch: int) -> Callable[[], None]:
+    """The matrix products of one call of the operation and nothing else: what no implementation does without."""
+    masked = kind in ("maf", "nsf_ar")
+    n = size if masked else size // 2
+    outputs = (2 if kind in ("realnvp", "maf") else 3 * BINS - 1) * n
+    sizes = [(n, WIDTH), (WIDTH, WIDTH), (WIDTH, outputs)]
+    layers = [[torch.randn(b, a) for a, b in sizes] for _ in range(LAYERS)]
+    values = {a: torch.randn(batch, a) for a in {n, WIDTH, outputs}}
+
+    def forward() -> None:
+        with torch.no_grad():
+            for layer in layers:
+                for weight in layer:
+                    torch.mm(values[weight.shape[1]], weight.t())
+
+    def backward() -> None:
+        forward()
+        with torch.no_grad():
+            for k, layer in enumerate(layers):
+                for j, weight in enumerate(layer):
+                    slope = values[weight.shape[0]]
+                    torch.mm(slope.t(), values[weight.shape[1]])
+                    if k or j:  # nothing asks for the slope of the data
+                        torch.mm(slope, weight)
+
+    return backward if op == "backward" else forward
+
+
+def peak_memory(run: Callable[[], None]) -> float:
+    """MB that a call holds at once beyond what stood before: allocations by the profiler, less what is freed."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    spoken = os.dup(2)  # the profiler tells of each start and stop
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+                run()
+        finally:
+            os.dup2(spoken, 2)
+            os.close(spoken)
+    held, most = 0, 0
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        held += e.nbytes()
+        most = max(most, held)
+    return most / 1e6
+
+
 LIBRARIES: dict[str, Callable[[str, int], Model | None]] = {
     "flowlang": flowlang, "zuko": zuko, "nflows": nflows, "normflows": normflows, "FrEIA": freia,
 }  # fmt: skip
@@ -213,7 +337,12 @@ def operation(model: Model, name: str, x: Tensor) -> Callable[[], None]:
     return {"log_prob": log_prob, "backward": backward, "sample": sample}[name]
 
 
-def interleaved(work: dict[str, Callable[[], None]], seconds: float, slow: float = 5.0) -> dict[str, dict[str, float]]:
+def interleaved(
+    work: dict[str, Callable[[], None]],
+    seconds: float,
+    slow: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, float]]:
     """Times in ms: the least, the median and the number of rounds. What is slow is run less often."""
     times: dict[str, list[float]] = {k: [] for k in work}
     warm: dict[str, float] = {}
@@ -226,9 +355,9 @@ def interleaved(work: dict[str, Callable[[], None]], seconds: float, slow: float
         for name, run in work.items():
             if warm[name] > slow and rounds:
                 continue
-            t = time.perf_counter()
+            t = clock()
             run()
-            times[name].append(time.perf_counter() - t)
+            times[name].append(clock() - t)
         rounds += 1
     return {k: {"min": min(v) * 1e3, "median": statistics.median(v) * 1e3, "rounds": len(v)} for k, v in times.items()}
 
@@ -247,12 +376,80 @@ def models(kind: str, size: int, jit: bool) -> dict[str, Model]:
     return found
 
 
+SPLINES = ("nsf_coupling", "nsf_ar")
+
+
+def goal(kind: str, size: int, batch: int, op: str, limit: float) -> float:
+    """What the ratio to the fastest peer should be at least. `limit`: what it would be with the products alone."""
+    if op == "sample" and kind in ("maf", "nsf_ar") and batch == 4096 and size >= 64:
+        return 20.0 if size >= 128 else 10.0
+    return min(2.0, 0.8 * limit) if kind in SPLINES else 1.0
+
+
+def fastest(found: dict[str, dict[str, float]]) -> float | None:
+    peers = [v["min"] for k, v in found.items() if not k.startswith("flowlang") and k != "products"]
+    return min(peers) if peers else None
+
+
 def row(kind: str, size: int, batch: int, op: str, found: dict[str, dict[str, float]]) -> str:
-    cells = "".join(f"{found[k]['min']:>12.2f}" if k in found else f"{'-':>12}" for k in LIBRARIES)
-    peers = [v["min"] for k, v in found.items() if not k.startswith("flowlang")]
-    ratio = f"{min(peers) / found['flowlang']['min']:>9.2f}" if peers else ""
-    jit = f"{min(peers) / found['flowlang jit']['min']:>9.2f}" if peers and "flowlang jit" in found else ""
-    return f"{kind:<13}{size:>5}{batch:>6}  {op:<9}{cells}{ratio}{jit}"
+    cells = "".join(f"{found[k]['min']:>11.2f}" if k in found else f"{'-':>11}" for k in (*LIBRARIES, "products"))
+    ours, peer, least = found["flowlang"]["min"], fastest(found), found["products"]["min"]
+    shown = f"{least / ours:>7.0%}"
+    if peer is not None:
+        wanted = goal(kind, size, batch, op, peer / least)
+        shown = f"{peer / ours:>9.2f} {'' if peer / ours >= wanted else f'(< {wanted:.1f})':<8}" + shown
+    if "flowlang jit" in found and peer is not None:
+        shown += f"{peer / found['flowlang jit']['min']:>7.2f}"
+    memory = {k: v["MB"] for k, v in found.items() if "MB" in v}
+    if memory:
+        others = [v for k, v in memory.items() if not k.startswith("flowlang")]
+        shown += f"{memory['flowlang']:>9.1f}" + (f" {min(others):>8.1f}" if others else "")
+    return f"{kind:<13}{size:>4}{batch:>6}  {op:<9}{cells}{shown}"
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Cells of two files whose ratio to the fastest peer differs by more than a tenth, and the mean of all."""
+    lines, factors = [], []
+    for key, found in new["cells"].items():
+        before = old["cells"].get(key)
+        if before is None or (a := fastest(before)) is None or (b := fastest(found)) is None:
+            continue
+        was, now = a / before["flowlang"]["min"], b / found["flowlang"]["min"]
+        factors.append(now / was)
+        if abs(math.log(now / was)) > math.log(1.1):
+            lines.append(f"{key:<34} {was:.2f} -> {now:.2f}")
+    if factors:
+        lines.append(
+            f"{len(factors)} cells in both, geometric mean {statistics.geometric_mean(factors):.3f} times as fast"
+        )
+    return lines
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """The ratio to the fastest peer over the batch, a picture for each kind and operation; grey: the products alone."""
+    from flowlang import plots
+
+    cells = {tuple(k.split("|")): v for k, v in results["cells"].items()}
+    kinds, ops = (list(dict.fromkeys(k[i] for k in cells)) for i in (0, 3))
+    fig = plots.figure(3.0 * len(ops), 2.4 * len(kinds))
+    axes = fig.subplots(len(kinds), len(ops), squeeze=False, sharex=True)
+    for r, kind in enumerate(kinds):
+        for c, op in enumerate(ops):
+            ax = axes[r][c]
+            for j, size in enumerate(dict.fromkeys(k[1] for k in cells if k[0] == kind)):
+                own = [(int(k[2]), v) for k, v in cells.items() if k[0] == kind and k[1] == size and k[3] == op]
+                known = [(b, peer, v) for b, v in own if (peer := fastest(v)) is not None]
+                x = [b for b, _, _ in known]
+                ax.plot(x, [p / v["flowlang"]["min"] for _, p, v in known], "o-", label=f"D = {size}", color=f"C{j}")
+                ax.plot(x, [p / v["products"]["min"] for _, p, v in known], ":", color=f"C{j}", alpha=0.4)
+            ax.axhline(1, color="0.6", lw=0.8)
+            ax.set(xscale="log", yscale="log", title=f"{kind}, {op}")
+            ax.title.set_size(9)
+            plots.plain(ax)
+    axes[0][0].legend(fontsize=7, frameon=False)
+    for ax in axes[-1]:
+        ax.set_xlabel("batch", fontsize=8)
+    plots.write(fig, path)
 
 
 def main() -> None:
@@ -263,32 +460,62 @@ def main() -> None:
     parser.add_argument("--ops", default="log_prob,backward,sample")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each library and cell")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, beside other work"
+    )
     parser.add_argument("--jit", action="store_true", help="also under torch.compile")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/flows.json"))
+    parser.add_argument("--against", type=Path, help="numbers of another commit, to compare with")
+    parser.add_argument("--plot", type=Path, help="a PNG of the ratios (extra `plots`)")
+    parser.add_argument(
+        "--no-memory", dest="memory", action="store_false", help="without a profiled call for each cell"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
     results: dict[str, Any] = {
         "torch": torch.__version__, "threads": options.threads, "machine": platform.processor() or platform.machine(),
-        "cells": {},
+        "same": {}, "cells": {},
     }  # fmt: skip
-    print(f"{'':<35}{''.join(f'{k:>12}' for k in LIBRARIES)}  peer/ours")
+    kinds = options.kinds.split(",")
+    for kind in kinds:
+        try:
+            results["same"][kind] = same_function(kind)
+        except ImportError:
+            break
+        print(f"{kind}: with the weights of nflows, log-densities in float64 differ by {results['same'][kind]:.1e}")
+    heads = "".join(f"{k:>11}" for k in (*LIBRARIES, "products"))
+    print(
+        f"{'':<34}{heads}  peer/ours (goal)  share{'   jit' if options.jit else ''}"
+        + "  MB ours   peers" * options.memory
+    )
     ratios: list[float] = []
-    for kind in options.kinds.split(","):
+    for kind in kinds:
         for size in map(int, options.dims.split(",")):
             built = models(kind, size, options.jit)
             print(f"{kind} {size}: parameters", {k: m.parameters for k, m in built.items()})
             for batch in map(int, options.batches.split(",")):
                 x = torch.randn(batch, size)
                 for op in options.ops.split(","):
-                    found = interleaved({k: operation(m, op, x) for k, m in built.items()}, options.seconds)
+                    work = {k: operation(m, op, x) for k, m in built.items()}
+                    found = interleaved(
+                        {**work, "products": products(kind, size, op, batch)}, options.seconds, clock=clock
+                    )
+                    if options.memory:
+                        for k, run in work.items():
+                            found[k]["MB"] = peak_memory(run)
                     results["cells"][f"{kind}|{size}|{batch}|{op}"] = found
                     print(row(kind, size, batch, op, found), flush=True)
-                    peers = [v["min"] for k, v in found.items() if not k.startswith("flowlang")]
-                    if peers:
-                        ratios.append(min(peers) / found["flowlang"]["min"])
+                    peer = fastest(found)
+                    if peer is not None:
+                        ratios.append(peer / found["flowlang"]["min"])
     if ratios:
         print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
+    if options.against:
+        print("\n".join(changes(json.loads(options.against.read_text()), results)))
     options.json.write_text(json.dumps(results, indent=1))
+    if options.plot:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

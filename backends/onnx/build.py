@@ -52,7 +52,8 @@ class Standard:
 class Options:
     """What a model is made for. `seed` None: noise is an input; else a seeded random op draws it.
 
-    Without `incremental` each round of an inverse's loop computes the whole body again.
+    Without `incremental` each round of an inverse's loop computes the whole body again. An incremental loop of at most
+    `unroll` stages is written out: more nodes, which grow with the stages, and less time.
     """
 
     opset: int = DEFAULT_OPSET
@@ -61,6 +62,7 @@ class Options:
     given_standard: Mapping[str, Standard] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     incremental: bool = True
+    unroll: int = 0
 
 
 class ModuleWeights:
@@ -114,7 +116,9 @@ class Model:
         self.weights = ModuleWeights(Generator(region, analyses, ""), region, exact)
         self.noise: list[Noise] = []
         self.taken: set[str] = set()
-        self.shared = Shared(analyses.program, self.draw, incremental=options.incremental, training=name == TRAIN)
+        self.shared = Shared(
+            analyses.program, self.draw, incremental=options.incremental, unroll=options.unroll, training=name == TRAIN
+        )
 
     def program_of(self) -> Program:
         return self.analyses.program(self.region, "forward" if self.name == TRAIN else self.name)
@@ -386,7 +390,7 @@ def export_open(at: At, multiples: Mapping[str, int], program: str, options: Opt
     failed: Unlowered | None = None
     # What an incremental loop keeps may depend on the size; then rounds of the whole body, which do not, take its place.
     for incremental in (True, False):
-        sizes = Sizes(at, program, replace(options, incremental=incremental))
+        sizes = Sizes(at, program, replace(options, incremental=incremental, unroll=0))
         # Small sizes may meet other rules (a shift beyond the axis). The smallest that does not is what is promised.
         for small in (*small_points(multiples), None):
             points = points_of(multiples)

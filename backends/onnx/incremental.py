@@ -8,7 +8,7 @@ stage before the loop, and columns of places that are not filled yet are 0 there
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flowlang.backends.onnx.graph import BOOL, INT, Shape, Value
@@ -57,6 +57,8 @@ class Incremental:
         self.stored = [plan.entry, *sorted(plan.stored - {plan.entry})]
         self.buffers: dict[int, Value] = {}
         self.stage: Value | None = None
+        self.parts: dict[int, list[tuple[int, Value]]] = {}  # without a loop: stages so far with their rows
+        self.round = 0
 
     def run(self, hint: str) -> Value:
         """The solved value, axes as in the body's entry."""
@@ -74,8 +76,35 @@ class Incremental:
             return None, [solved, *(self.buffers[n] for n in self.stored[1:])]
 
         start = [g.filled(0.0, self.shape(n)) for n in self.stored]
+        loops = any(n.op.endswith(("_solve", "cubic_spline_inverse")) or "integrate" in n.op for n in self.source)
+        if self.plan.stages <= self.w.shared.unroll and not self.plan.columns and not loops:
+            return self.written_out(round_, hint)
         solved = g.loop(self.plan.stages, start, round_, hint)[0]
         return self.finish(solved)
+
+    def written_out(self, round_: Callable[[Value, list[Value]], tuple[None, list[Value]]], hint: str) -> Value:
+        """Without a loop: stored are the rows so far, and at the first stage, which reads nothing, zeros without a batch."""
+        self.parts = {n: [] for n in self.stored}
+        values = [self.g.const(np.zeros(self.shape(n)[len(self.w.leads) :])) for n in self.stored]
+        for k in range(self.plan.stages):
+            self.round = k
+            with self.w.scope(f"{hint}.{k}"):
+                values = round_(self.g.const(k, INT), values)[1]
+        return self.finish(self.g.expand(values[0], self.shape(self.plan.entry)))
+
+    def filled(self, n: int) -> np.ndarray:
+        """The places of a stored value that hold something: all in a loop."""
+        p = self.places[n]
+        every = np.arange(p.stages * p.rows).reshape(p.stages, p.rows)
+        stages = [k for k, _ in self.parts.get(n, ())]
+        return every[stages].reshape(-1) if stages else every.reshape(-1)
+
+    def held(self, n: int, table: np.ndarray) -> np.ndarray:
+        """A table of places with those that the stored value has by now; what is not there yet is read by nobody."""
+        if not self.parts:
+            return table
+        now = {int(p): k for k, p in enumerate(self.filled(n))}
+        return np.vectorize(lambda p: now.get(int(p), 0) if p >= 0 else p)(table)
 
     def finish(self, buffer: Value) -> Value:
         entry, t = self.plan.entry, self.source[self.plan.entry].tensor
@@ -115,6 +144,12 @@ class Incremental:
         """
         assert self.stage is not None
         g, p, axis = self.g, self.places[n], self.position(n) + new.rank
+        if n in self.parts:
+            if p.real[self.round].any() or n == self.plan.entry:
+                self.parts[n].append((self.round, new))
+            if not self.parts[n]:
+                return self.buffers[n]
+            return g.concat([v for _, v in self.parts[n]], axis - new.rank)
         pads = np.zeros((p.stages, 2 * new.rank), dtype=np.int64)
         pads[:, axis] = np.arange(p.stages) * p.rows
         pads[:, new.rank + axis] = pads[::-1, axis]
@@ -150,7 +185,7 @@ class Incremental:
         rows, axis = self.plan.rows[node.id], self.position(node.id)
         place = self.places[node.id].place_of()
         table = np.array([[place[rows.order[first - 1]] if first else -1] for first in rows.ends[:-1]])
-        last = self.at_stage(self.buffers[node.id], table, axis)
+        last = self.at_stage(self.buffers[node.id], self.held(node.id, table), axis)
         return self.leaf(self.g.add(last, self.g.cumsum(self.inside.value(x), axis)), self.type(node.id))
 
     def hidden(self, node: Node, value: int, column: Columns) -> int:
@@ -181,7 +216,7 @@ class Incremental:
         t, axis = self.source[i].tensor, self.plan.rows[i].axis
         stored = self.buffers[i]
         if read.known:
-            return self.leaf(stored, t.resized(axis, self.places[i].stages * self.places[i].rows))
+            return self.leaf(stored, t.resized(axis, len(self.filled(i))))
         if read.window != (0, 0):
             return self.window_read(node, i, read, stored)
         return self.rows_read(node, i, read, stored)
@@ -194,7 +229,9 @@ class Incremental:
         first = own.index[:, :1] - before
         wanted = first + np.arange(before + own.rows + after)
         table = np.vectorize(lambda index: place.get(int(index), -1) if 0 <= index < size else -1)(wanted)
-        return self.leaf(self.at_stage(stored, table, t.position(axis) - t.rank), t.resized(axis, table.shape[1]))
+        return self.leaf(
+            self.at_stage(stored, self.held(i, table), t.position(axis) - t.rank), t.resized(axis, table.shape[1])
+        )
 
     def rows_read(self, node: Node, i: int, read: Read, stored: Value) -> int:
         """The rows of a stored value that the reader's new rows read."""
@@ -208,7 +245,7 @@ class Incremental:
         table = np.vectorize(lambda index: place.get(int(index), 0) if 0 <= index < t.size(axis) else -abs(index))(
             wanted
         )
-        picked = self.at_stage(stored, table, t.position(axis) - t.rank)
+        picked = self.at_stage(stored, self.held(i, table), t.position(axis) - t.rank)
         return self.leaf(picked, t.resized(axis, own.rows))
 
     def leaf(self, v: Value, t: TensorType) -> int:
@@ -224,6 +261,10 @@ class Incremental:
         if v.array is not None:
             stacked = np.stack([np.take(v.array, row, axis) for row in table])
             return g.op("Gather", g.const(stacked), self.stage, shape=stacked.shape[1:], kind=v.kind, axis=0)
+        if self.parts:
+            here = table[self.round]
+            if (here == here[0] + np.arange(rows)).all() and here[0] >= 0:
+                return g.slice(v, axis, int(here[0]), int(here[0]) + rows)
         index = g.op("Gather", g.const(table, INT), self.stage, shape=(rows,), kind=INT, axis=0)
         some = bool((table < 0).any())
         shape = list(v.shape)
@@ -256,11 +297,11 @@ class Incremental:
             axis = read.rows.axis
             if v.array is None:
                 raise NotStatic
-            p = self.places[j]
-            columns = np.take(v.array, p.index.reshape(-1), t.position(axis))
-            real = p.real.reshape([-1 if a.name == axis else 1 for a in t.axes])
+            p, places = self.places[j], self.filled(j)
+            columns = np.take(v.array, p.index.reshape(-1)[places], t.position(axis))
+            real = p.real.reshape(-1)[places].reshape([-1 if a.name == axis else 1 for a in t.axes])
             v = self.g.const(np.where(real, columns, 0.0))
-            t = t.resized(axis, p.stages * p.rows)
+            t = t.resized(axis, len(places))
         axis = self.plan.rows[node.id].axis
         if t.has(axis):
             p = self.places[node.id]

@@ -24,6 +24,8 @@ from flowlang.cli.common import flow_option, spec_options
               help="File for one program; several go to FILE.PROGRAM.onnx.")  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset, 18 to 25. [default: 18]")
 @click.option("--seed", type=int, help="Draw noise inside, by a random op with this seed; it is an input otherwise.")
+@click.option("--unroll", type=click.IntRange(0), default=0, show_default=True, metavar="STAGES",
+              help="Write out autoregressive loops of at most so many stages: faster for few dimensions, more nodes.")  # fmt: skip
 @click.option(
     "--dynamic", metavar="AXES",
     help="Axes of any size, as H,W; `none` fixes all. [default: those whose size the spec leaves open]",
@@ -34,7 +36,7 @@ from flowlang.cli.common import flow_option, spec_options
 @click.option("--double", is_flag=True, help="float64 instead of float32.")
 def export(
     spec: str, sets: tuple[str, ...], flow: str | None, weights: str | None, programs: tuple[str, ...], out: str,
-    opset: int | None, seed: int | None, dynamic: str | None, check: bool, double: bool,
+    opset: int | None, seed: int | None, unroll: int, dynamic: str | None, check: bool, double: bool,
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
     from flowlang.api import certificate, compare_onnx, compile_from, export_onnx
@@ -57,7 +59,7 @@ def export(
     axes = (
         None if dynamic is None else [] if dynamic == "none" else [a.strip() for a in dynamic.split(",") if a.strip()]
     )
-    files = export_onnx(made, out, programs or None, opset=opset, seed=seed, dynamic=axes)
+    files = export_onnx(made, out, programs or None, opset=opset, seed=seed, dynamic=axes, unroll=unroll)
     compared = compare_onnx(made, files) if check else {}
     for program, file in files.items():
         click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")

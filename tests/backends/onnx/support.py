@@ -199,14 +199,20 @@ ROOM = 5.0
 
 
 def parity(
-    comp: Compilation, name: str, program: str, dtype: torch.dtype, batches: tuple[int, ...], tolerance: float
+    comp: Compilation,
+    name: str,
+    program: str,
+    dtype: torch.dtype,
+    batches: tuple[int, ...],
+    tolerance: float,
+    options: Options | None = None,
 ) -> float | None:
     """The largest difference of a program between onnxruntime and the module, in units of what is allowed; None without
     kernels. Allowed is the tolerance, or in float32 the room that its arithmetic needs at that very number, if that is more.
     """
     flow = flow_of(comp, name, dtype)
     exact_flow = copy.deepcopy(flow).double()
-    model = export(comp.regions[name], comp.analyses, flow, program, Options())
+    model = export(comp.regions[name], comp.analyses, flow, program, options or Options())
     run = has_kernels(model)
     if run is None:
         return None

@@ -90,7 +90,7 @@ CASES |= {
 # (those of spheres and circles, whose points are drawn otherwise, in test_001).
 PARTS = {
     "planar_map", "radial_map", "mixlogistic_cdf", "flowpp_noise", "moebius_sphere", "symmetrized_moebius", "torus_moebius",
-    "metropolis_move", "convex_gradient_sphere", "rigid_coupling", "rigid_couplings",
+    "metropolis_move", "convex_gradient_sphere", "rigid_coupling", "rigid_couplings", "gm_transport",
 }  # fmt: skip
 BIJECTORS = [e["name"] for e in entries() if e["kind"] == "bijector" and e["name"] not in PARTS]
 

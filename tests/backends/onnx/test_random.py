@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flowlang.backends.onnx.build import Model, Options
+from flowlang.backends.onnx.build import Model, Options, export
 from flowlang.backends.onnx.graph import Value
 from flowlang.backends.torch.codegen import Generator, module_text
 from flowlang.backends.torch.load import load_module
@@ -18,7 +18,7 @@ from flowlang.derive.plan import Failure
 from flowlang.derive.programs import Program, is_map, is_random
 from flowlang.derive.schedule import schedule
 from tests.analysis.maps import BIJECTIVE
-from tests.backends.onnx.support import has_kernels, parity
+from tests.backends.onnx.support import flow_of, has_kernels, parity
 from tests.soundness.generate import make
 
 
@@ -110,7 +110,28 @@ def test_scans_that_read_earlier_rows(m: Any) -> None:
 
 
 def test_a_mean_of_earlier_rows() -> None:
-    assert (parity(analyse(MEAN, {}, sized=True), "f", "inverse", torch.float64, (3,), 1e-9) or 0.0) <= 1
+    for unroll in (0, 64):
+        options = Options(unroll=unroll)
+        assert (parity(analyse(MEAN, {}, sized=True), "f", "inverse", torch.float64, (3,), 1e-9, options) or 0.0) <= 1
+
+
+WRITTEN_OUT = [
+    "affine_autoregressive(hidden = [16, 16])",
+    "rqs_autoregressive(bins = 4, hidden = [8])\n reverse\n affine_autoregressive(hidden = [8])",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", WRITTEN_OUT)
+def test_a_loop_written_out_gives_the_same(steps: str) -> None:
+    comp = analyse(f"flow f {{ data x: R[D = 5]\n {steps}\n base normal }}", {}, sized=True)
+    flow = flow_of(comp, "f", torch.float32)
+    for program in ("sample", "inverse", "sample_and_log_prob"):
+        assert (parity(comp, "f", program, torch.float32, (1, 7), 1e-5, Options(unroll=8)) or 0.0) <= 1
+    loops = [
+        sum(n.op_type == "Loop" and "scan" in n.name for n in export(comp.regions["f"], comp.analyses, flow, "sample", Options(unroll=u)).graph.node)
+        for u in (4, 8)
+    ]  # fmt: skip
+    assert loops == [steps.count("autoregressive"), 0]
 
 
 def test_shifted_reads_are_among_them() -> None:
