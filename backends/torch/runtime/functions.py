@@ -169,7 +169,7 @@ def of_eigenvalues_run(m: Tensor, function: str, power: float, floor: float) -> 
 def of_eigenvalues_back(
     dy: Tensor, kept: tuple[Tensor, Tensor], m: Tensor, function: str, power: float, floor: float
 ) -> tuple[Any, ...]:
-    """By divided differences (Daleckii & Krein 1965); by the slope between eigenvalues that are nearly equal, where those round."""
+    """By divided differences (Daleckii & Krein 1965); between nearly equal eigenvalues by the slope, since those round."""
     values, vectors = kept
     a, b = values.unsqueeze(-1), values.unsqueeze(-2)
     f, gap = on_values(values, function, power, floor)[0], a - b
@@ -184,7 +184,10 @@ def of_eigenvalues_back(
 
 
 def of_eigenvalues(m: Tensor, function: str, power: float, floor: float) -> Tensor:
-    """A function of the eigenvalues of the symmetric parts of matrices in the last two dimensions; finite gradients where they repeat."""
+    """A function of the eigenvalues of the symmetric parts of matrices in the last two dimensions.
+
+    Its gradients are finite where eigenvalues repeat.
+    """
     return by_hand(of_eigenvalues_plain, of_eigenvalues_run, of_eigenvalues_back, m, function, power, floor)
 
 
