@@ -169,7 +169,7 @@ def of_eigenvalues_run(m: Tensor, function: str, power: float, floor: float) -> 
 def of_eigenvalues_back(
     dy: Tensor, kept: tuple[Tensor, Tensor], m: Tensor, function: str, power: float, floor: float
 ) -> tuple[Any, ...]:
-    """By divided differences (Daleckii & Krein 1965); between nearly equal eigenvalues by the slope, since those round."""
+    """By divided differences (Daleckii & Krein 1965); where eigenvalues nearly agree, by the slope between them."""
     values, vectors = kept
     a, b = values.unsqueeze(-1), values.unsqueeze(-2)
     f, gap = on_values(values, function, power, floor)[0], a - b

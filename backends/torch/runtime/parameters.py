@@ -437,10 +437,10 @@ def norm_bounded(weight: Tensor, bound: float, inputs: int, *orders: Tensor | fl
 def induced_norm(matrix: Tensor, p: Tensor | float, q: Tensor | float) -> Tensor:
     """A bound of max |Wx|_q / |x|_p: exact for p = 1, for q = inf and for p = q = 2, between them by Riesz and Thorin.
 
-    With a = 1/p and b = 1/q, b <= a, the logarithm of the norm is convex in (a, b), and it is known at the middle (the
-    spectral norm), for a = 1 (the largest column) and for b = 0 (the largest row). Where q < p, lengths in the two norms
-    differ by at most a power of the number of entries. (Finding the norm itself is NP-hard; a power method gives a bound
-    from below.)
+    With a = 1/p and b = 1/q, b <= a, the logarithm of the norm is convex in (a, b), and it is known at the middle
+    (the spectral norm), for a = 1 (the largest column) and for b = 0 (the largest row). Where q < p, lengths in the
+    two norms differ by at most a power of the number of entries. (Finding the norm itself is NP-hard; a power method
+    gives a bound from below.)
     """
     a, b = (1 / torch.as_tensor(v, dtype=matrix.dtype, device=matrix.device) for v in (p, q))
     gap = torch.clamp_min(b - a, 0)
@@ -460,7 +460,7 @@ def between_norms(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def longest(matrix: Tensor, dim: int, order: Tensor) -> Tensor:
-    """The largest norm along a dimension, its order being 1/`order`; very large orders are taken smaller: it is longer."""
+    """The largest norm along a dimension, its order being 1/`order`; large orders are taken smaller: it is longer."""
     order = order.clamp(1e-3, 1)
     size = matrix.abs()
     top = size.amax(dim, keepdim=True).clamp_min(1e-30)
