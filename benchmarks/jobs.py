@@ -134,7 +134,7 @@ def series(run: Path, out: Path | None) -> None:
     hidden = seen & (torch.rand(s.shape, generator=generator(0)) < 0.25)
     # What is hidden is moved beyond what the encoder reads.
     masked = torch.where(hidden, datasets.SEEN + 0.001 + 0 * s, s)
-    order = masked.argsort(1, stable=True)
+    order = masked.argsort(dim=1, stable=True)
     times = torch.nn.functional.pad(s, (0, 200 - s.shape[1]))  # the program takes 200
     with torch.no_grad():
         ahead = model.predict(x, s, times)[:, : s.shape[1]]
