@@ -63,7 +63,7 @@ class Generator:
         self.analyses = analyses
         self.origin = origin
         self.regions = list(root.walk())
-        names = Names()
+        names = Names(runtime_names())
         self.classes: dict[int, str] = {}
         for region in self.regions:
             self.classes[id(region)] = names.fresh(class_name(region.name))

@@ -225,3 +225,22 @@ def test_parameters_and_states_start_as_the_identity() -> None:
     assert torch.equal(module.S, torch.eye(3).expand(2, 3, 3))
     with pytest.raises(fl.FlowError, match="starts square matrices"):
         fl.compile(text.format(size=4), flow="n", D=3)
+
+
+def test_names_of_the_runtime_are_free_for_the_author() -> None:
+    """A library's `rotation` once took the place of the class that holds orthonormal columns."""
+    spec = """
+    bijector positive(x: R[D]) {
+      param s: Positive[D] = 2
+      x * s
+    }
+    flow flow {
+      data x: R[D = 3]
+      rotation
+      low_rank_linear(rank = 1)
+      positive
+      base normal
+    }
+    """
+    flow = fl.compile(spec, seed=0)
+    assert flow.log_prob(torch.zeros(2, 3)).shape == (2,)
