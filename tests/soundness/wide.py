@@ -195,7 +195,7 @@ class Wide(Shapes):
 
     def mirrored(self, b: Builder, x: int, y: int) -> tuple[int, int, int]:
         w = self.inner_param(b, b.type(x))
-        size = b.add(b.sum_all(b.op("square", w)), b.const(1e-9))
+        size = b.op("max", b.sum_all(b.op("square", w)), b.const(1e-30))
 
         def f(v: int) -> int:
             return b.sub(v, b.mul(w, b.div(b.mul(b.const(2.0), b.sum_all(b.mul(w, v))), size)))
