@@ -211,6 +211,21 @@ def test_nothing_is_looked_at_where_there_are_no_numbers() -> None:
     assert meta.inverse(z.to("meta"))[0].shape == (3, 2)
 
 
+def test_a_scan_is_transformed_with_its_gradient() -> None:
+    """`torch.func.vmap` over the inverse of an autoregressive map, inside and outside of a gradient."""
+    flow = fl.compile("flow f {\n data x: R[D = 3]\n affine_autoregressive(hidden = [4])\n base normal\n}", seed=0)
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    plain = flow.inverse(z)[0]
+    wanted = torch.autograd.grad(plain.square().sum(), list(flow.parameters()))
+    mapped = torch.func.vmap(lambda v: flow.inverse(v)[0])(z)
+    torch.testing.assert_close(mapped, plain)
+    for a, b in zip(torch.autograd.grad(mapped.square().sum(), list(flow.parameters())), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    each = torch.func.vmap(torch.func.grad(lambda v: flow.inverse(v)[0].square().sum()))(z)
+    x = z.clone().requires_grad_()
+    torch.testing.assert_close(each, torch.autograd.grad(flow.inverse(x)[0].square().sum(), x)[0])
+
+
 def test_of_many_samples_the_farthest_out_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """exp drowns the digits of what is far below 0, for one sample in ten thousand; 256 are looked at."""
     flow = fl.compile("bijector m(x: R[D]) { x + exp(x) }\nflow f {\n data x: R[D = 2]\n m\n base normal\n}")

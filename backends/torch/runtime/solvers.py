@@ -95,8 +95,8 @@ def implicit_scan(step: Callable[[Tensor], Tensor], u: Tensor, rounds: int) -> T
     """
     if not torch.is_grad_enabled():
         return u
-    if torch.compiler.is_compiling():
-        for _ in range(rounds):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(u):
+        for _ in range(rounds):  # no hooks are traced, nor transformed by `torch.func`
             u = step(u)
         return u
     u = u.detach().requires_grad_()
