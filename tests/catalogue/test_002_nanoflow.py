@@ -259,12 +259,35 @@ def test_item_7_the_queue_of_rows_gives_what_a_recomputation_gives() -> None:
     assert flops(lambda: plain.inverse(z, c=c)) >= 5 * once
 
 
+def waveform() -> tuple[Tensor, Tensor]:
+    """Windows of 256 samples of a recorded waveform, four channels of an EEG (matplotlib's sample data), and four bands of each
+    window's spectrum on a log scale as its mel frame."""
+    from matplotlib.cbook import get_sample_data
+
+    with get_sample_data("eeg.dat") as file:
+        whole = torch.from_numpy(np.frombuffer(file.read(), dtype=np.float64).copy()).reshape(800, 4).T
+    x = ((whole - whole.mean(1, keepdim=True)) / whole.std(1, keepdim=True)).unfold(1, 256, 136).reshape(-1, 256)
+    power = torch.fft.rfft(x * torch.hann_window(256, dtype=x.dtype)).abs().square()[:, 1:]
+    bands = torch.stack([b.mean(1) for b in power.chunk(4, 1)], 1).log()
+    return x.float(), bands.unsqueeze(-1).float()
+
+
+def digits() -> Tensor:
+    """Digits of 16 x 16 pixels in three channels, dequantised."""
+    from sklearn.datasets import load_digits
+
+    x = torch.tensor(load_digits().images[:16], dtype=torch.float32)
+    x = x.repeat_interleave(2, 1).repeat_interleave(2, 2).unsqueeze(1).expand(-1, 3, -1, -1)
+    return (x + torch.rand(x.shape, generator=generator(1))) / 17 - 0.5
+
+
 @pytest.mark.parametrize("name", ["nanoflow_wave_tiny", "nanoflow_glow_tiny"])
-def test_tiny_presets_train(name: str) -> None:
+def test_tiny_presets_train_on_real_data(name: str) -> None:
+    """A recorded waveform with its spectrum, and images of digits."""
     flow = fl.compile(name, seed=0)
     wave = name == "nanoflow_wave_tiny"
-    x = torch.randn(4, 256, generator=generator(1)) if wave else torch.rand(4, 3, 16, 16, generator=generator(1))
-    c = {"c": torch.randn(4, 4, 1, generator=generator(2))} if wave else {}
+    x, bands = waveform() if wave else (digits(), torch.zeros(()))
+    c = {"c": bands} if wave else {}
     if hasattr(flow, "initialise"):
         flow.initialise(x, **c)
     before = float(-flow.log_prob(x, **c).detach().mean())

@@ -130,10 +130,10 @@ def digits() -> Tensor:
 
 
 def test_item_7_the_module_on_meta_has_as_many() -> None:
-    """Two couplings of the published width, built without memory."""
+    """The published preset, all 32 couplings, built without memory."""
     with torch.device("meta"):
-        model = fl.compile("flow j = jet(depth = 2)\n")
-    assert sum(p.numel() for p in model.parameters()) == 2 * 6_474_288
+        model = fl.compile("flow j = jet_imagenet64\n")
+    assert sum(p.numel() for p in model.parameters()) == 207_177_216
 
 
 @pytest.mark.slow
