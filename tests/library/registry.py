@@ -45,7 +45,7 @@ ELSEWHERE = {
     "overdamped_langevin": "test_019", "langevin": "test_019", "with_velocities": "test_019", "metropolis_move": "test_019",
     "metropolis": "test_019", "snf_steps": "test_019",
     "moebius_sphere": "test_001", "symmetrized_moebius": "test_001", "torus_moebius": "test_001",
-    "convex_gradient_sphere": "test_001", "rigid_coupling": "test_001", "rigid_couplings": "test_001",
+    "gm_transport": "test_101", "convex_gradient_sphere": "test_001", "rigid_coupling": "test_001", "rigid_couplings": "test_001",
 }  # fmt: skip
 BASES = {"Unit": "uniform(0, 1)", "Torus": "uniform(-π, π)", "Positive": "exponential"}
 
