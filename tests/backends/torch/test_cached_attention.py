@@ -281,6 +281,7 @@ def test_all_steps_together_cost_about_one_pass(kind: str, size: int) -> None:
         3, *((size, 2) if kind == "attention" else (1, size, 6)), generator=torch.Generator().manual_seed(1)
     )
     flow = fl.compile(spec, seed=0)
+    flow.check_inverse = False  # the look at what was found is two passes more
     forward = flops(lambda: flow(x))
     assert flops(lambda: flow.inverse(x)) <= 2.2 * forward
     plain = plain_scan(spec).float()
