@@ -42,11 +42,11 @@ def ode_adaptive(
 ) -> State:  # fmt: skip
     """The state at `stop`, in steps that hold the local error below atol + rtol·|x| for each sample by itself.
 
-    The error norm is the root mean square over a sample, or over all of them with steps that are `shared`; steps follow a
-    PI controller (Hairer, Norsett & Wanner, II.4 and IV.2), and the last two are equal.
-    Gradients flow through the steps taken, not through their sizes. A sample that is not finite at the start stays so by
-    itself. `together` makes the field for a time that all samples share, `each` for a time of each sample's own; `apart` says
-    that samples may be left out.
+    The error norm is the root mean square over a sample, or over all of them with steps that are `shared`; steps follow
+    a PI controller (Hairer, Norsett & Wanner, II.4 and IV.2), and the last two are equal. Gradients flow through the
+    steps taken, not through their sizes. A sample that is not finite at the start stays so by itself. `together` makes
+    the field for a time that all samples share, `each` for a time of each sample's own; `apart` says that samples may
+    be left out.
     """
     size = tuple(batch)
     numbers = not isinstance(start, Tensor) and not isinstance(stop, Tensor) and taken is None
@@ -197,7 +197,9 @@ def tableau_tensors(
 
 
 class Buffers:
-    """A step's slopes side by side, so that a stage is one product with a row of the tableau; for values without gradients.
+    """A step's slopes side by side, so that a stage is one product with a row of the tableau.
+
+    For values without gradients.
 
     Parts of the state lie one after the other; `parts` are views of them.
     """
@@ -307,7 +309,10 @@ def shared_steps(
     rates: Rates, state: State, size: tuple[int, ...], start: float, stop: float, rtol: float, atol: float,
     method: RungeKutta, at: Tensor | tuple[float, ...] | None, max_steps: int,
 ) -> State:  # fmt: skip
-    """Steps of one size for all samples: time and step are numbers, since calls of control outnumber those of a small field."""
+    """Steps of one size for all samples: time and step are numbers.
+
+    Calls of control outnumber those of a small field.
+    """
     first, rank = state[0], len(size)
     sign, span = (1.0 if stop > start else -1.0), abs(stop - start)
     smallest = 16 * torch.finfo(first.dtype).eps * span
@@ -366,7 +371,8 @@ def sound(values: Sequence[Tensor]) -> bool:
 
 
 def shared_first_step(
-    rates: Rates, state: State, slope: State, start: float, sign: float, span: float, rtol: float, atol: float, order: int
+    rates: Rates, state: State, slope: State, start: float, sign: float, span: float, rtol: float, atol: float,
+    order: int,
 ) -> float:  # fmt: skip
     """A step to begin with, from the first and second derivative (Hairer, Norsett & Wanner, II.4)."""
     scales = [s.abs().mul_(rtol).add_(atol) for s in state]
@@ -392,8 +398,9 @@ def shared_first_step(
 
 
 def packed_steps(
-    rates: Rates, state: State, slope: State, size: tuple[int, ...], begin: Tensor, sign: Tensor, span: Tensor, done: Tensor,
-    h: Tensor, smallest: Tensor, rtol: float, atol: float, method: RungeKutta, max_steps: int, apart: bool,
+    rates: Rates, state: State, slope: State, size: tuple[int, ...], begin: Tensor, sign: Tensor, span: Tensor,
+    done: Tensor, h: Tensor, smallest: Tensor, rtol: float, atol: float, method: RungeKutta, max_steps: int,
+    apart: bool,
 ) -> State:  # fmt: skip
     """Steps of each sample's own size, in place; samples that have arrived are left out where that saves enough."""
     b = Buffers(state, method)

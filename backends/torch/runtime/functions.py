@@ -134,7 +134,7 @@ def rotate(x: Tensor, by: Tensor | float) -> Tensor:
 
 
 def determinant(m: Tensor) -> Tensor:
-    """Of matrices in the last two dimensions; small ones are written out, which needs no pivots and no inverse to differentiate."""
+    """Of matrices in the last two dimensions; small ones are written out: no pivots, no inverse."""
     if m.shape[-1] > 3:
         return torch.linalg.det(m)
     if m.shape[-1] == 1:

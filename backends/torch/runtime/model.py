@@ -57,12 +57,16 @@ class Model(Face):
     data_shape: tuple[int, ...] = ()
     given_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
     context: tuple[str, ...] = ()  # those of them that are declared as `given`
-    # Networks that are not trained: (name, the one it follows, how much it keeps of itself, every so many steps; 0: at the start).
+    # Networks that are not trained: (name, the one it follows, how much it keeps of itself, every so many steps).
+    # 0 steps: at the start.
     followers: ClassVar[tuple[tuple[str, str, float, int], ...]] = ()
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Averages and copies take the weights of what they follow: done when the model is made, and when training begins."""
+        """Averages and copies take the weights of what they follow.
+
+        Done when the model is made, and when training begins.
+        """
         for name, source, _, _ in self.followers:
             self.get_submodule(name).requires_grad_(False).load_state_dict(self.get_submodule(source).state_dict())
         if self.followers:
@@ -70,7 +74,10 @@ class Model(Face):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """To be called after each step of an optimizer: averages move towards what they follow, copies are taken that are due."""
+        """To be called after each step of an optimizer.
+
+        Averages move towards what they follow, and copies are taken that are due.
+        """
         if self.followers:
             self._steps += 1
         for name, source, decay, every in self.followers:

@@ -75,7 +75,10 @@ def paired(x: Tensor, y: Tensor, rank: int) -> Tensor:
 
 
 def assignment(cost: Tensor) -> Tensor:
-    """The column of each row in the assignment of least cost, by shortest augmenting paths (Jonker & Volgenant 1987)."""
+    """The column of each row in the assignment of least cost.
+
+    By shortest augmenting paths (Jonker & Volgenant 1987).
+    """
     n = len(cost)
     up, down = cost.new_zeros(n), cost.new_zeros(n)  # of rows and columns: cost - up - down is never negative
     owner = torch.full((n,), -1, dtype=torch.long)  # the row of each column

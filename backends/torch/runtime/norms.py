@@ -44,7 +44,10 @@ def batched_norm(
 def rms_norm_plain(
     x: Tensor, dims: int, gain: Tensor | None, inside: float, outside: float, start: int, stop: int | None
 ) -> Tensor:
-    """x over its root mean square along the last `dims` dims, times gain; that of a part of the last dim if one is given."""
+    """x over its root mean square along the last `dims` dims, times gain.
+
+    If a part of the last dim is given, over the root mean square of that.
+    """
     if stop is None and not outside:
         return F.rms_norm(x, x.shape[x.dim() - dims :], gain, inside)
     part = x if stop is None else x[..., start:stop]
@@ -99,7 +102,10 @@ def rms_norm(
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
-    """x over (root mean square + `outside`), times gain. On processors torch's own kernel is a chain of ops, and slower."""
+    """x over (root mean square + `outside`), times gain.
+
+    On processors torch's own kernel is a chain of ops, and slower.
+    """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return rms_norm_plain(x, dims, gain, inside, outside, start, stop)
     return by_hand(rms_norm_plain, rms_norm_run, rms_norm_back, x, dims, gain, inside, outside, start, stop)

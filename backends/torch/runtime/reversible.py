@@ -92,7 +92,10 @@ def recall(net: nn.Module, *inputs: Tensor) -> Any:
 
 
 class Steps:
-    """Blocks in the order in which they run, the methods that run one and undo it, and the weights that each reaches."""
+    """Blocks in the order in which they run, the methods that run one and undo it, and weights.
+
+    The weights are those that each block reaches.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], there: str, back: str, carried: int, held: int):
         self.blocks, self.there, self.back = list(blocks), there, back
@@ -168,5 +171,6 @@ def reversible(
     if transformed or not torch.is_grad_enabled():
         return run_steps(blocks, there, values, held)
     steps = Steps(blocks, there, back, len(values), len(held))
-    found: tuple[Tensor, ...] = ReversibleChain.apply(steps, *values, *held, *steps.weights)  # type: ignore[no-untyped-call]
+    run: Any = ReversibleChain.apply
+    found: tuple[Tensor, ...] = run(steps, *values, *held, *steps.weights)
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flowlang.backends.torch import runtime
 
 from tests.backends.torch.specs import SPECS, build, context, data, generated
 
@@ -172,3 +173,15 @@ def test_generated_code_can_import_every_part_of_the_runtime() -> None:
 
     functions = {p for p, part in runtime_parts(False).items() if part.text.startswith(("def ", "class ", "@"))}
     assert functions <= set(runtime.__all__)
+
+
+def test_lines_of_the_runtime_fit() -> None:
+    """They are copied into built files as they are."""
+    folder = Path(runtime.__file__).parent
+    long = [
+        f"{p.name}:{n}"
+        for p in sorted(folder.glob("*.py"))
+        for n, line in enumerate(p.read_text("utf-8").splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert not long
