@@ -191,6 +191,13 @@ class Body:
             suggestion=name_help(name, self.visible_names()),
         )
 
+    def count_weights(self) -> int:
+        """How many weights were made so far, where that is watched (programs of models)."""
+        return 0
+
+    def made_by(self, declaration: tree.Declaration, span: Span) -> None:
+        """To be told of a local function whose call made weights."""
+
     def find(self, name: str) -> Any:
         """A name bound here or in an enclosing body (captured when it is a tensor or an instance)."""
         if name in self.names:

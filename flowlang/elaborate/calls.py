@@ -528,6 +528,7 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
                 suggestion=f"as in `{declaration.name}({p.name} = ..)`",
             )  # fmt: skip
     body.elab.enter(body, f"def:{id(declaration)}", declaration.name, args.span)
+    before = body.count_weights()
     try:
         with nullcontext() if body.sees(fn.body) else body.inside(fn.body):
             saved = dict(body.names)
@@ -541,6 +542,8 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
                 body.names = saved
     finally:
         body.elab.leave()
+    if body.count_weights() > before:
+        body.made_by(declaration, args.span)
     return result
 
 

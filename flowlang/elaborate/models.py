@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowlang.diagnostics import Label
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.later import walk
 from flowlang.elaborate.statements import NOTHING, check_new, run_one, run_statements
@@ -133,6 +134,15 @@ class ProgramBody(Body):
         region.children = model.region.children
         self.reserved = model.reserved
         self._copies: dict[int, int] = {}
+        self.made: list[tuple[tree.Declaration, Span]] = []  # local functions whose call here made weights
+
+    def count_weights(self) -> int:
+        own = sum(has_weights(c.region) for c in self.region.children.values() if not c.shared)
+        models = set(self._copies.values())
+        return own + sum(n.op == "param" and n.id not in models for n in self.graph)
+
+    def made_by(self, declaration: tree.Declaration, span: Span) -> None:
+        self.made.append((declaration, span))
 
     def capture(self, value: Any, name: str | None = None) -> Any:
         """The model's networks are used as they are; its parameters, and what it computes of them, are copied here."""
@@ -189,6 +199,7 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
             body.used.add(statement.name)
         else:
             run_one(body, statement, last=False)
+    places: list[tuple[tree.Declaration, Span]] = []
     for d in defs:
         if is_program(d, {i.name for i in inputs} | body.data_failed):
             if d.name in MODULE_NAMES or d.name.startswith("_"):
@@ -207,9 +218,11 @@ def build_model(elab: Elaborator, body: Body, declaration: tree.Declaration) -> 
                     )
                 )
                 continue
-            region = build_program(body, d, inputs)
+            region, made = build_program(body, d, inputs)
+            places += made
             body.region.programs[d.name] = region
             body.region.broken = body.region.broken or region.broken
+    tell_fresh_weights(body, places)
     read = {p.graph[i].label for p in body.region.programs.values() for i in p.inputs}
     first = next(iter(body.region.data), None)  # what a static choice leaves unread is not asked for
     body.region.data = {n: d for n, d in body.region.data.items() if n == first or n in read}
@@ -259,10 +272,38 @@ def is_program(d: tree.Declaration, data: set[str]) -> bool:
     return all(p.type is not None or p.name in data for ps in d.parameters for p in ps)
 
 
-def build_program(model: Body, d: tree.Declaration, inputs: list[DataInput]) -> Region:
+def has_weights(region: Region) -> bool:
+    """Whether a region has parameters that are not handed to it."""
+    inside = (c.region for c in region.children.values() if not c.shared)
+    return any(n.op == "param" for n in region.graph) or any(has_weights(r) for r in inside)
+
+
+def tell_fresh_weights(body: Body, places: list[tuple[tree.Declaration, Span]]) -> None:
+    """Warns of functions of a model that make weights in several places: each has its own, which is seldom meant."""
+    calls: dict[int, tuple[tree.Declaration, list[Span]]] = {}
+    for declaration, span in places:
+        calls.setdefault(id(declaration), (declaration, []))[1].append(span)
+    for declaration, found in calls.values():
+        spans = list(dict.fromkeys(found))  # copies of one place are meant to differ
+        if len(spans) > 1 and not body.region.library:
+            body.report(
+                body.diagnostic(
+                    "FL0214", f"`{declaration.name}` makes weights, and each of the {len(spans)} places that call it has its own",
+                    declaration.name_span or declaration.span, severity="warning",
+                    labels=tuple(Label(span, "weights of its own") for span in spans[:3]),
+                    suggestion="make the network in the model, as in `net = mlp(64)`, and call it in the function",
+                )
+            )  # fmt: skip
+
+
+def build_program(
+    model: Body, d: tree.Declaration, inputs: list[DataInput]
+) -> tuple[Region, list[tuple[tree.Declaration, Span]]]:
+    """The region of a program, and the calls of functions in it that made weights."""
     region = Region(d.name, "program", Graph(), span=d.span, doc=d.doc, library=model.region.library)
     region.signature = f"{model.region.name}.{d.name}"
     body = ProgramBody(model, region, inputs)
+    before = body.count_weights()
     try:
         feed(body, d, inputs)
         value = run_statements(body, d.body or ())
@@ -281,7 +322,8 @@ def build_program(model: Body, d: tree.Declaration, inputs: list[DataInput]) -> 
     needed = region.graph.reachable(list(region.outputs))
     named = {p.name for ps in d.parameters for p in ps}
     region.inputs = [i for i in region.inputs if i in needed or region.graph[i].label in named]
-    return region
+    own = [(d, d.name_span or d.span)] if body.count_weights() > before else []  # a program may be called by others
+    return region, [*own, *body.made]
 
 
 def both_ways(program: ProgramBody) -> None:
