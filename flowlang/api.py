@@ -433,7 +433,7 @@ origins: weakref.WeakKeyDictionary[type, tuple[Compilation, str]] = weakref.Weak
 
 def export_onnx(
     flow: Any, path: str | Path, programs: Sequence[str] | None = None, *, opset: int | None = None,
-    seed: int | None = None, dynamic: Sequence[str] | None = None, unroll: int = 0,
+    seed: int | None = None, dynamic: Sequence[str] | None = None, unroll: int = 8,
 ) -> dict[str, Path]:  # fmt: skip
     """Writes ONNX models of a compiled flow, one file for each program; gives their paths.
 
@@ -446,8 +446,8 @@ def export_onnx(
 
     The batch may have any size. So may the axes named by `dynamic`; by default those whose size the spec leaves open
     (`data x: R[C = 3, H, W]`) where no weight depends on it. What cannot keep them open is refused (FL0701).
-    The loop of an autoregressive inverse is written out where it has at most `unroll` stages (with fixed sizes): for few
-    dimensions that is twice as fast, and the number of nodes grows with them.
+    The loop of an autoregressive inverse is written out where it has at most `unroll` stages (with fixed sizes), which is
+    twice as fast; beyond that it is a loop, so that the number of nodes does not grow with the dimension.
     """
     from flowlang.backends.onnx.files import check_weights, default_programs, export_files
     from flowlang.backends.torch.standard import Standardised, StandardisedModel

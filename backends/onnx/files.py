@@ -180,7 +180,7 @@ def place_of(region: Region) -> Span | None:
 def export_files(
     comp: Compilation, name: str, module: Any, path: str | Path, programs: Sequence[str], *, opset: int | None = None,
     seed: int | None = None, standard: Any = None, given_standard: Any = None, dynamic: Sequence[str] | None = None,
-    at: At | None = None, certificate: Mapping[str, Any] | None = None, unroll: int = 0,
+    at: At | None = None, certificate: Mapping[str, Any] | None = None, unroll: int = 8,
 ) -> dict[str, Path]:  # fmt: skip
     """Writes one checked model for each program; gives their paths. `at` gives the flow at other sizes of its axes."""
     need_onnx()

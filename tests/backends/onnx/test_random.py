@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from flowlang.backends.onnx.build import Model, Options, export
@@ -12,6 +14,7 @@ from flowlang.backends.onnx.graph import Value
 from flowlang.backends.torch.codegen import Generator, module_text
 from flowlang.backends.torch.load import load_module
 
+import flowlang as fl
 from flowlang.api import analyse
 from flowlang.derive.analyse import Analyses
 from flowlang.derive.plan import Failure
@@ -136,3 +139,17 @@ def test_a_loop_written_out_gives_the_same(steps: str) -> None:
 
 def test_shifted_reads_are_among_them() -> None:
     assert sum(scanned(m.text) for m in SHIFTED) >= 3
+
+
+def test_few_stages_are_written_out_unasked(tmp_path: Path) -> None:
+    """Up to eight; beyond, and where `unroll` is 0, one loop, whose size does not depend on D."""
+
+    def shape(size: int, **options: int) -> tuple[int, int]:
+        flow = fl.compile("flow f { data x: R[D = 4]\n affine_autoregressive(hidden = [8])\n base normal }", D=size)
+        model = onnx.load(fl.export_onnx(flow, tmp_path / "f.onnx", ["sample"], **options)["sample"])
+        return sum(n.op_type == "Loop" for n in model.graph.node), len(model.graph.node)
+
+    assert shape(8)[0] == 0
+    assert shape(40)[1] <= shape(9)[1] + 3  # (a table of places, where stages differ in width)
+    assert shape(40)[0] == 1
+    assert shape(9)[0] == shape(8, unroll=0)[0] == 1
