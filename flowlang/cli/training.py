@@ -128,6 +128,10 @@ def say(text: str, *, err: bool = False) -> None:
 @click.option("--schedule", type=click.Choice(["cosine", "constant"]), default=DEFAULT.schedule, show_default=True)
 @click.option("--warmup", default=DEFAULT.warmup, show_default=True, help="Steps of linear growth before.")
 @click.option("--weight-decay", default=DEFAULT.weight_decay, show_default=True)
+@click.option(
+    "--rule", "rules", multiple=True, metavar="'PATTERN: lr=X, weight_decay=Y'", callback=lambda _c, _p, v: "; ".join(v),
+    help="Rate or decay of parameters by their names, as '*.g: lr=1e-4'; the last that fits wins. May be repeated.",
+)  # fmt: skip
 @click.option("--clip", default=DEFAULT.clip, show_default=True, help="Largest norm of the gradient; 0 for none.")
 @click.option("--ema", default=DEFAULT.ema, show_default=True, help="Weight kept per step by an average; 0 for none.")
 @click.option("--validation", default=DEFAULT.validation, show_default=True, help="Share of rows held out.")

@@ -45,6 +45,8 @@ class Options:
     epochs, batch    passes over the data; samples in a step, over all processes
     lr, schedule     learning rate, `cosine` (down to 0) or `constant`, after `warmup` steps of linear growth
     weight_decay     of AdamW
+    rules            of parameters by their names, as `*.g: lr=1e-4, weight_decay=0; d.*: lr=2e-3`, the last that fits wins;
+                     with rules, `weight_decay` is for weights of two axes or more
     clip             bound of the gradient's norm; 0 for none
     ema              weight kept per step by the average that is validated and saved; 0 for none
     validation       fraction held out; `patience` epochs without a better value end the run
@@ -62,6 +64,7 @@ class Options:
     schedule: str = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
+    rules: str = ""
     clip: float = 5.0
     ema: float = 0.0
     validation: float = 0.1
@@ -88,9 +91,35 @@ class Options:
             "--seed is at least 0": self.seed < 0,
             "--schedule is `cosine` or `constant`": self.schedule not in ("cosine", "constant"),
         }  # fmt: skip
+        rules_of(self.rules)
         for words, wrong in problems.items():
             if wrong:
                 raise FlowError(Diagnostic("FL0804", words, suggestion="see `flowlang train --help`"))
+
+
+def rules_of(text: str) -> dict[str, dict[str, float]]:
+    """Options of an optimizer by patterns of parameters' names."""
+    found: dict[str, dict[str, float]] = {}
+    for rule in filter(None, (r.strip() for r in text.split(";"))):
+        pattern, _, said = rule.partition(":")
+        options: dict[str, float] = {}
+        for part in said.split(","):
+            name, _, value = (p.strip() for p in part.partition("="))
+            try:
+                options[name] = float(value)
+            except ValueError:
+                options[name] = math.nan
+        if not pattern.strip() or any(
+            k not in ("lr", "weight_decay") or not 0 <= v < math.inf for k, v in options.items()
+        ):
+            raise FlowError(
+                Diagnostic(
+                    "FL0804", f"`{rule}` is no rule for parameters",
+                    suggestion="as in `--rule '*.g: lr=1e-4, weight_decay=0'`: a pattern of names, and `lr` or `weight_decay`",
+                )
+            )  # fmt: skip
+        found[pattern.strip()] = options
+    return found
 
 
 # On resume these may differ from those that the run was begun with.
@@ -214,6 +243,12 @@ class Interrupts:
                 signal.signal(s, handler)
 
 
+def named_groups(flow: Any, o: Options) -> list[dict[str, Any]]:
+    """Parameters in groups by the rules; a rate is kept as its share of the run's, which the schedule moves."""
+    groups: list[dict[str, Any]] = flow.parameter_groups(rules_of(o.rules), weight_decay=o.weight_decay)
+    return [{**g, "share": g.get("lr", o.lr) / o.lr} for g in groups]
+
+
 class Trainer:
     """One training run in one process."""
 
@@ -221,8 +256,9 @@ class Trainer:
         self.fabric, self.flow, self.problem, self.o, self.out = fabric, flow, problem, o, out
         self.fixed = {**meta, **problem.meta(), "data": problem.fingerprint(), "options": asdict(o)}
         self.rank, self.world = int(fabric.global_rank), int(fabric.world_size)
+        groups = named_groups(flow, o) if o.rules else flow.parameters()
         self.module, self.optimizer = fabric.setup(
-            problem.module, torch.optim.AdamW(flow.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+            problem.module, torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay)
         )
         self.average = self.weights() if o.ema > 0 else {}
         self.best = self.weights()
@@ -297,7 +333,7 @@ class Trainer:
         torch.manual_seed(seed_of(o.seed, self.epoch, self.step, self.rank, 1))
         arguments, weight, words = self.problem.batch(self.epoch, self.step, self.rank, self.world)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.epoch * self.problem.batches + self.step)
+            group["lr"] = self.lr(self.epoch * self.problem.batches + self.step) * group.get("share", 1.0)
         loss = self.module(*(self.moved(a) for a in arguments)).mean()
         self.optimizer.zero_grad()
         self.fabric.backward(loss * weight)

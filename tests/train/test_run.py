@@ -43,6 +43,21 @@ def same(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+def test_rules_say_rates_and_decay_by_name(tmp_path: Path) -> None:
+    flow = fl.compile(SPEC, seed=0)
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    train(flow, table(), tmp_path, options(rules="*: lr=0; blocks.1.*weight: lr=1e-2, weight_decay=0.1"))
+    moved = {k for k, v in flow.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {k for k in before if k.startswith("blocks.1.") and k.endswith("weight")}
+
+
+@pytest.mark.parametrize("rules", ["*: speed=1", "*: lr", ": lr=1", "*: lr=-1", "*: lr=nan", "nothing.*: lr=1"])
+def test_a_rule_that_says_nothing_is_refused(rules: str, tmp_path: Path) -> None:
+    with pytest.raises(fl.FlowError) as caught:
+        train(fl.compile(SPEC), table(), tmp_path, options(rules=rules))
+    assert caught.value.diagnostics[0].suggestion
+
+
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(fl.compile(SPEC, seed=seed), table(), tmp_path / name, options(seed=seed, ema=0.9))
@@ -64,14 +79,14 @@ class Stop:
         return self.inner(*arguments)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize(("ema", "rules"), [(0.0, ""), (0.9, ""), (0.0, "*bias: lr=1e-3; *.0.*: weight_decay=0.1")])
 @pytest.mark.parametrize("at", [1, 4, 5, 11])
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
-    tmp_path: Path, at: int, ema: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, at: int, ema: float, rules: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flowlang.train.problem import Likelihood
 
-    o = options(ema=ema, warmup=3)
+    o = options(ema=ema, warmup=3, rules=rules)
     train(fl.compile(SPEC, seed=0), table(), tmp_path / "whole", o)
 
     make = Likelihood.__init__
@@ -85,7 +100,9 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(
         first = train(fl.compile(SPEC, seed=0), table(), tmp_path / "cut", o)
     assert first.stopped == "interrupted"
     assert len(first.history) < 4
-    second = train(fl.compile(SPEC, seed=5), table(), tmp_path / "cut", options(ema=ema, warmup=3, resume=True))
+    second = train(
+        fl.compile(SPEC, seed=5), table(), tmp_path / "cut", options(ema=ema, warmup=3, rules=rules, resume=True)
+    )
     assert second.stopped == "epochs"
     for name in ("model.safetensors", "last.safetensors"):
         assert same(tmp_path / "whole" / name, tmp_path / "cut" / name), name
