@@ -216,13 +216,15 @@ class Lowering:
         v, t = self.value(n), self.type(n)
         if not lifted:
             return v
-        front = [a for a, _ in lifted if t.has(a)]
-        own = [a for a in t.names if a not in dict(lifted)]
+        # (Under another name where the callee has an axis of its own by that name.)
+        apart = {a: f"{a}~lifted" if t.has(f"{a}~lifted") else a for a, _ in lifted}
+        front = [a for a in apart.values() if t.has(a)]
+        own = [a for a in t.names if a not in front]
         v = self.ordered(v, t.names, [*front, *own])
         if not front and v.rank == t.rank:
             return v
         total = len(lifted) + len(own)
-        return self.g.unsqueeze(v, [k - total for k, (a, _) in enumerate(lifted) if not t.has(a)])
+        return self.g.unsqueeze(v, [k - total for k, a in enumerate(apart.values()) if a not in front])
 
     def call(self, node: Node, weights: Weights, arguments: Sequence[Value], scope: str) -> list[Value]:
         """The results of a called region's program; lifted axes are axes again."""

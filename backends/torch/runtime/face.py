@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
@@ -35,6 +36,8 @@ class Face(nn.Module):
             return method
         key = (type(self), name, self.jit)
         if key not in COMPILED:
+            # Of torch's tracer, which looks at the parts of a value whether it has a gradient or not.
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", module="torch")
             backend = "inductor" if self.jit is True else self.jit
             COMPILED[key] = torch.compile(getattr(type(self), name), backend=backend)
         return MethodType(COMPILED[key], self)

@@ -180,7 +180,8 @@ class Flow(Face):
         gap = (found - wanted).abs()
         if turns:
             gap = torch.minimum(gap, (gap - 2 * torch.pi).abs())
-        gap = (gap / (1 + wanted.abs())).reshape(*gap.shape[: gap.dim() - event], -1)
+        gap = gap / (1 + wanted.abs())
+        gap = gap.flatten(gap.dim() - event) if event else gap[..., None]
         return torch.nan_to_num(gap.amax(-1) if gap.shape[-1] else gap.sum(-1), nan=torch.inf)
 
     @torch.no_grad()
@@ -201,7 +202,7 @@ class Flow(Face):
         moved = []
         for v, again in zip(values, self._program("_forward")(*found, *context)[:-1], strict=True):
             rest = v.dim() - doubt.dim()
-            flat = v.reshape(*doubt.shape, -1)
+            flat = v.flatten(doubt.dim()) if rest else v[..., None]
             unknown = unknown | torch.isnan(flat).any(-1)
             doubt = torch.maximum(doubt, self._distance(again, v, rest))
             signs = torch.arange(flat.shape[-1], device=v.device) % 2 * 2 - 1

@@ -417,3 +417,14 @@ def test_compile_from_keeps_what_export_needs() -> None:
     comp = analyse(COUPLING, sized=True)
     assert fl.export_onnx is not None
     assert type(compile_from(comp)) is type(compile_from(comp))
+
+
+def test_a_lifted_axis_may_have_the_name_of_one_inside(tmp_path: Path) -> None:
+    """`h[K]` works along K for each D, and calls its own axis D."""
+    text = "net h(x: R[D]) -> R[E = 4] { linear[D -> E](sum[D](x) * x) }\nnet g(x: R[D = 3, K = 2]) { y: R[D, E] = h[K](x);  y }"
+    net = fl.compile(text, flow="g", seed=0)
+    x = torch.randn(5, 3, 2)
+    weight, bias = sorted(net.parameters(), key=lambda p: -p.dim())
+    torch.testing.assert_close(net(x), (x.sum(-1, keepdim=True) * x) @ weight.T + bias)
+    found = fl.compare_onnx(net, fl.export_onnx(net, tmp_path / "g.onnx"))
+    assert all(c.error <= 1e-6 for c in found.values())
