@@ -364,7 +364,8 @@ def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = 
     """The quadratic of eq. 6-8 in the form without cancellation, then the forward slope there."""
     table = RqsTable(size(raw[0], -1), n, circular)
     names = ["x0", "w", "-y0", "h", "d0", "d1"]
-    found = rqs_bin(g, table, raw, table.held(g, y), 1, names)
+    held = table.held(g, y)
+    found = rqs_bin(g, table, raw, held, 1, names)
     x0, w, rise, h, d = g.split(found, found.rank - 1, [1, 1, 1, 1, 2])
     d0, d1 = g.split(g.add(g.unary("Softplus", d), n["min_slope"]), d.rank - 1, [1, 1])
     s = g.div(h, w)
@@ -381,8 +382,11 @@ def rqs_inverse(g: Builder, y: Value, n: Numbers, *raw: Value, circular: bool = 
     q = g.add(g.mul(s, rest), g.mul(d1, t))
     ratio = g.div(s, g.add(g.mul(t, p), g.mul(rest, q)))
     slope = g.mul(g.mul(ratio, ratio), g.add(g.mul(t, q), g.mul(rest, p)))
-    change = g.squeeze(g.add(x0, g.mul(t, w)), [-1])
-    return g.add(y, change), g.squeeze(g.unary("Log", slope), [-1])
+    change, log_slope = g.squeeze(g.add(x0, g.mul(t, w)), [-1]), g.squeeze(g.unary("Log", slope), [-1])
+    if not circular:  # at the end of the box the root may have lost what is known there: that it is the identity
+        inside = g.cast(g.binary("Equal", g.squeeze(held, [-1]), y, BOOL), REAL)
+        change, log_slope = g.mul(change, inside), g.mul(log_slope, inside)
+    return g.add(y, change), log_slope
 
 
 def rqs_circular(g: Builder, x: Value, n: Numbers, *raw: Value) -> Pair:

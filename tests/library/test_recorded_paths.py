@@ -50,7 +50,8 @@ def test_the_values_between_steps_lie_on_the_solution(solver: str, more: str, n:
     plain = model.go(x)
     with fl.record_paths() as ways, fl.count_steps() as counts:
         end = model.go(x)
-    assert torch.equal(end, plain)
+    # (Steps that are recorded are not taken in place, and sum in another order.)
+    torch.testing.assert_close(end, plain, rtol=1e-13, atol=1e-13)
     (way,) = ways.runs
     assert torch.equal(way[0][1], x)
     assert torch.equal(way[-1][1], end)
