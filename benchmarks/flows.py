@@ -309,7 +309,7 @@ def peak_memory(run: Callable[[], None]) -> float:
             os.dup2(spoken, 2)
             os.close(spoken)
     held, most = 0, 0
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     for e in sorted(events, key=lambda e: e.start_ns()):
         held += e.nbytes()
         most = max(most, held)

@@ -86,7 +86,7 @@ class PowerFunction(torch.autograd.Function):
     """PowerNorm after its warm-up, with the paper's backward pass; the statistics are the module's own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, core: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, core: Any) -> Tensor:
         q = (x * x).mean((0, 2, 3))
         z = x / channels(torch.sqrt(core.other_phi + 1e-5))
         core.other_phi.mul_(0.9).add_(0.1 * q)
@@ -95,7 +95,7 @@ class PowerFunction(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         z, q = ctx.saved_tensors
         g = dy - channels(0.1 * ctx.core.other_nu) * z
         ctx.core.other_nu.add_((g * z).mean((0, 2, 3)))
@@ -105,14 +105,14 @@ class PowerFunction(torch.autograd.Function):
 def power_norm(x: Tensor, m: Any) -> Tensor:
     if not hasattr(m, "other_phi"):
         m.other_phi, m.other_nu = torch.ones(64), torch.zeros(64)
-    return PowerFunction.apply(x, m) * channels(m.gamma) + channels(m.beta)  # type: ignore[no-untyped-call]
+    return PowerFunction.apply(x, m) * channels(m.gamma) + channels(m.beta)
 
 
 class OnlineFunction(torch.autograd.Function):
     """Online normalisation, sample after sample."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, m: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, m: Any) -> Tensor:
         ys, sds = [], []
         for row in x:
             sd = torch.sqrt(m.other_var + 1e-5)
@@ -127,7 +127,7 @@ class OnlineFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (y, sds), m, out = ctx.saved_tensors, ctx.m, []
         for g, row, sd in zip(dy, y, sds, strict=True):
             a = g - channels(0.01 * m.other_v) * row
@@ -146,7 +146,7 @@ def online(x: Tensor, m: Any) -> Tensor:
             torch.zeros(64),
             torch.zeros(64),
         )
-    return OnlineFunction.apply(x, m)  # type: ignore[no-any-return, no-untyped-call]
+    return OnlineFunction.apply(x, m)
 
 
 def group_scaling(x: Tensor, m: Any) -> Tensor:

@@ -15,7 +15,7 @@ from flowlang.backends.onnx.graph import BOOL, REAL, Builder, Shape, Value, broa
 
 from flowlang.derive.programs import Program
 from flowlang.ir.graph import Graph, Node, Region, result_types
-from flowlang.ir.types import Axis, TensorType
+from flowlang.ir.types import LIFTED, Axis, TensorType
 
 
 class Weights(Protocol):
@@ -217,7 +217,7 @@ class Lowering:
         if not lifted:
             return v
         # (Under another name where the callee has an axis of its own by that name.)
-        apart = {a: f"{a}~lifted" if t.has(f"{a}~lifted") else a for a, _ in lifted}
+        apart = {a: a + LIFTED if t.has(a + LIFTED) else a for a, _ in lifted}
         front = [a for a in apart.values() if t.has(a)]
         own = [a for a in t.names if a not in front]
         v = self.ordered(v, t.names, [*front, *own])

@@ -123,7 +123,7 @@ class SymbolicPath:
 def chosen(e: Any, time: Any) -> Any:
     """An expression with the pieces that hold at a time."""
     while found := e.atoms(sp.Piecewise):
-        e = e.xreplace({p: next(v for v, c in p.args if c.subs(t, time) == True) for p in found})  # noqa: E712
+        e = e.xreplace({p: next(v for v, c in p.args if bool(c.subs(t, time))) for p in found})
     return e
 
 

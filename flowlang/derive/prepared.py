@@ -89,7 +89,8 @@ class _Prepare:
             parts = joined.inputs
             if len({b.graph[p].batched for p in parts}) != 2:
                 continue
-            at, total = 0, {True: [], False: []}  # type: ignore[var-annotated]
+            at = 0
+            total: dict[bool, list[int]] = {True: [], False: []}
             for p in parts:
                 size = b.type(p).size(old)
                 total[b.graph[p].batched].append(self.part(p, pairs, weight, axis, at, size, slot))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flowlang.derive.program import Program, prune
@@ -21,7 +20,8 @@ def quiet(program: Program, name: str) -> Program:
     def inputs_of(node: Node) -> tuple[int, ...]:
         return node.inputs[len(node.inputs) // 2 :] if node.id in choices else node.inputs
 
-    for n in order(source, [*program.outputs, *program.inputs, *(i for _, i in program.effects)], inputs_of):
+    roots = [*program.outputs, *program.inputs, *(i for _, i in program.effects)]
+    for n in sorted(source.reachable(roots, inputs_of)):
         node = source[n]
         if n in choices:
             chosen[n] = tuple(env[i] for i in inputs_of(node))
@@ -40,14 +40,3 @@ def quiet(program: Program, name: str) -> Program:
         replace(program, name=name, graph=graph, inputs=[env[i] for i in program.inputs],
                 outputs=[env[o] for o in program.outputs], effects=[(k, env[i]) for k, i in program.effects])
     )  # fmt: skip
-
-
-def order(graph: Graph, roots: list[int], inputs_of: Callable[[Node], Sequence[int]]) -> list[int]:
-    seen: set[int] = set()
-    stack = list(roots)
-    while stack:
-        i = stack.pop()
-        if i not in seen:
-            seen.add(i)
-            stack.extend(inputs_of(graph[i]))
-    return sorted(seen)

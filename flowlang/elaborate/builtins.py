@@ -549,23 +549,29 @@ def reverse(body: Body, args: Arguments) -> Any:
     return body.node("reverse", x, axis=one_axis(body, args, t, "reverse"), span=span(args))
 
 
-def det(body: Body, args: Arguments) -> Any:
-    """`det[D', D](M)`: the determinant of matrices along two axes."""
-    expect(body, args, "det", 1)
-    x = operand(body, args)
+def matrix_axes(body: Body, args: Arguments, x: int, function: str) -> tuple[str, str]:
+    """The two axes of matrices: those in brackets, or all that the value has."""
     t, names = body.b.type(x), axis_list(body, args)
     if not names and t.rank == 2:
         names = list(t.names)
     if len(names) != 2:
         raise body.fail(
             "FL0307",
-            "`det` is of a matrix, whose two axes must be named",
+            f"`{function}` is of a matrix, whose two axes must be named",
             span(args),
-            suggestion="as in `det[D', D](M)`",
+            suggestion=f"as in `{function}[D', D](M)`",
         )
     for n in names:
         axis_rules.need_axis(body, t, n, span(args))
-    return body.node("det", x, row=names[0], col=names[1], span=span(args))
+    return names[0], names[1]
+
+
+def det(body: Body, args: Arguments) -> Any:
+    """`det[D', D](M)`: the determinant of matrices along two axes."""
+    expect(body, args, "det", 1)
+    x = operand(body, args)
+    row, col = matrix_axes(body, args, x, "det")
+    return body.node("det", x, row=row, col=col, span=span(args))
 
 
 def eigen(function: str) -> Fn:
@@ -576,18 +582,7 @@ def eigen(function: str) -> Fn:
         expect(body, args, function, 2 if powers and "power" not in args.keywords else 1, 2 if powers else 1,
                () if function == "matrix_exp" else ("power", "floor") if powers else ("floor",))  # fmt: skip
         x = operand(body, args)
-        t, names = body.b.type(x), axis_list(body, args)
-        if not names and t.rank == 2:
-            names = list(t.names)
-        if len(names) != 2:
-            raise body.fail(
-                "FL0307",
-                f"`{function}` is of a matrix, whose two axes must be named",
-                span(args),
-                suggestion=f"as in `{function}[D', D](M)`",
-            )
-        for n in names:
-            axis_rules.need_axis(body, t, n, span(args))
+        row, col = matrix_axes(body, args, x, function)
         numbers = {"floor": args.keywords.get("floor", 1e-12), "power": args.keywords.get("power", 1)}
         if len(args.positional) > 1:
             numbers["power"] = args.positional[1]
@@ -600,7 +595,7 @@ def eigen(function: str) -> Fn:
                     suggestion=f"as in `{k} = {'1e-6' if k == 'floor' else '0.5'}`; a power that is computed is `matrix_exp(p * matrix_log(M))`",
                 )
         return body.node(
-            "eigen", x, row=names[0], col=names[1], function=function, power=float(numbers["power"]), floor=float(numbers["floor"]),
+            "eigen", x, row=row, col=col, function=function, power=float(numbers["power"]), floor=float(numbers["floor"]),
             span=span(args),
         )  # fmt: skip
 

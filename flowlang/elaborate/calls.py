@@ -46,7 +46,7 @@ from flowlang.ir.noise import draws
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.tangents import FROZEN
 from flowlang.ir.taps import method_of, place_type
-from flowlang.ir.types import TensorType, TupleType
+from flowlang.ir.types import LIFTED, TensorType, TupleType
 from flowlang.source import Span
 from flowlang.syntax import tree
 
@@ -928,9 +928,9 @@ def prepare_input(
         front = tuple(n for n, _ in lifted if n in here)
         for n in front:
             if n in clash:
-                middle[n] = f"{n}~lifted"
+                middle[n] = n + LIFTED
         id = body.b.op("rename", id, pairs=tuple(middle.items()))
-        undo = {m: rename.get(old, m) for old, m in middle.items() if not m.endswith("~lifted")}
+        undo = {m: rename.get(old, m) for old, m in middle.items() if not m.endswith(LIFTED)}
         id = body.b.op("rename", id, pairs=tuple(undo.items()))
     elif rename:
         id = body.b.op("rename", id, pairs=tuple(rename.items()))
@@ -940,7 +940,7 @@ def prepare_input(
     leading = [n for n in final.names if n not in formal_order and n not in rest]
     lifted_order = [n for n, _ in lifted]
     leading.sort(
-        key=lambda n: lifted_order.index(n.removesuffix("~lifted")) if n.removesuffix("~lifted") in lifted_order else 0
+        key=lambda n: lifted_order.index(n.removesuffix(LIFTED)) if n.removesuffix(LIFTED) in lifted_order else 0
     )
     order = (*leading, *formal_order, *rest)
     if order != final.names:

@@ -13,7 +13,7 @@ from flowlang.ir.ops import OPS
 from flowlang.ir.ops.base import OpProblem
 from flowlang.ir.tangents import plain_method
 from flowlang.ir.taps import Taps, place_type, taps_of
-from flowlang.ir.types import Axis, TensorType, TupleType, Type
+from flowlang.ir.types import LIFTED, Axis, TensorType, TupleType, Type
 
 PLAIN = (str, int, float, bool, type(None))
 KINDS = ("real", "int", "bool")
@@ -187,7 +187,7 @@ def call_problems(graph: Graph, node: Node) -> Iterator[str]:
     for k, (i, t) in enumerate(zip(node.inputs, formal, strict=True)):
         have = graph[i].tensor
         # A lifted axis whose name the callee has for one of its own stands under another name at the call.
-        apart = {Axis(f"{a.name}~lifted", a.size) for a in front.axes}
+        apart = {Axis(f"{a.name}{LIFTED}", a.size) for a in front.axes}
         own = tuple(a for a in have.axes if a not in apart and (a not in front.axes or t.has(a.name)))
         if own != t.axes:
             yield f"argument {k} is `{have}`, and `{region.name}` takes `{t}` under `{front}`"

@@ -7,7 +7,7 @@ declaration. Equal instances share one region, and nodes refer to it by `call` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +130,15 @@ class Graph:
                     stack.append(v)
         return seen
 
-    def reachable(self, roots: list[int]) -> set[int]:
-        """All nodes that the roots need, roots included."""
+    def reachable(self, roots: list[int], inputs_of: Callable[[Node], Sequence[int]] | None = None) -> set[int]:
+        """All nodes that the roots need, roots included; `inputs_of` tells which operands of a node count."""
         seen: set[int] = set()
         stack = list(roots)
         while stack:
             i = stack.pop()
             if i not in seen:
                 seen.add(i)
-                stack.extend(self._nodes[i].inputs)
+                stack.extend(self._nodes[i].inputs if inputs_of is None else inputs_of(self._nodes[i]))
         return seen
 
 

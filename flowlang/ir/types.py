@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
+LIFTED = "~lifted"  # ends the name of a lifted axis at a call whose callee has one of its own by that name
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:

@@ -100,7 +100,7 @@ def test_its_gradient_is_that_of_autograd() -> None:
 
     wanted = torch.autograd.grad(reference(), weights, allow_unused=True)
     for a, b in zip(found, wanted, strict=True):
-        assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-9, atol=1e-10)  # type: ignore[arg-type]
+        assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -118,7 +118,8 @@ def test_a_field_made_ready_is_the_field(name: str) -> None:
 
 
 def test_the_likelihood_goes_to_onnx_without_a_tangent_for_each_direction(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     flow = made(FIELDS["two layers"][0], 4).float()
     files = fl.export_onnx(flow, tmp_path / "f.onnx", programs=["log_prob"])
     path = files["log_prob"] if isinstance(files, dict) else tmp_path / "f.onnx"
@@ -185,7 +186,7 @@ def test_samples_that_have_arrived_are_left_out_and_change_nothing() -> None:
     rows: list[int] = []
     field = net.field.forward if not hasattr(net.field, "prepared_forward") else None
     if field is not None:  # counts the samples of each evaluation
-        net.field.forward = lambda y, t: rows.append(len(y)) or field(y, t)  # type: ignore[func-returns-value]
+        net.field.forward = lambda y, t: rows.append(len(y)) or field(y, t)
     with torch.no_grad():
         y = net(x)
     assert not rows or min(rows) == 20
@@ -195,7 +196,8 @@ def test_samples_that_have_arrived_are_left_out_and_change_nothing() -> None:
 
 
 def test_shared_steps_go_to_onnx(tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
+    import onnxruntime as ort
+
     net = fl.compile(STEP.format(how="dopri5(rtol = 1e-4, atol = 1e-4, shared = true)"), flow="end")
     files = fl.export_onnx(net, tmp_path / "f.onnx", programs=["forward"])
     path = files["forward"] if isinstance(files, dict) else tmp_path / "f.onnx"

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -228,7 +229,7 @@ def parity(
         gaps = [differences(a, b, e) for a, b, e in zip(found, wanted, exact, strict=True)]
         allowed = [np.full(g.shape, tolerance) for g in gaps]
         if dtype == torch.float32 and any((g > tolerance).any() for g in gaps):
-            moved = float32_error(lambda d=double, n=batch: reference(exact_flow, program, d, meta, n), exact)  # type: ignore[misc]
+            moved = float32_error(partial(reference, exact_flow, program, double, meta, batch), exact)
             for room, m, e in zip(allowed, moved, exact, strict=True):
                 if e.size:
                     np.maximum(room, ROOM * m.reshape(len(e), -1) / scale_of(e.reshape(len(e), -1)), out=room)
