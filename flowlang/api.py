@@ -433,7 +433,7 @@ origins: weakref.WeakKeyDictionary[type, tuple[Compilation, str]] = weakref.Weak
 
 def export_onnx(
     flow: Any, path: str | Path, programs: Sequence[str] | None = None, *, opset: int | None = None,
-    seed: int | None = None, dynamic: Sequence[str] | None = None, unroll: int = 8,
+    seed: int | None = None, dynamic: Sequence[str] | None = None, unroll: int = limits.WRITTEN_STAGES,
 ) -> dict[str, Path]:  # fmt: skip
     """Writes ONNX models of a compiled flow, one file for each program; gives their paths.
 

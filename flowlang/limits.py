@@ -7,6 +7,9 @@ NESTING = 100  # brackets inside brackets
 INFIX = 200  # binary operators in one statement
 INTEGER = 2**63 - 1
 
+# ONNX: an autoregressive loop of at most so many stages is written out, unless `unroll` says otherwise.
+WRITTEN_STAGES = 8
+
 # Elaboration.
 EXPRESSION_DEPTH = 100
 LIST_ITEMS = 100_000

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowlang import limits
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import replace_file
 
@@ -180,7 +181,7 @@ def place_of(region: Region) -> Span | None:
 def export_files(
     comp: Compilation, name: str, module: Any, path: str | Path, programs: Sequence[str], *, opset: int | None = None,
     seed: int | None = None, standard: Any = None, given_standard: Any = None, dynamic: Sequence[str] | None = None,
-    at: At | None = None, certificate: Mapping[str, Any] | None = None, unroll: int = 8,
+    at: At | None = None, certificate: Mapping[str, Any] | None = None, unroll: int = limits.WRITTEN_STAGES,
 ) -> dict[str, Path]:  # fmt: skip
     """Writes one checked model for each program; gives their paths. `at` gives the flow at other sizes of its axes."""
     need_onnx()

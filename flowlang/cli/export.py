@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from flowlang import limits
 from flowlang.cli.common import flow_option, spec_options
 
 
@@ -24,7 +25,7 @@ from flowlang.cli.common import flow_option, spec_options
               help="File for one program; several go to FILE.PROGRAM.onnx.")  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset, 18 to 25. [default: 18]")
 @click.option("--seed", type=int, help="Draw noise inside, by a random op with this seed; it is an input otherwise.")
-@click.option("--unroll", type=click.IntRange(0), default=8, show_default=True, metavar="STAGES",
+@click.option("--unroll", type=click.IntRange(0), default=limits.WRITTEN_STAGES, show_default=True, metavar="STAGES",
               help="Write out autoregressive loops of at most so many stages: faster, more nodes; 0 keeps all loops.")  # fmt: skip
 @click.option(
     "--dynamic", metavar="AXES",

@@ -144,14 +144,18 @@ OPS.append(Op(
 # ---- determinants of values ---------------------------------------------------------------------
 
 
-def _values_det_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+def _square(t: TensorType, attrs: Attrs, what: str, function: str) -> tuple[str, str]:
     row, col = attrs["row"], attrs["col"]
-    need(types[0], row)
-    need(types[0], col)
-    if row == col or types[0].size(row) != types[0].size(col):
-        raise OpProblem("FL0311", f"a determinant is of a square matrix, and `{row}` and `{col}` of `{types[0]}` are not one",
-                        suggestion="name two axes of one size, as in `det[D', D](M)`")  # fmt: skip
-    return types[0].without((row, col))
+    need(t, row)
+    need(t, col)
+    if row == col or t.size(row) != t.size(col):
+        raise OpProblem("FL0311", f"{what} is of a square matrix, and `{row}` and `{col}` of `{t}` are not one",
+                        suggestion=f"name two axes of one size, as in `{function}[D', D](M)`")  # fmt: skip
+    return row, col
+
+
+def _values_det_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
+    return types[0].without(_square(types[0], attrs, "a determinant", "det"))
 
 
 def _values_det_jvp(b: Builder, node: Node, args: Sequence[int], out: int, slot: int, t: int) -> int | None:
@@ -178,12 +182,7 @@ OPS.append(Op(
 
 
 def _eigen_infer(types: Sequence[TensorType], attrs: Attrs) -> Type:
-    row, col = attrs["row"], attrs["col"]
-    need(types[0], row)
-    need(types[0], col)
-    if row == col or types[0].size(row) != types[0].size(col):
-        raise OpProblem("FL0311", f"`{attrs['function']}` is of a square matrix, and `{row}` and `{col}` of `{types[0]}` are not one",
-                        suggestion="name two axes of one size, as in `matrix_log[D', D](M)`")  # fmt: skip
+    _square(types[0], attrs, f"`{attrs['function']}`", attrs["function"])
     return types[0]
 
 
