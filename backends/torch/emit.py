@@ -78,15 +78,7 @@ class Writer:
 
     def always(self, outputs: Sequence[int]) -> set[int]:
         """What the results need in training and at inference; the rest is written where the mode is asked for."""
-        seen: set[int] = set()
-        stack = list(outputs)
-        while stack:
-            n = stack.pop()
-            if n not in seen:
-                seen.add(n)
-                if self.graph[n].op not in ("running", "choose"):
-                    stack.extend(self.graph[n].inputs)
-        return seen
+        return self.graph.reachable(list(outputs), lambda n: () if n.op in ("running", "choose") else n.inputs)
 
     def write_effects(self, effects: Sequence[tuple[str, int]], results: Sequence[str], trained: bool) -> list[str]:
         """States take their new values when the results are made; gives the results as names.

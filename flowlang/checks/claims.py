@@ -79,16 +79,21 @@ class Claims:
 
 def fact_name(e: tree.Expr) -> str:
     """`order`, or a fact under a condition: `order(grid = smooth(2))`."""
+    if isinstance(e, tree.Name):
+        return e.id
+    found = condition_of(e)
+    return "" if found is None else "{}({} = {}({}))".format(*found)
+
+
+def condition_of(e: tree.Expr) -> tuple[str, str, str, str] | None:
+    """A fact, and the name of which a condition tells it, with a number: order, grid, smooth and 2."""
     match e:
-        case tree.Name():
-            return e.id
         case tree.Call(
             fn=tree.Name(id=fact),
             items=(tree.Item(left=tree.Name(id=name), eq=tree.Call(fn=tree.Name(id=what), items=(one,))),),
-        ):
-            number = one.left
-            return f"{fact}({name} = {what}({number.text}))" if isinstance(number, tree.Number) else ""
-    return ""
+        ) if isinstance(one.left, tree.Number):
+            return fact, name, what, one.left.text
+    return None
 
 
 def claims(declaration: tree.Declaration) -> Iterator[tree.Expr]:

@@ -10,7 +10,7 @@ from typing import Any
 from flowlang.analysis.series import FUNCTIONS, STEPS, Change, Series, StepRule, Vector, rule_order
 from flowlang.analysis.solvers import condition, order, row_sum_faults
 from flowlang.analysis.stochastic import stochastic_orders
-from flowlang.checks.claims import Claims, claims, fact_name
+from flowlang.checks.claims import Claims, claims, condition_of, fact_name
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
 from flowlang.elaborate.steps import asked_index
@@ -147,12 +147,11 @@ def smooth_claims(declaration: tree.Declaration) -> list[tuple[str, str, Change]
     smooth scale and their slopes."""
     found = []
     for e in claims(declaration):
-        if isinstance(e, tree.Binary) and isinstance(e.left, tree.Call):
-            name = fact_name(e.left)
-            what, _, rest = name.partition("(")
-            which, _, places = rest.removesuffix("))").partition(" = smooth(")
-            if what == "order" and places.isdigit() and int(places) > 0:
-                found.append((name, which, Change(int(places))))
+        told = condition_of(e.left) if isinstance(e, tree.Binary) else None
+        if isinstance(e, tree.Binary) and told is not None:
+            fact, name, what, places = told
+            if (fact, what) == ("order", "smooth") and places.isdigit() and int(places) > 0:
+                found.append((fact_name(e.left), name, Change(int(places))))
     return found
 
 

@@ -23,6 +23,7 @@ def followed(module: Any, draw: Callable[[], Any]) -> tuple[Any, Any]:
     import torch
 
     from flowlang.backends.torch.runtime import record_paths
+    from flowlang.backends.torch.standard import StandardisedModel
 
     with record_paths() as ways, torch.no_grad():
         draw()
@@ -40,7 +41,7 @@ def followed(module: Any, draw: Callable[[], Any]) -> tuple[Any, Any]:
     n = steps[0][1].shape[0]
     values = torch.stack([x for _, x in steps], 1)
     times = torch.stack([torch.as_tensor(t, dtype=values.dtype).expand(n) for t, _ in steps], 1)
-    if hasattr(module, "programs") and hasattr(module, "mean") and tuple(values.shape[2:]) == tuple(module.data_shape):
+    if isinstance(module, StandardisedModel) and tuple(values.shape[2:]) == tuple(module.data_shape):
         values = values * module.scale + module.mean
     return times.double().numpy(), values.double().numpy()
 

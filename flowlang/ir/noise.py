@@ -38,19 +38,12 @@ def called_by(node: Node) -> Iterator[Region]:
 
 def reached(graph: Graph, roots: Iterable[int], *, training: bool) -> set[int]:
     """The nodes that values need in a mode."""
-    seen: set[int] = set()
-    stack = list(roots)
-    while stack:
-        i = stack.pop()
-        if i in seen:
-            continue
-        seen.add(i)
-        inputs = graph[i].inputs
-        if graph[i].op == "choose":
-            half = len(inputs) // 2
-            inputs = inputs[:half] if training else inputs[half:]
-        stack.extend(inputs)
-    return seen
+
+    def inputs_of(node: Node) -> tuple[int, ...]:
+        half = len(node.inputs) // 2
+        return node.inputs if node.op != "choose" else node.inputs[:half] if training else node.inputs[half:]
+
+    return graph.reachable(list(roots), inputs_of)
 
 
 def is_loud(node: Node) -> bool:
