@@ -665,8 +665,7 @@ def _get(w: Lowering, n: Node) -> Value:
 @emitter("choose")
 def _choose(w: Lowering, n: Node) -> Result:
     """A deployed model is one for inference, unless a training pass is asked for."""
-    half = len(n.inputs) // 2
-    return [w.value(i) for i in (n.inputs[:half] if w.shared.training else n.inputs[half:])]
+    return [w.value(i) for i in n.inputs_in(w.shared.training)]
 
 
 @emitter("scan")

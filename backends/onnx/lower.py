@@ -252,18 +252,12 @@ SETTLED = ("running", "start")
 
 def needed(graph: Graph, outputs: Sequence[int], training: bool = False) -> set[int]:
     """The nodes that results need at inference, or in training."""
-    seen: set[int] = set()
-    stack = list(outputs)
-    while stack:
-        i = stack.pop()
-        if i not in seen:
-            seen.add(i)
-            if graph[i].op == "choose":
-                half = len(graph[i].inputs) // 2
-                stack.extend(graph[i].inputs[:half] if training else graph[i].inputs[half:])
-            elif graph[i].op not in SETTLED or (training and graph[i].op == "running"):
-                stack.extend(graph[i].inputs)
-    return seen
+
+    def inputs_of(node: Node) -> tuple[int, ...]:
+        settled = node.op in SETTLED and not (training and node.op == "running")
+        return () if settled else node.inputs_in(training)
+
+    return graph.reachable(list(outputs), inputs_of)
 
 
 NAMES = {

@@ -245,14 +245,7 @@ def regrouped(program: Program) -> Program:
 
 
 def wanted(graph: Graph, roots: list[int], found: dict[int, Native]) -> set[int]:
-    seen: set[int] = set()
-    stack = list(roots)
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen.add(n)
-            stack.extend(found[n].inputs if n in found else graph[n].inputs)
-    return seen
+    return graph.reachable(roots, lambda n: found[n.id].inputs if n.id in found else n.inputs)
 
 
 def closed(graph: Graph, native: Native, root: int, needed: set[int], roots: list[int]) -> bool:

@@ -86,11 +86,7 @@ class Follow:
         live = self.live.get(n)
         if live is not None:
             return (live,)
-        node = self.graph[n]
-        if node.op == "choose":
-            half = len(node.inputs) // 2
-            return node.inputs[:half] if self.change.training else node.inputs[half:]
-        return node.inputs
+        return self.graph[n].inputs_in(self.change.training)
 
     def evaluate(self, node: Node) -> Grade:
         live = self.live.get(node.id)

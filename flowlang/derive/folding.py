@@ -102,9 +102,7 @@ def at_inference(graph: Graph, node: Node) -> tuple[int, ...]:
     if node.op == "get" and graph[node.inputs[0]].op == "choose":
         chosen = graph[node.inputs[0]].inputs
         return (chosen[len(chosen) // 2 + node.attrs["index"]],)
-    if node.op == "choose":
-        return node.inputs[len(node.inputs) // 2 :]
-    return node.inputs
+    return node.inputs_in(training=False)
 
 
 def reached(graph: Graph, roots: Sequence[int]) -> set[int]:

@@ -131,7 +131,7 @@ class _Inline:
         for n in sorted(reached(region.graph, region.outputs, training=False)):
             made = region.graph[n]
             if made.op == "choose":
-                env[n] = [env[i][0] for i in made.inputs[len(made.inputs) // 2 :]]
+                env[n] = [env[i][0] for i in made.inputs_in(training=False)]
             elif n not in env:
                 if is_loud(made):
                     made = replace(

@@ -18,7 +18,7 @@ def quiet(program: Program, name: str) -> Program:
     chosen: dict[int, tuple[int, ...]] = {}  # for each choice that noise takes part in, its values at inference
 
     def inputs_of(node: Node) -> tuple[int, ...]:
-        return node.inputs[len(node.inputs) // 2 :] if node.id in choices else node.inputs
+        return node.inputs_in(training=False) if node.id in choices else node.inputs
 
     roots = [*program.outputs, *program.inputs, *(i for _, i in program.effects)]
     for n in sorted(source.reachable(roots, inputs_of)):

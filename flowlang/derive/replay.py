@@ -123,10 +123,7 @@ class Replay:
         if n in self.starts:
             return (self.starts[n].value,)
         node = self.source[n]
-        if node.op == "choose" and self.training is not None:
-            half = len(node.inputs) // 2
-            return node.inputs[:half] if self.training else node.inputs[half:]
-        return node.inputs
+        return node.inputs if self.training is None else node.inputs_in(self.training)
 
     def leaf(self, n: int) -> None:
         """A state in training, or a parameter at its start."""

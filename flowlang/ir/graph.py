@@ -32,6 +32,11 @@ class Node:
     label: str | None = None  # the name it has in the spec
     batched: bool = True  # varies from sample to sample
 
+    def inputs_in(self, training: bool) -> tuple[int, ...]:
+        """The operands that count in a mode: a choice by the mode has those of training first, then as many others."""
+        half = len(self.inputs) // 2
+        return self.inputs if self.op != "choose" else self.inputs[:half] if training else self.inputs[half:]
+
     @property
     def tensor(self) -> TensorType:
         assert isinstance(self.type, TensorType), f"{self.op} has a tuple type"

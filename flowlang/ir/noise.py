@@ -38,12 +38,7 @@ def called_by(node: Node) -> Iterator[Region]:
 
 def reached(graph: Graph, roots: Iterable[int], *, training: bool) -> set[int]:
     """The nodes that values need in a mode."""
-
-    def inputs_of(node: Node) -> tuple[int, ...]:
-        half = len(node.inputs) // 2
-        return node.inputs if node.op != "choose" else node.inputs[:half] if training else node.inputs[half:]
-
-    return graph.reachable(list(roots), inputs_of)
+    return graph.reachable(list(roots), lambda node: node.inputs_in(training))
 
 
 def is_loud(node: Node) -> bool:
@@ -57,4 +52,4 @@ def is_loud(node: Node) -> bool:
 def noisy_choices(graph: Graph) -> set[int]:
     """The choices by the mode of which noise takes part in training."""
     loud = graph.descendants([n.id for n in graph if n.op == "random_like" or is_loud(n)])
-    return {n.id for n in graph if n.op == "choose" and loud & set(n.inputs[: len(n.inputs) // 2])}
+    return {n.id for n in graph if n.op == "choose" and loud & set(n.inputs_in(training=True))}
