@@ -471,6 +471,7 @@ def main() -> None:
         "--no-memory", dest="memory", action="store_false", help="without a profiled call for each cell"
     )
     options = parser.parse_args()
+    before = json.loads(options.against.read_text()) if options.against else None
     torch.set_num_threads(options.threads)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
     results: dict[str, Any] = {
@@ -505,15 +506,15 @@ def main() -> None:
                         for k, run in work.items():
                             found[k]["MB"] = peak_memory(run)
                     results["cells"][f"{kind}|{size}|{batch}|{op}"] = found
+                    options.json.write_text(json.dumps(results, indent=1))  # an hour's run may be stopped
                     print(row(kind, size, batch, op, found), flush=True)
                     peer = fastest(found)
                     if peer is not None:
                         ratios.append(peer / found["flowlang"]["min"])
     if ratios:
         print(f"geometric mean {statistics.geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
-    if options.against:
-        print("\n".join(changes(json.loads(options.against.read_text()), results)))
-    options.json.write_text(json.dumps(results, indent=1))
+    if before is not None:
+        print("\n".join(changes(before, results)))
     if options.plot:
         plot(results, options.plot)
 
