@@ -36,7 +36,7 @@ def summary_of(doc: str) -> str:
     out: list[str] = []
     for word in doc.split():
         out.append(word)
-        if word.endswith((".", ".)")) and not ABBREVIATION.search(word):
+        if word.endswith((".", ".)")) and not word.endswith("..") and not ABBREVIATION.search(word):
             break
     return " ".join(out)
 

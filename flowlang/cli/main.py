@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,8 @@ def std(name: str | None, as_json: bool) -> None:
     from flowlang.cli.tables import table
 
     rows = [[e["name"], e["kind"], e["family"], e["summary"]] for e in found]
-    click.echo(table(["name", "kind", "family", "what it is"], rows))
+    across = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # a file or pipe gets all of it
+    click.echo(table(["name", "kind", "family", "what it is"], rows, across=across))
 
 
 TEMPLATE = """## A coupling flow on {dims} coordinates. Check it: flowlang check {file}

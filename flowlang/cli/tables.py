@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def table(head: list[str], rows: list[list[str]], numbers: Sequence[int] = ()) -> str:
-    """Columns of text, those of `numbers` aligned to the right."""
+def table(head: list[str], rows: list[list[str]], numbers: Sequence[int] = (), across: int | None = None) -> str:
+    """Columns of text, those of `numbers` aligned to the right; the last one cut where lines would be over `across`."""
     widths = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
+    if across is not None:
+        widths[-1] = min(widths[-1], max(across - sum(w + 2 for w in widths[:-1]), 20))
+        rows = [[*r[:-1], textwrap.shorten(r[-1], widths[-1], placeholder=" …")] for r in rows]
 
     def line(cells: list[str]) -> str:
         shown = [c.rjust(w) if k in numbers else c.ljust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -339,6 +339,7 @@ def draw_samples(flow: Any, n: int, seed: int, given: dict[str, Any], program: s
             with torch.no_grad():
                 found = run_program(flow, program, n, context, generator)
         else:
+            need_given("sample", flow.given_shapes, context)
             found = flow.sample((n,), generator=generator, **context)
     return found.double().numpy()
 
@@ -354,18 +355,23 @@ def need_program(flow: Any, name: str) -> dict[str, tuple[int, ...]]:
     return inputs
 
 
-def run_program(flow: Any, name: str, n: int, values: dict[str, Any], generator: Any) -> Any:
-    """The (first) result of a model's program at values by name, or n draws of one that takes none."""
-    inputs = need_program(flow, name)
+def need_given(program: str, inputs: Iterable[str], values: Container[str]) -> None:
+    """FL0804 for an input that has no value."""
     for wanted in inputs:
         if wanted not in values:
             raise FlowError(
                 Diagnostic(
                     "FL0804",
-                    f"`{name}` takes `{wanted}`, which is not given",
+                    f"`{program}` takes `{wanted}`, which is not given",
                     suggestion=f"as in `--given {wanted}=..`",
                 )
             )
+
+
+def run_program(flow: Any, name: str, n: int, values: dict[str, Any], generator: Any) -> Any:
+    """The (first) result of a model's program at values by name, or n draws of one that takes none."""
+    inputs = need_program(flow, name)
+    need_given(name, inputs, values)
     found = flow.run(name, tuple(values[k] for k in inputs), (n,), generator)
     return found[0] if isinstance(found, tuple) else found
 

@@ -39,6 +39,9 @@ BEFORE = {
     "try": "leave it out: what can fail is found by `flowlang check`", "from": "write `import nets.mine (f)` for a spec beside this one; the library needs no import",
     "def": NET, "class": NET, "function": NET, "self": NAMES["self"],
 }  # fmt: skip
+GIVEN = "a context stands on a line of its own in a flow, `given c: R[C = 3]`, and behind the inputs elsewhere, `(x: R[D] given c: R[C])`"
+# First words of statements of other languages.
+FIRST = {"context": GIVEN, "cond": GIVEN, "condition": GIVEN, "conditional": GIVEN}
 FAILING = {"elif": "write `else if`", "is": "write `==`, or `present(c)` for an optional value"}
 FOREIGN = {"torch", "numpy", "math", "jax", "functools", "typing", "einops"}
 
@@ -54,6 +57,10 @@ def advice(tokens: list[Any], k: int) -> str | None:
         return BEFORE[first]
     if before in BEFORE and last is not None and last.type in ("NAME", "KIND"):
         return BEFORE[before]
+    if first in FIRST and k == 1 and token is not None and token.type == "NAME":
+        return FIRST[first]
+    if first == "data" and text == "|":
+        return GIVEN
     if touching and text == "=" and before in "+-*/":
         name = str(tokens[k - 2]) if k > 1 else "y"
         return f"write `{name} := {name} {before} ..`"

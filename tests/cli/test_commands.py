@@ -138,7 +138,10 @@ def test_context_categories_and_the_size_of_the_data(run: Run, data: Path, tmp_p
     assert run("score", "--data", data)[0] == 0
     assert run("sample", "--given", "c=1,0", "-n", 3)[0] == 0
     assert run("sample", "--given", "c=1", "-n", 3)[0] == 1
-    assert run("sample", "-n", 3)[0] == 1
+    code, _, err = run("sample", "-n", 3)
+    assert code == 1
+    assert "`sample` takes `c`" in err
+    assert "`--given c=..`" in err
 
 
 def test_dequantised_columns_are_printed_on_their_grid(run: Run, small: Path, data: Path, tmp_path: Path) -> None:

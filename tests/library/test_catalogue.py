@@ -45,3 +45,7 @@ def test_a_summary_is_the_first_sentence() -> None:
     assert summary_of("Additive coupling (NICE, Dinh et al. 2014). Keeps volume.") == (
         "Additive coupling (NICE, Dinh et al. 2014)."
     )
+
+
+def test_a_range_does_not_end_a_sentence() -> None:
+    assert summary_of("Glow on pixels 0 .. 255 of an image. More.") == "Glow on pixels 0 .. 255 of an image."
