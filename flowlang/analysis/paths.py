@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import sympy as sp
+from sympy.core.function import AppliedUndef
 
 t, x0, x1 = sp.symbols("t x0 x1", real=True)
 x = sp.Symbol("x", real=True)
@@ -28,13 +29,26 @@ def tidy(e: Any) -> Any:
 
 @dataclass(frozen=True)
 class SymbolicPath:
-    """x_t as an expression in t, x0 and x1."""
+    """x_t as an expression in t, x0 and x1; functions in it are networks, of which the identities alone are known."""
 
     expression: Any
+    identities: tuple[tuple[Any, Any], ...] = ()
+
+    @cached_property
+    def networks(self) -> set[Any]:
+        return set(self.expression.atoms(AppliedUndef))
+
+    def known(self, e: Any) -> Any:
+        """An expression with what the identities say put in."""
+        for _ in range(len(self.identities) + 1):
+            e = e.xreplace(dict(self.identities))
+        return e
 
     @cached_property
     def affine(self) -> tuple[Any, Any] | None:
         """(α, σ) of x_t = α·x1 + σ·x0; None for a path of another form."""
+        if any(f.has(x0, x1) for f in self.networks):
+            return None
         e = sp.expand(self.expression)
         alpha, sigma = tidy(sp.diff(e, x1)), tidy(sp.diff(e, x0))
         if alpha.has(x0, x1) or sigma.has(x0, x1) or tidy(e - alpha * x1 - sigma * x0) != 0:
@@ -48,13 +62,23 @@ class SymbolicPath:
 
     def at(self, time: int) -> Any:
         found = self.expression.subs(t, time)
-        if found.has(sp.nan, sp.zoo, sp.oo):
+        if found.has(sp.nan, sp.zoo, sp.oo) and not self.networks:
             found = sp.limit(self.expression, t, time, "+" if time == 0 else "-")
-        return tidy(found)
+        return tidy(self.known(found))
 
     def residual(self, time: int) -> Any:
         """What is missing at an end: 0 where the path arrives."""
         return tidy(self.at(time) - (x0 if time == 0 else x1))
+
+    @cached_property
+    def gaussian(self) -> tuple[Any, Any] | None:
+        """(μ, σ) of x_t = μ(t, x1) + σ(t, x1)·x0, where networks may read t and x1; None for another form."""
+        if any(f.has(x0) for f in self.networks):
+            return None
+        sigma = tidy(sp.diff(self.expression, x0))
+        if sigma == 0 or sigma.has(x0):
+            return None
+        return tidy(self.expression.subs(x0, 0)), sigma
 
     @cached_property
     def field(self) -> Any:
@@ -73,19 +97,24 @@ class SymbolicPath:
 
     def irregular(self) -> tuple[float, str] | None:
         """A time inside (0, 1) where the path or its velocity is not a finite real number, with what is wrong."""
-        for name, e in (("the path", self.expression), ("its velocity", sp.diff(self.expression, t))):
-            if e.has(sp.zoo, sp.nan, sp.oo, -sp.oo):
-                return 1 / GRID, name
-            f = sp.lambdify((t, x0, x1), e, "mpmath")
-            for k in range(1, GRID):
-                time = k / GRID
-                try:
-                    value = complex(f(time, 0.7, -1.3))
-                except (ZeroDivisionError, ValueError, OverflowError, TypeError):
-                    return time, name
-                if value.imag != 0 or value != value or abs(value) == float("inf"):
-                    return time, name
+        for place in self.stand_ins():
+            found = rough(place)
+            if found is not None:
+                return found
         return None
+
+    def stand_ins(self) -> tuple[Any, ...]:
+        """The expression, with smooth functions of either sign in the place of networks."""
+        if not self.networks:
+            return (self.expression,)
+        names = sorted({f.func.__name__ for f in self.networks})
+
+        def smooth(sign: int) -> Any:
+            return lambda f: (
+                sign * sp.sin(sum((k + 1) * a for k, a in enumerate(f.args)) / 2 + 1 + names.index(f.func.__name__))
+            )
+
+        return tuple(self.expression.replace(lambda e: isinstance(e, AppliedUndef), smooth(sign)) for sign in (1, -1))
 
     def jump(self) -> Any:
         """A time inside (0, 1) where pieces of the path do not meet; None for a path without such pieces."""
@@ -104,6 +133,8 @@ class SymbolicPath:
 
     def snr_turns(self) -> float | None:
         """A time where the signal-to-noise ratio does not grow; None where it grows throughout."""
+        if self.networks:
+            return None
         ratio = self.signal_to_noise
         if ratio is None or self.affine is None or self.affine[1] == 0 or ratio.has(sp.zoo, sp.nan, sp.oo):
             return None
@@ -118,6 +149,61 @@ class SymbolicPath:
                 return k / GRID
             last = value
         return None
+
+
+@dataclass(frozen=True)
+class MixturePath:
+    """x_t drawn entry by entry: x1 with the weight b(t), else x0, with a(t) = 1 - b(t)."""
+
+    a: Any
+    b: Any
+    rest: Any = 0
+
+    @property
+    def missing(self) -> Any:
+        """What the weights lack to 1."""
+        return tidy(1 - self.a - self.b - self.rest)
+
+    @property
+    def pace(self) -> Any:
+        """b' / a: the rate at which an entry that is still x0's goes over to x1."""
+        return tidy(sp.diff(self.b, t) / self.a)
+
+    def residual(self, time: int) -> Any:
+        return tidy(self.b.subs(t, time) - time)
+
+    def beyond(self) -> tuple[float, str] | None:
+        """A time inside (0, 1) where a weight is no probability or falls, with what is wrong."""
+        found = rough(self.b)
+        if found is not None:
+            return found[0], "the weight of x1 is not a finite real number, or its slope is not"
+        weight, slope = (sp.lambdify(t, e, "mpmath") for e in (self.b, sp.diff(self.b, t)))
+        for k in range(1, GRID):
+            if not -SLACK <= float(weight(k / GRID)) <= 1 + SLACK:
+                return k / GRID, f"the weight of x1 is {float(weight(k / GRID)):.3g}, and is to be a probability"
+            if float(slope(k / GRID)) < -SLACK:
+                return k / GRID, "the weight of x1 falls, so that entries would jump at a rate below 0"
+        return None
+
+
+SLACK = 1e-9
+
+
+def rough(expression: Any) -> tuple[float, str] | None:
+    """A time inside (0, 1) where an expression or its derivative is not a finite real number, with what is wrong."""
+    for name, e in (("the path", expression), ("its velocity", sp.diff(expression, t))):
+        if e.has(sp.zoo, sp.nan, sp.oo, -sp.oo):
+            return 1 / GRID, name
+        f = sp.lambdify((t, x0, x1), e, "mpmath")
+        for k in range(1, GRID):
+            time = k / GRID
+            try:
+                value = complex(f(time, 0.7, -1.3))
+            except (ZeroDivisionError, ValueError, OverflowError, TypeError):
+                return time, name
+            if value.imag != 0 or value != value or abs(value) == float("inf"):
+                return time, name
+    return None
 
 
 def chosen(e: Any, time: Any) -> Any:
@@ -159,4 +245,4 @@ def text(expression: Any) -> str:
     return shown.replace("**", " ^ ").replace("*", " * ").replace("pi", "π")
 
 
-__all__ = ["SymbolicPath", "conversions", "text"]
+__all__ = ["MixturePath", "SymbolicPath", "conversions", "text"]

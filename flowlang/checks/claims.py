@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from flowlang.diagnostics import Diagnostic, Report
-from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, claims, static_names
 from flowlang.syntax import tree
 
 NUMBERS = Algebra(lambda n: n.value)
@@ -24,9 +24,11 @@ class Claims:
         self.declaration, self.facts, self.report, self.code = declaration, facts, report, code
 
     def check(self, besides: Container[str] = ()) -> None:
-        """Judges every claim but those on the names in `besides`."""
+        """Judges every claim but those on the names in `besides`, or on what functions of those names give."""
         for part in claims(self.declaration):
-            if not (isinstance(part, tree.Binary) and isinstance(part.left, tree.Name) and part.left.id in besides):
+            left = part.left if isinstance(part, tree.Binary) else None
+            left = left.fn if isinstance(left, tree.Call) else left
+            if not (isinstance(left, tree.Name) and left.id in besides):
                 self.judge(part)
 
     def judge(self, e: tree.Expr) -> None:
@@ -96,13 +98,6 @@ def condition_of(e: tree.Expr) -> tuple[str, str, str, str] | None:
     return None
 
 
-def claims(declaration: tree.Declaration) -> Iterator[tree.Expr]:
-    """The conditions that a body requires, one by one."""
-    for s in declaration.body or ():
-        if isinstance(s, tree.Require):
-            yield from conjuncts(s.condition)
-
-
 def claim_on(declaration: tree.Declaration, name: str) -> tree.Binary | None:
     """The claim whose left side is that name."""
     for e in claims(declaration):
@@ -118,13 +113,3 @@ def static_value(declaration: tree.Declaration, e: tree.Expr) -> float | None:
     except NotPlain:
         return None
     return found if isinstance(found, int | float) else None
-
-
-def conjuncts(e: tree.Expr) -> Iterator[tree.Expr]:
-    if isinstance(e, tree.Binary) and e.op == "and":
-        yield from conjuncts(e.left)
-        yield from conjuncts(e.right)
-    elif isinstance(e, tree.Paren) and len(e.items) == 1 and e.items[0].left is not None:
-        yield from conjuncts(e.items[0].left)
-    else:
-        yield e

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from flowlang.checks.claims import Claims, claim_on, static_value
 from flowlang.diagnostics import Diagnostic, Report
 from flowlang.elaborate.arithmetic import NotPlain
-from flowlang.elaborate.paths import symbolic
+from flowlang.elaborate.paths import PathForm, read_path
 from flowlang.source import Span
 from flowlang.syntax import tree
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Reports what is wrong with a path; returns its facts (α, σ, velocity, ...)."""
     try:
-        expression = symbolic(declaration, given)
+        form = read_path(declaration, given)
     except NotPlain as stop:
         report.add(
             Diagnostic(
@@ -28,7 +29,9 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
             )
         )  # fmt: skip
         return {}
-    if expression is None:
+    if form.weights is not None:
+        return check_mixture(form, declaration, report)
+    if form.place is None:
         report.add(
             Diagnostic("FL0308", f"the path `{declaration.name}` has no value", declaration.name_span or declaration.span,
                        suggestion="as in `x_t = (1 - t) * x0 + t * x1`")
@@ -36,10 +39,21 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
         return {}
     from flowlang.analysis.paths import SymbolicPath, text
 
-    path = SymbolicPath(expression)
+    path = SymbolicPath(form.place, form.identities)
     where = formula_span(declaration)
     prior, stated = claim_on(declaration, "prior"), claim_on(declaration, "endpoint") is not None
-    facts: dict[str, Any] = {"velocity": text(path.velocity), "affine": path.affine is not None}
+    if path.networks:
+        facts: dict[str, Any] = {
+            "velocity": "x_t differentiated in t, by forward mode",
+            "affine": path.affine is not None,
+            "networks": list(form.nets),
+        }
+        if form.identities:
+            facts["assumes"] = [f"{text(a)} = {text(b)}" for a, b in form.identities]
+    else:
+        facts = {"velocity": text(path.velocity), "affine": path.affine is not None}
+    if path.affine is None and path.gaussian is not None:
+        facts["mean"], facts["scale"] = (text(e) for e in path.gaussian)
     if path.affine is not None:
         facts["alpha"], facts["sigma"] = (text(e) for e in path.affine)
     facts["endpoint"] = max(end_error(path, time) for time in ((1,) if prior is not None else (0, 1)))
@@ -70,7 +84,50 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
                 )
             )  # fmt: skip
     if not report.errors:
-        Claims(declaration, {"endpoint": facts["endpoint"]}, report, "FL0603").check(besides=("prior",))
+        Claims(declaration, {"endpoint": facts["endpoint"]}, report, "FL0603").check(besides=("prior", *form.nets))
+    return facts
+
+
+def check_mixture(form: PathForm, declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    """A path that draws x_t: its weights are probabilities, all on x0 at t = 0 and on x1 at t = 1, and x1's does not fall."""
+    from flowlang.analysis.paths import MixturePath, t, text
+
+    assert form.weights is not None
+    path, where = MixturePath(*form.weights, form.rest), formula_span(declaration)
+    if path.rest != 0:
+        report.add(
+            Diagnostic("FL0609", f"x_t is drawn among x0 and x1, and `{text(path.rest)}` stands at neither", where,
+                       suggestion="as in `x_t ~ (1 - t) * delta(x0) + t * delta(x1)`")
+        )  # fmt: skip
+    elif path.missing != 0:
+        report.add(
+            Diagnostic("FL0609", f"the weights of x0 and x1 sum to `{text(1 - path.missing)}`, and those of a draw sum to 1", where,
+                       notes=(f"what is missing is `{text(path.missing)}`",), suggestion=f"give x0 the weight `{text(1 - path.b)}`")
+        )  # fmt: skip
+    if path.rest != 0 or path.missing != 0:
+        return {}
+    stated = claim_on(declaration, "endpoint") is not None
+    for time in () if stated else (0, 1):
+        if path.residual(time) != 0:
+            report.add(
+                Diagnostic("FL0603", f"at t = {time} x1 has the weight `{text(path.b.subs(t, time))}`, and must have {time}", where,
+                           notes=(f"it is off by `{text(path.residual(time))}`",),
+                           suggestion="correct it, or state how near it comes, as in `require endpoint <= 1e-4`")
+            )  # fmt: skip
+    beyond = path.beyond()
+    if beyond is not None:
+        report.add(
+            Diagnostic("FL0609", f"near t = {beyond[0]:.3g} {beyond[1]}", where,
+                       suggestion="let the weight of x1 rise from 0 to 1, as `t ^ 2` does")
+        )  # fmt: skip
+    import sympy as sp
+
+    facts: dict[str, Any] = {
+        "drawn": True, "alpha": text(path.b), "sigma": text(path.a), "pace": text(path.pace),
+        "endpoint": max(abs(float(sp.N(path.residual(time)))) for time in (0, 1)),
+    }  # fmt: skip
+    if not report.errors:
+        Claims(declaration, {"endpoint": facts["endpoint"]}, report, "FL0603").check()
     return facts
 
 
@@ -81,6 +138,8 @@ def end_error(path: SymbolicPath, time: int) -> float:
     from flowlang.analysis.paths import x0, x1
 
     residual = path.residual(time)
+    if any(residual.has(f.func) for f in path.networks):
+        return inf  # a network may give anything
     return max(abs(complex(sp.N(sp.diff(residual, s).subs({x0: 1, x1: 1})))) for s in (x0, x1))
 
 

@@ -63,6 +63,8 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 facts.append(f"`{name}`: its log-density is {SAID[program['exactness']]}")
         if "norm" in d:
             facts.extend(norm_facts(d["norm"]))
+        if d["kind"] == "path":
+            facts.extend(path_facts(d))
         lines.extend(f"  {f}" for f in facts)
         if d.get("chain"):
             rows = [
@@ -87,6 +89,25 @@ CHANGES = {
     ("scale", "channel"): "scaling a channel, or one weight vector", ("shift", "all"): "shifting the input",
     ("shift", "sample"): "shifting a sample, or all weight vectors alike", ("shift", "channel"): "shifting a channel, or the data",
 }  # fmt: skip
+
+
+def path_facts(d: Mapping[str, Any]) -> list[str]:
+    """What follows from a path."""
+    lines = []
+    if d.get("drawn"):
+        lines.append(f"each entry is x1's with probability {d['alpha']}, else x0's")
+        lines.append(f"rate of jumps: ({d['pace']}) * (p - here), p the probabilities of the data")
+    elif "alpha" in d:
+        lines.append(f"signal {d['alpha']}, noise {d['sigma']}")
+    elif "mean" in d:
+        lines.append(f"given x1: mean {d['mean']}, scale {d['scale']}; noise, velocity and score follow from the data")
+    if "velocity" in d:
+        lines.append(f"velocity {d['velocity']}")
+    if d.get("assumes"):
+        lines.append(f"required of its networks: {', '.join(d['assumes'])}")
+    if d.get("endpoint"):
+        lines.append(f"misses an end by {d['endpoint']:.3g}")
+    return lines
 
 
 def norm_facts(found: dict[str, Any]) -> list[str]:

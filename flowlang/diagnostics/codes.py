@@ -66,6 +66,7 @@ CODES: dict[str, str] = {
     "FL0606": "no-derivative",
     "FL0607": "prediction-slip",
     "FL0608": "noise-unfit",
+    "FL0609": "no-probability",
     # 07 backends and run time
     "FL0701": "cannot-lower",
     "FL0702": "bad-input",

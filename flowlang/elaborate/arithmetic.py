@@ -6,7 +6,7 @@ raises `NotPlain` with its place, and the caller says what that means.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,3 +296,20 @@ def static_names(algebra: Algebra, declaration: tree.Declaration, given: Mapping
                 except NotPlain:
                     continue
     return out
+
+
+def claims(declaration: tree.Declaration) -> Iterator[tree.Expr]:
+    """The conditions that a body requires, one by one."""
+    for s in declaration.body or ():
+        if isinstance(s, tree.Require):
+            yield from conjuncts(s.condition)
+
+
+def conjuncts(e: tree.Expr) -> Iterator[tree.Expr]:
+    if isinstance(e, tree.Binary) and e.op == "and":
+        yield from conjuncts(e.left)
+        yield from conjuncts(e.right)
+    elif isinstance(e, tree.Paren) and len(e.items) == 1 and e.items[0].left is not None:
+        yield from conjuncts(e.items[0].left)
+    else:
+        yield e

@@ -13,7 +13,7 @@ from flowlang.diagnostics import Diagnostic, Label
 from flowlang.elaborate import axes as axis_rules
 from flowlang.elaborate.calls import Arguments, apply, make_call
 from flowlang.elaborate.later import introduced_axes, is_place, later_family
-from flowlang.elaborate.paths import FUNCTIONS
+from flowlang.elaborate.paths import FUNCTIONS, path_networks
 from flowlang.elaborate.scope import LATER_ADVICE, ModuleScope, did_you_mean, name_help
 from flowlang.elaborate.types import evaluate_type
 from flowlang.elaborate.values import (
@@ -734,6 +734,7 @@ class Body:
                 "FL0306", f"a path has no `{expr.name}`", expr.span,
                 suggestion=did_you_mean(expr.name, FUNCTIONS) or f"it has {', '.join(f'`{f}`' for f in FUNCTIONS)}",
             )  # fmt: skip
+        arguments |= path_networks(self, value, target)
         return PathFunction(target, tuple(sorted(arguments.items())), expr.name)
 
     def brackets(self, expr: tree.Brackets) -> Any:

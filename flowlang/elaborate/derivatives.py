@@ -26,7 +26,9 @@ from flowlang.elaborate.values import (
     Tensor,
     describe,
 )
+from flowlang.ir.domains import Domain
 from flowlang.ir.graph import Graph, Region
+from flowlang.ir.interval import closed
 from flowlang.ir.tangents import DIRECTION, Tangents, basis
 from flowlang.ir.types import SCALAR, TensorType, TupleType
 from flowlang.source import Span
@@ -80,7 +82,9 @@ def call_derivative(body: Body, made: Derivative, args: Arguments) -> Any:
     if kind == "derivative" and t.axes:
         raise body.fail("FL0306", f"`derivative` is in a number, and this is `{t}`", args.spans[0],
                         suggestion="`grad` gives the slopes of a number in a tensor, `jvp` those along a direction")  # fmt: skip
-    inner = region_of(body, made, t, rest, span)
+    node = body.graph[x]
+    within = (node.attrs["lo"], node.attrs["hi"]) if node.op == "within" else None
+    inner = region_of(body, made, t, rest, span, within)
     if inner is None:
         return POISON
     region = inner.region
@@ -183,14 +187,20 @@ def shaped(body: Body, slopes: int, t: TensorType, span: Span) -> int:
     return body.b.op("split", slopes, axis=DIRECTION, into=tuple((a.name, a.size) for a in t.axes), span=span)
 
 
-def region_of(body: Body, made: Derivative, t: TensorType, rest: list[int], span: Span) -> Body | None:
-    """The function as a region: its first argument maps, the others are context. None after a reported error."""
+def region_of(
+    body: Body, made: Derivative, t: TensorType, rest: list[int], span: Span, within: tuple[float, float] | None = None
+) -> Body | None:
+    """The function as a region: its first argument maps, the others are context. None after a reported error.
+
+    `within`: the ends between which the first argument was shown to lie.
+    """
     from flowlang.elaborate.body import Body as MakeBody
 
     region = Region("function", "net", Graph(), span=span, library=body.region.library)
     region.signature = f"function of {body.region.signature or body.region.name}"
     inner = MakeBody(body.elab, region, body.module, parent=body, anchor=body.anchor)
-    x = Tensor(inner.b.leaf("input", t, batched=True, span=span, label="x", name="x", role="map"), inner)
+    held = {} if within is None else {"domain": Domain("Interval", within, closed(*within))}
+    x = Tensor(inner.b.leaf("input", t, batched=True, span=span, label="x", name="x", role="map", **held), inner)
     others = []
     for k, other in enumerate(rest):
         label = f"y{k}" if k else "y"

@@ -82,6 +82,9 @@ class Elaborator:
         self.closures: dict[Region, Body] = {}  # regions that were given local functions, as they were made
         self.places: dict[Region, dict[str, Any]] = {}  # what the names of a net's body stand for when it has ended
         self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context
+        self.path_networks: dict[
+            tuple[int, int], tuple[Any, dict[str, Any]]
+        ] = {}  # of a path, in the body that holds it
         self.quiet_free = False
         self.parameter_limit = limits.PARAMETERS
         self.beyond_limits = False  # whether the last trial met a limit

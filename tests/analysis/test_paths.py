@@ -107,13 +107,6 @@ def test_wrong_paths_are_refused(text: str, code: str, words: str) -> None:
     assert words in error.message
 
 
-def test_a_path_with_a_network_waits() -> None:
-    report = Report()
-    check_path(declaration("path p(net: net = mlp(8)) (t, x0, x1) { x_t = (1 - t) * x0 + net(x1) }"), report)
-    assert report.ok
-    assert [d.code for d in report] == ["FL0902"]
-
-
 def test_a_ratio_that_falls_is_a_warning() -> None:
     report = Report()
     check_path(declaration("path p (t, x0, x1) { x_t = (1 - t) * x0 + (2 * t - 1) ^ 2 * t * x1 }"), report)
