@@ -10,6 +10,7 @@ from flowlang import limits
 from flowlang.analysis.ranges import Violation, base_support
 from flowlang.analysis.size import flop_count, formula, parameter_count, step_flops
 from flowlang.checks.fields import check_fields
+from flowlang.checks.jumps import check_jumps
 from flowlang.checks.noise import check_noise
 from flowlang.checks.slips import check_slips
 from flowlang.derive.analyse import Analyses, class_rank, shown_class
@@ -234,6 +235,7 @@ def check_model(comp: Compilation, target: Declared) -> None:
     if not region.broken:
         check_slips(region, comp.report)
         check_noise(comp.elab.noises, comp.report)
+        check_jumps(comp.elab.jumps, comp.report)
 
 
 def check_size(comp: Compilation, region: Region) -> None:

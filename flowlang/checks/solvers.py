@@ -11,8 +11,10 @@ from flowlang.analysis.series import FUNCTIONS, STEPS, Change, Series, StepRule,
 from flowlang.analysis.solvers import condition, order, row_sum_faults
 from flowlang.analysis.stochastic import stochastic_orders
 from flowlang.checks.claims import Claims, claims, condition_of, fact_name
+from flowlang.checks.jumps import jump_facts
 from flowlang.diagnostics import Diagnostic, FlowError, Report
 from flowlang.elaborate.arithmetic import Algebra, Evaluator, NotPlain, static_names
+from flowlang.elaborate.jumps import is_jump
 from flowlang.elaborate.steps import asked_index
 from flowlang.elaborate.stochastic import is_stochastic
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
@@ -109,6 +111,8 @@ def step_rule(declaration: tree.Declaration, known: Mapping[str, Any] | None = N
 
 
 def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    if is_jump(declaration):
+        return jump_rule_facts(declaration, report)
     names = {p.name for ps in declaration.parameters for p in ps}
     missing = [n for n in RULE_PARAMETERS if n not in names]
     last = declaration.parameters[-1] if declaration.parameters else ()
@@ -140,6 +144,22 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
         return facts or {"order": rule_order(lambda: step_rule(declaration), steps=steps)}
     except NotPlain as stop:
         return not_shown(declaration, stop, report)
+
+
+def jump_rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    """A rule of jumps, whose body gives probabilities."""
+    names = {p.name for ps in declaration.parameters for p in ps}
+    missing = [n for n in ("x", "t", "h") if n not in names]
+    if missing:
+        raise FlowError(
+            Diagnostic(
+                "FL0602",
+                f"a rule of jumps takes (rate, x, t, h), and `{declaration.name}` lacks {', '.join(f'`{n}`' for n in missing)}",
+                declaration.name_span or declaration.span,
+                suggestion=f"as in `solver {declaration.name} (rate, x, t, h) {{ x + h * rate(x, t) }}`",
+            )
+        )
+    return jump_facts(declaration, report)
 
 
 def smooth_claims(declaration: tree.Declaration) -> list[tuple[str, str, Change]]:

@@ -63,6 +63,8 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 facts.append(f"`{name}`: its log-density is {SAID[program['exactness']]}")
         if "norm" in d:
             facts.extend(norm_facts(d["norm"]))
+        if d["kind"] == "solver" and "order" in d:
+            facts.append(f"order {d['order']}" + (f", {VALID[d['valid']]}" if d.get("valid") in VALID else ""))
         if d["kind"] == "path":
             facts.extend(path_facts(d))
         lines.extend(f"  {f}" for f in facts)
@@ -89,6 +91,12 @@ CHANGES = {
     ("scale", "channel"): "scaling a channel, or one weight vector", ("shift", "all"): "shifting the input",
     ("shift", "sample"): "shifting a sample, or all weight vectors alike", ("shift", "channel"): "shifting a channel, or the data",
 }  # fmt: skip
+
+
+VALID = {
+    "always": "probabilities for every step",
+    "small_steps": "probabilities where h times the rate of leaving is at most 1",
+}
 
 
 def path_facts(d: Mapping[str, Any]) -> list[str]:

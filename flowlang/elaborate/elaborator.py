@@ -12,6 +12,7 @@ from flowlang.diagnostics import Diagnostic, FlowError, Label, Report
 from flowlang.elaborate.body import Body, Fail, Poisoned
 from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, instance_of, parameters_of
+from flowlang.elaborate.jumps import JumpUse
 from flowlang.elaborate.models import build_model
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
@@ -79,6 +80,7 @@ class Elaborator:
         self._exhausted = False
         self._depths: dict[Region, int] = {}
         self.noises: list[NoiseUse] = []  # stochastic solvers and the noises they met
+        self.jumps: list[JumpUse] = []  # solvers of jumps and the rates they met
         self.closures: dict[Region, Body] = {}  # regions that were given local functions, as they were made
         self.places: dict[Region, dict[str, Any]] = {}  # what the names of a net's body stand for when it has ended
         self.needs: dict[Region, list[Need]] = {}  # weights that a region takes from its caller, last in its context

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowlang.diagnostics import FlowError
 from flowlang.elaborate.calls import Arguments, apply
+from flowlang.elaborate.jumps import is_jump, jumps
 from flowlang.elaborate.steps import Rule, step_rule
 from flowlang.elaborate.stochastic import SENSES, is_stochastic, stochastic
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
@@ -56,6 +57,8 @@ def integrate(body: Body, args: Arguments) -> Any:
     solver = args.keywords.get("solver", args.positional[2] if len(args.positional) == 3 else None)
     x = state_of(body, args.positional[1], args.spans[1])
     solver = solver_instance(body, solver, span)
+    if jumping(body, args, solver):
+        return jumps(body, args, solver, x, step_times(body, solver, (start, stop)))
     if noisy(body, args, solver):
         return stochastic(body, args, solver, x, (start, stop), step_times(body, solver, (start, stop)))
     method = solver_attributes(body, solver, span, (start, stop), x.type)
@@ -245,6 +248,22 @@ def solver_instance(body: Body, solver: Any, span: Span) -> Instance:
             else "`integrate` needs a solver", span, suggestion="as in `rk4(steps = 20)` or `dopri5(rtol = 1e-5, atol = 1e-5)`",
         )  # fmt: skip
     return solver
+
+
+def jumping(body: Body, args: Arguments, solver: Instance) -> bool:
+    """Whether entries jump among whole numbers; then what an equation has is out of place."""
+    assert isinstance(solver.target, Declared)
+    if not is_jump(solver.target.declaration):
+        return False
+    for word in ("noise", "sense", "probes"):
+        if word in args.keywords:
+            raise body.fail(
+                "FL0202",
+                f"`{word}` is for equations, and `{solver.target.name}` solves processes of jumps",
+                args.keyword_spans[word],
+                suggestion=f"leave `{word}` out",
+            )
+    return True
 
 
 def noisy(body: Body, args: Arguments, solver: Instance) -> bool:

@@ -347,7 +347,7 @@ def from_data(
 
 def drawn_place(body: Body, form: PathForm, env: Mapping[str, int], span: Span) -> int:
     """Each entry is x1's with its weight, else x0's."""
-    from flowlang.elaborate.stochastic import draws
+    from flowlang.elaborate.stepping import draws
     from flowlang.ir.distributions import noise
 
     if not draws(body):
@@ -387,7 +387,8 @@ def jump_rate(body: Body, fn: PathFunction, form: PathForm, args: Arguments) -> 
     pace = sp.diff(form.weights[1], sp.Symbol("t", real=True)) / form.weights[known[0] == "noise"]
     here = b.op("where", b.op("eq", x, b.op("index", axis=axis, size=b.type(p).size(axis))), b.const(1.0), b.const(0.0))
     here = b.op("order", here, names=b.type(p).names) if b.type(here).names != b.type(p).names else here
-    speed = Formula(body, {"t": t}, fn, args.span).emit(sp.simplify(pace))
+    # The pace is shown not to fall below 0 where the path is declared; `max` tells the intervals.
+    speed = b.op("max", Formula(body, {"t": t}, fn, args.span).emit(sp.simplify(pace)), b.const(0.0))
     return body.wrap(b.mul(speed, b.sub(p, here)))
 
 

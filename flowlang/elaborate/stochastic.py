@@ -1,22 +1,22 @@
 """`integrate(v, x, t = a -> b, solver, noise = g)`: the end of dx = v(x, t) dt + g(x, t) dW, as a scan over the steps.
 
-The solver is a rule `(v, g, x, t, h, dw)`. Its body is one step: x is carried, t and dw (drawn before, variance h) are
-slices. So PyTorch and ONNX need nothing of their own, and the noise is an input of an exported model.
+The solver is a rule `(v, g, x, t, h, dw)`, dw being drawn with the variance h. Its steps run as `stepping` says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import sqrt
 from typing import Any
 
-from flowlang.elaborate.body import Body, Fail, Poisoned
-from flowlang.elaborate.calls import Arguments, apply, instance_of, parameters_of
-from flowlang.elaborate.steps import fitted, parts
+from flowlang.elaborate.body import Body, Poisoned
+from flowlang.elaborate.calls import Arguments, apply, instance_of
+from flowlang.elaborate.stepping import Grid, Step, draws, given_noise, grid, refuse_options, refuse_state, run_steps
+from flowlang.elaborate.steps import fitted
 from flowlang.elaborate.values import POISON, Builtin, Declared, Instance, Pending, Poison, Tensor, Tuple, describe
-from flowlang.ir.graph import Graph, Region
-from flowlang.ir.types import Axis, TensorType, TupleType
+from flowlang.ir.distributions import noise
+from flowlang.ir.graph import Region
+from flowlang.ir.types import Axis, TensorType
 from flowlang.source import Span
 from flowlang.syntax import tree
 
@@ -40,16 +40,6 @@ def is_stochastic(declaration: tree.Declaration) -> bool:
     return {"g", "dw"} <= names
 
 
-class Step(Body):
-    """One step of a rule."""
-
-    def __init__(self, outer: Body, region: Region, solver: Instance):
-        assert isinstance(solver.target, Declared)
-        module = solver.target.module
-        anchor = (outer.anchor if outer.module.source.library else solver.span) if module.source.library else None
-        super().__init__(outer.elab, region, module, anchor=anchor, enclosing=outer)
-
-
 def stochastic(
     body: Body, args: Arguments, solver: Instance, x: Tensor, ends: tuple[float, float], times: tuple[float, ...]
 ) -> Any:
@@ -61,127 +51,42 @@ def stochastic(
             "FL0410", "an equation with noise draws its path, and only programs of a model draw", span,
             suggestion="write it in a `def` of a `model`; without `noise` it is a bijection",
         )  # fmt: skip
-    for other in ("at", "log_det", "trace", "gradient"):
-        if other in args.keywords:
-            raise body.fail(
-                "FL0202",
-                f"`{other}` is for equations without noise",
-                args.keyword_spans[other],
-                suggestion=f"leave `{other}` or `noise` out",
-            )
+    refuse_options(body, args, "equations without noise", "or `noise` ")
     state = TensorType(x.type.axes)
     assert isinstance(solver.target, Declared)
     declaration = solver.target.declaration
-    if any(isinstance(s, tree.Declare) and s.word == "state" for s in parts(declaration.body or ())):
-        raise body.fail(
-            "FL0902",
-            f"`{declaration.name}` has noise and `state`, which has no meaning yet",
-            solver.span,
-            suggestion="write one step by x, t, h and dw alone",
-        )
-    noise, where = args.keywords["noise"], args.keyword_spans["noise"]
-    probe, extra = measured(body, noise, state, ends, where)
+    refuse_state(body, declaration, solver, "x, t, h and dw")
+    probe, extra = measured(body, args.keywords["noise"], state, ends, args.keyword_spans["noise"])
     if probe is None:
         return POISON
-    taken = {a.name for a in (*state.axes, *extra)}
-    axis = next(n for n in ("Step", *(f"Step{k}" for k in range(9))) if n not in taken)
-    count = len(times) - 1
-    shape = (Axis(axis, count), *(extra or state.axes))
-    sizes = [b - a for a, b in pairwise(times)]
-    equal = max(sizes) - min(sizes) <= 1e-9 * max(map(abs, sizes))
-    h: float | int = (times[-1] - times[0]) / count
-    b = body.b
-    if equal:
-        index = b.op("index", axis=axis, size=count)
-        t = b.add(b.mul(index, b.const(h)), b.const(times[0]))
-        steps = None
-    else:
-        t = b.op("stack", *(b.const(v) for v in times[:-1]), axis=axis)
-        steps = b.op("stack", *(b.const(v) for v in sizes), axis=axis)
-    dw = increments(body, args, TensorType(shape), axis, sizes if steps is not None else [h])
-    region = Region(f"{solver.target.name}_step", "step", Graph(), span=span, library=body.region.library)
-    region.signature = f"one step of {body.elab.signature(solver)}"
-    inner = Step(body, region, solver)
-    inner.axes = {a.name: a.size for a in state.axes}
-    found: dict[str, Tensor] = {}
-    slices = {"t": t, **({} if steps is None else {"h": steps}), "dw": dw}
-    for name, outer in {"x": x.id, **slices}.items():
-        type_ = b.type(outer) if name == "x" else b.type(outer).without((axis,))
-        batched = name == "x" or body.graph[outer].batched
-        leaf = inner.b.leaf(
-            "input", TensorType(type_.axes), batched=batched, span=span, label=name, name=name, role="map"
-        )
-        region.inputs.append(leaf)
-        found[name] = Tensor(leaf, inner)
-    if steps is None:
-        found["h"] = Tensor(inner.b.const(h), inner)
-    run = Equation(body, inner, args, state, extra, (min(ends), max(ends)))
-    from flowlang.elaborate.statements import adopt_body, run_statements
+    over = grid(body, times, {a.name for a in (*state.axes, *extra)})
+    shape = TensorType((Axis(over.axis, over.count), *(extra or state.axes)))
+    equations: list[Equation] = []
 
-    statics = [p for p in parameters_of(solver) if p.type is not None]
-    known = {k: v for k, v in solver.arguments.items() if k in {p.name for p in statics}}
-    own = Instance(solver.target, known, solver.span)
-    try:
-        body.elab.bind_statics(inner, own, statics, solver.span, body)
-        inner.names |= {**found, "v": Builtin("v", run.drift), "g": Builtin("g", run.noise)}
-        inner.used |= set(inner.names)
-        value = run_statements(inner, tuple(s for s in declaration.body or () if not isinstance(s, tree.Require)))
-        if region.broken:
-            raise Poisoned
-        region.outputs = [fitted(inner, value, state, declaration.span)]
-    except Fail as e:
-        body.elab.report.add(e.diagnostic)
-        raise Poisoned from None
-    except Poisoned:
-        body.region.broken = True
-        raise
-    name = body.fresh_child_name(region.name)
-    adopt_body(body, inner, name, 1, span)
-    child = body.region.children[name]
-    child.bindings.update(body.bind_shared(own, region, span))
+    def meaning(inner: Step, found: dict[str, Tensor]) -> dict[str, Any]:
+        run = Equation(body, inner, args, state, extra, (min(ends), max(ends)))
+        equations.append(run)
+        return {**found, "v": Builtin("v", run.drift), "g": Builtin("g", run.noise)}
+
+    end = run_steps(
+        body, solver, x.id, over, {"dw": increments(body, args, shape, over)}, meaning,
+        lambda inner, value: fitted(inner, value, state, declaration.span), span,
+    )  # fmt: skip
     sense = args.keywords.get("sense")
     asked = sense.word if sense is not None else "ito"
-    body.elab.noises.append(NoiseUse(declaration, asked, probe, run.steep, solver.span, body.region))
-    attrs = {
-        "child": name, "region": region, "method": "forward", "axis": axis, "reverse": False, "carried": 1,
-        "sliced": len(slices), "count": count,
-    }  # fmt: skip
-    node = body.graph.add(
-        "scan", (x.id, *slices.values(), *inner.captures), TupleType((state,)), attrs, span=span, batched=True
-    )
-    return Tensor(b.op_get(node.id, 0, span), body)
+    body.elab.noises.append(NoiseUse(declaration, asked, probe, equations[0].steep, solver.span, body.region))
+    return end
 
 
-def draws(body: Body | None) -> bool:
-    """Whether a body belongs to a program of a model."""
-    while body is not None:
-        if body.region.kind == "program":
-            return True
-        body = body.parent
-    return False
-
-
-def increments(body: Body, args: Arguments, type_: TensorType, axis: str, sizes: list[float]) -> int:
+def increments(body: Body, args: Arguments, type_: TensorType, over: Grid) -> int:
     """dW of each step: those given, or drawn."""
-    given = args.keywords.get("increments")
-    b = body.b
+    given = given_noise(body, args, type_, over.axis)
     if given is not None:
-        span = args.keyword_spans["increments"]
-        id = body.tensor(given, span)
-        have = b.type(id)
-        steps = [a for a in have.axes if a not in type_.axes[1:]]
-        if len(steps) != 1 or len(have.axes) != len(type_.axes) or steps[0].size != type_.axes[0].size:
-            raise body.fail(
-                "FL0301", f"the increments are `{have}`, and these are {type_.axes[0].size} steps of `{TensorType(type_.axes[1:])}`", span,
-                suggestion="give the axes of the noise and one axis for the steps",
-            )  # fmt: skip
-        if steps[0].name != axis:
-            id = b.op("rename", id, pairs=((steps[0].name, axis),))
-        return id if b.type(id).names == type_.names else b.op("order", id, names=type_.names)
-    shape = {"kind": "normal", "axes": tuple((a.name, a.size) for a in type_.axes)}
-    z = body.graph.add("random_like", (), type_, shape, batched=True).id
-    scales = [sqrt(abs(s)) for s in sizes]
-    scale = b.const(scales[0]) if len(scales) == 1 else b.op("stack", *map(b.const, scales), axis=axis)
+        return given
+    b = body.b
+    z = noise(b, "normal", type_)
+    scales = [sqrt(abs(s)) for s in over.sizes]
+    scale = b.const(scales[0]) if len(scales) == 1 else b.op("stack", *map(b.const, scales), axis=over.axis)
     return b.mul(z, scale)
 
 
