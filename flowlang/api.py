@@ -113,28 +113,48 @@ def info(spec: str | Path, **sets: Any) -> list[dict[str, Any]]:
 
 
 def pick_flow(comp: Compilation, name: str | None) -> str:
+    """The region that is meant by a name; without one the first flow or model, or the only net whose sizes are known."""
     flows = comp.flows() + comp.models()
+    sized = [n for n in comp.nets() if n in comp.regions]
     if name is not None:
-        if name in comp.nets() and name in comp.regions:
+        if name in sized:
             return name
         if name not in flows:
             raise FlowError(
                 Diagnostic(
                     "FL0804",
                     f"`{name}` is no flow or model of this spec, nor a net whose sizes are known",
-                    suggestion=f"it has {', '.join(f'`{f}`' for f in (*flows, *(n for n in comp.nets() if n in comp.regions))) or 'none'}",
+                    suggestion=f"it has {', '.join(f'`{f}`' for f in (*flows, *sized)) or 'none'}",
                 )
             )
         return name
+    if not flows and len(sized) == 1:
+        return sized[0]
     if not flows:
         raise FlowError(
             Diagnostic(
                 "FL0804",
                 "this spec has no flow and no model",
-                suggestion="declare one, as in `flow name { data x: R[D = 2] .. base normal }`",
+                suggestion=f"choose a net by name (`flow=`, `--flow`): {', '.join(f'`{n}`' for n in sized)}"
+                if sized
+                else "declare one, as in `flow name { data x: R[D = 2] .. base normal }`, or give a net's sizes, as in `x: R[D = 2]`",
             )
         )
     return flows[0]
+
+
+def need_kind(comp: Compilation, name: str, what: str, *kinds: str) -> str:
+    """The name, if its declaration is of these kinds; else FL0804: `what` is not done to it."""
+    kind = comp.regions[name].kind
+    if kind not in kinds:
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                f"{what} of a {' or a '.join(kinds)}, and `{name}` is a {kind}",
+                suggestion=f"declare a {kinds[-1]} that uses it, or choose one by `--flow`",
+            )
+        )
+    return name
 
 
 def generate(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from flowlang.diagnostics import Diagnostic, FlowError, Report
+from flowlang.elaborate.forms import FORMS
 from flowlang.elaborate.scope import did_you_mean
 from flowlang.library import standard_library
 from flowlang.syntax import tree
@@ -64,15 +65,18 @@ def entries() -> list[dict[str, Any]]:
 
 
 def entry_text(name: str) -> str:
-    """An entry's own text, with its comment."""
+    """An entry's own text with its comment, or what a built-in name does."""
     library = standard_library()
     source = library.find(name)
+    if source is None and name in FORMS:
+        form, meaning = FORMS[name]
+        return f"## Built in: {meaning}.\n{form}"
     if source is None:
         raise FlowError(
             Diagnostic(
                 "FL0201",
                 f"the library has no `{name}`",
-                suggestion=did_you_mean(name, library.names()) or "see `flowlang std`",
+                suggestion=did_you_mean(name, {*library.names(), *FORMS}) or "see `flowlang std`",
             )
         )
     module = parse(source, Report()).module

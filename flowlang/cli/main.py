@@ -282,8 +282,8 @@ def draw_signal(comp: Any, flow: str | None, out: str | None) -> None:
 @click.argument("name", required=False)
 @json_option
 def std(name: str | None, as_json: bool) -> None:
-    """List the standard library, or show one entry's text."""
-    from flowlang.catalogue import entries, entry_text
+    """List the standard library and the built-in names, or show one entry's text."""
+    from flowlang.catalogue import FORMS, entries, entry_text
 
     if name is not None:
         click.echo(entry_text(name))
@@ -295,6 +295,7 @@ def std(name: str | None, as_json: bool) -> None:
     from flowlang.cli.tables import table
 
     rows = [[e["name"], e["kind"], e["family"], e["summary"]] for e in found]
+    rows += [[name, "built in", "", meaning] for name, (_, meaning) in sorted(FORMS.items())]
     across = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # a file or pipe gets all of it
     click.echo(table(["name", "kind", "family", "what it is"], rows, across=across))
 

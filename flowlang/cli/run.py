@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from flowlang.api import folding, generate_from, pick_flow, verify_rules
+from flowlang.api import folding, generate_from, need_kind, pick_flow, verify_rules
 from flowlang.cli.common import flow_option, json_option, load_ok, memory_option, seed_option, spec_options, write_text
 from flowlang.diagnostics import Diagnostic, FlowError
 
@@ -24,9 +24,9 @@ def verify(spec: str, sets: tuple[str, ...], flow: str | None, seed: int, as_jso
     from flowlang.verify import verify as run
 
     comp = load_ok(spec, sets, as_json, sized=True)
-    names = [pick_flow(comp, flow)] if flow else comp.flows()
+    names = comp.flows() if flow is None else []
     if not names:
-        pick_flow(comp, None)
+        names = [need_kind(comp, pick_flow(comp, flow), "inverse and log-det are checked", "flow")]
     found = {name: run(comp, name, seed=seed) for name in names}
     ok = all(c.ok for checks in found.values() for c in checks)
     if as_json:

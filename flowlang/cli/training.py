@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from flowlang.api import analyse, compile_from, compile_function, load, pick_flow, save, source_of
+from flowlang.api import analyse, compile_from, compile_function, load, need_kind, pick_flow, save, source_of
 from flowlang.cli.common import (
     flow_option,
     json_option,
@@ -220,7 +220,7 @@ def sized(spec: str, sets: tuple[str, ...], flow: str | None, table: Table | Non
     if table is not None and table.x.ndim == 2:
         sets = fit_sizes(spec, sets, flow, table)
     comp = load_ok(spec, sets, False, sized=True)
-    return comp, pick_flow(comp, flow)
+    return comp, need_kind(comp, pick_flow(comp, flow), "data are fitted by the density or the loss", "flow", "model")
 
 
 def fit_sizes(spec: str, sets: tuple[str, ...], flow: str | None, table: Table) -> tuple[str, ...]:
@@ -325,6 +325,20 @@ def trained_flow(spec: str | None, sets: tuple[str, ...], weights: str) -> tuple
     file = weights_file(weights)
     meta = read_tensors(file)[1]
     return load(file, spec, **parse_sets(sets)).eval(), meta
+
+
+def generative(spec: str | None, sets: tuple[str, ...], weights: str) -> tuple[Any, dict[str, Any]]:
+    """As `trained_flow`; FL0804 for a network, which has no samples or densities."""
+    flow, meta = trained_flow(spec, sets, weights)
+    if not hasattr(flow, "data_shape"):
+        raise FlowError(
+            Diagnostic(
+                "FL0804",
+                f"`{weights}` holds the weights of a network, and samples and densities are of a flow or a model",
+                suggestion="run the network from Python, as in `fl.load(file)(x)`",
+            )
+        )
+    return flow, meta
 
 
 def draw_samples(flow: Any, n: int, seed: int, given: dict[str, Any], program: str = "sample") -> Any:
@@ -436,7 +450,7 @@ def sample(
         raise FlowError(Diagnostic("FL0804", "--count is at least 1", suggestion="as in `--count 1000`"))
     from flowlang.train.problem import one_value
 
-    flow, meta = trained_flow(spec, sets, weights)
+    flow, meta = generative(spec, sets, weights)
     one_value(flow)
     context, turns = {}, 0
     for name, numbers in parse_given(given, "NAME=NUMBER,NUMBER").items():
@@ -561,7 +575,7 @@ def score(
     """
     from flowlang.train.problem import check_shapes, scalars
 
-    flow, meta = trained_flow(spec, sets, weights)
+    flow, meta = generative(spec, sets, weights)
     recipe = Recipe.from_dict(meta["recipe"]) if "recipe" in meta else None
     table = scalars(flow, read(data, chosen, seed, recipe))
     check_shapes(flow, table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowlang.elaborate.forms import example
 from flowlang.elaborate.scope import name_help
 from flowlang.elaborate.types import checked_size
 from flowlang.elaborate.values import POISON, Pending, Poison, RangeValue, Tensor, TypeSpec, describe
@@ -93,10 +94,12 @@ def index_one(body: Body, x: Tensor, item: tree.Item) -> Any:
     )
 
 
-def axis_name(body: Body, item: tree.Item) -> str:
+def axis_name(body: Body, item: tree.Item, of: str | None = None) -> str:
+    """An axis that brackets name, of the built-in function `of` if it is one's."""
     if isinstance(item.left, tree.Name) and item.eq is None and item.arrow is None:
         return item.left.id
-    raise body.fail("FL0307", "an axis is a name", item.span, suggestion="as in `x[D -> E]`")
+    advice = "as in `x[D -> E]`" if of is None else example(of)
+    raise body.fail("FL0307", "an axis is a name", item.span, suggestion=advice)
 
 
 def split(body: Body, x: Tensor, name: str, parts: tuple[tree.Item, ...], span: Span) -> Tensor:

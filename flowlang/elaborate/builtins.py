@@ -13,6 +13,7 @@ from flowlang.elaborate.convolution import CONVOLUTIONS, POOLS
 from flowlang.elaborate.derivatives import differentiated, frozen
 from flowlang.elaborate.fields import INTEGRATE_OPTIONS, integrate
 from flowlang.elaborate.followers import follower
+from flowlang.elaborate.forms import example
 from flowlang.elaborate.grids import GRIDS
 from flowlang.elaborate.networks import NETWORKS
 from flowlang.elaborate.series import SERIES_OPTIONS, residual_log_det
@@ -72,16 +73,16 @@ def expect(
             "FL0203",
             f"`{name}` takes {wanted} values, and gets {len(args.positional)}",
             span(args),
-            suggestion="docs/ops.md lists the functions with their arguments",
+            suggestion=example(name),
         )
 
 
-def axis_list(body: Body, args: Arguments) -> list[str]:
-    return [axis_rules.axis_name(body, i) for i in args.axes]
+def axis_list(body: Body, args: Arguments, name: str) -> list[str]:
+    return [axis_rules.axis_name(body, i, name) for i in args.axes]
 
 
 def one_axis(body: Body, args: Arguments, t: TensorType, name: str) -> str:
-    names = axis_list(body, args)
+    names = axis_list(body, args, name)
     if not names and t.rank == 1:
         return t.names[0]
     if len(names) != 1:
@@ -469,7 +470,7 @@ def join(body: Body, args: Arguments) -> Any:
         raise body.fail("FL0203", "`join` needs values", span(args), suggestion="as in `join[D](a, b)`")
     ids = [body.tensor(v, s) for v, s in present]
     types = [body.b.type(i) for i in ids]
-    names = axis_list(body, args)
+    names = axis_list(body, args, "join")
     if names:
         axis = names[0]
     elif all(t.rank <= 1 for t in types) and any(t.rank == 1 for t in types):
@@ -512,7 +513,7 @@ def stack(body: Body, args: Arguments) -> Any:
         values = values[0]
     if not values:
         raise body.fail("FL0203", "`stack` needs values", span(args), suggestion="as in `stack[D](a, b)`")
-    names = axis_list(body, args)
+    names = axis_list(body, args, "stack")
     if len(names) != 1:
         raise body.fail("FL0307", "`stack` needs the new axis", span(args), suggestion="as in `stack[K](a, b)`")
     ids = [body.tensor(v, span(args)) for v in values]
@@ -551,7 +552,7 @@ def reverse(body: Body, args: Arguments) -> Any:
 
 def matrix_axes(body: Body, args: Arguments, x: int, function: str) -> tuple[str, str]:
     """The two axes of matrices: those in brackets, or all that the value has."""
-    t, names = body.b.type(x), axis_list(body, args)
+    t, names = body.b.type(x), axis_list(body, args, function)
     if not names and t.rank == 2:
         names = list(t.names)
     if len(names) != 2:
@@ -614,7 +615,7 @@ def induced(body: Body, args: Arguments) -> Any:
             span(args),
             suggestion="as in `induced[D](W, 0.97, p, q)`",
         )
-    names = axis_list(body, args)
+    names = axis_list(body, args, "induced")
     if not names:
         raise body.fail(
             "FL0307", "`induced` names the axes that its weight is summed over", span(args), suggestion="as in `induced[D](W, 0.97, p, q)`"
@@ -715,6 +716,33 @@ def index(body: Body, args: Arguments) -> Any:
     return body.node("index", axis=axis, size=t.size(axis), span=span(args))
 
 
+def sized_axis(body: Body, args: Arguments, name: str) -> tuple[str, int]:
+    """`checker[D]`, `onehot[K = 10]`: one axis, which has a size here or is given one."""
+    item = args.axes[0] if len(args.axes) == 1 else None
+    if item is None or not isinstance(item.left, tree.Name):
+        raise body.fail("FL0307", f"`{name}` needs one axis", span(args), suggestion=f"as in `{name}[D]`")
+    axis = item.left.id
+    known = static_size(body, item.eq) if item.eq is not None else body.axes.get(axis)
+    if known is None:
+        raise body.fail(
+            "FL0310", f"the size of axis `{axis}` is open", item.span, suggestion=f"as in `{name}[{axis} = 4]`"
+        )
+    return axis, known
+
+
+def onehot(body: Body, args: Arguments) -> Any:
+    """`onehot[K = 10](k)`: 1 where K's index is the whole number k, 0 elsewhere."""
+    expect(body, args, "onehot", 1)
+    k = operand(body, args)
+    axis, count = sized_axis(body, args, "onehot")
+    if body.b.type(k).has(axis):
+        raise body.fail("FL0307", f"axis `{axis}` is there already", args.spans[0], suggestion="name another axis")
+    both = (*((a.name, a.size) for a in body.b.type(k).axes), (axis, count))
+    i = body.b.op("expand", body.b.op("index", axis=axis, size=count), axes=both)
+    same = body.b.op("eq", body.b.op("expand", k, axes=both), i)
+    return body.node("where", same, body.b.const(1.0), body.b.const(0.0), span=span(args))
+
+
 def checker(body: Body, args: Arguments) -> Any:
     """1, 0, 1, ... along an axis."""
     expect(body, args, "checker", 0, 1)
@@ -722,17 +750,8 @@ def checker(body: Body, args: Arguments) -> Any:
         t = body.b.type(operand(body, args))
         axis = one_axis(body, args, t, "checker")
         count = t.size(axis)
-    else:  # `checker[D]`: D has a size here, or is given one
-        item = args.axes[0] if len(args.axes) == 1 else None
-        if item is None or not isinstance(item.left, tree.Name):
-            raise body.fail("FL0307", "`checker` needs one axis", span(args), suggestion="as in `checker[D]`")
-        axis = item.left.id
-        known = static_size(body, item.eq) if item.eq is not None else body.axes.get(axis)
-        if known is None:
-            raise body.fail(
-                "FL0310", f"the size of axis `{axis}` is open", item.span, suggestion=f"as in `checker[{axis} = 4]`"
-            )
-        count = known
+    else:
+        axis, count = sized_axis(body, args, "checker")
     i = body.b.op("index", axis=axis, size=count)
     odd = body.b.op("mod", i, body.b.const(2))
     return body.node("sub", body.b.const(1.0), odd, span=span(args))
@@ -774,7 +793,7 @@ def spline(op: str) -> Fn:
                 span(args),
                 suggestion="give them all, or use `rqs_coupling` and its like, whose networks do",
             )
-        names = axis_list(body, args)
+        names = axis_list(body, args, op)
         if len(names) != 1:
             raise body.fail(
                 "FL0307", f"`{op}` needs the axis of its bins", span(args), suggestion=f"as in `{op}[K](..)`"
@@ -960,7 +979,7 @@ def paired(body: Body, args: Arguments) -> Any:
     """`paired[B](x0, x1)`: the draws x0, each beside the x1 of the batch that makes the sum of |x0 - x1|² least."""
     where = span(args)
     expect(body, args, "paired", 2)
-    if axis_list(body, args) != ["B"]:
+    if axis_list(body, args, "paired") != ["B"]:
         raise body.fail("FL0307", "`paired` pairs the samples of a batch, whose axis is named", where,
                         suggestion="as in `paired[B](x0, x1)`")  # fmt: skip
     if not draws(body):
@@ -976,13 +995,6 @@ def paired(body: Body, args: Arguments) -> Any:
                         suggestion="pair draws with data, as in `paired[B](x0, x1)`")  # fmt: skip
     y = y if have.names == want.names else body.b.op("order", y, names=have.names)
     return Tensor(body.graph.add("paired", (x, y), have, {}, span=where, batched=True).id, body)
-
-
-def not_yet(name: str, what: str) -> Fn:
-    def call(body: Body, args: Arguments) -> Any:
-        raise body.not_yet(name, f"`{name}` has no meaning yet: {what}", span(args))
-
-    return call
 
 
 def named_arguments(body: Body, args: Arguments, name: str, names: list[str]) -> dict[str, Any]:
@@ -1038,7 +1050,7 @@ def distribution(name: str) -> Fn:
 def logits_axis(body: Body, args: Arguments, logits: Any, name: str) -> str:
     """The axis of the alternatives: in brackets, or the only one that the logits have."""
     t = body.b.type(operand_id(body, logits, span(args)))
-    names = axis_list(body, args)
+    names = axis_list(body, args, name)
     if len(names) == 1 and t.has(names[0]):
         return names[0]
     if not names and t.rank == 1:
@@ -1079,11 +1091,9 @@ def categorical_of(body: Body, args: Arguments) -> Any:
 def _table() -> dict[str, Any]:
     table: dict[str, Any] = {}
 
-    def put(
-        name: str, fn: Fn, *, step: bool = False, kind: str = "function", later: bool = False, each: bool = False
-    ) -> None:
+    def put(name: str, fn: Fn, *, step: bool = False, kind: str = "function", each: bool = False) -> None:
         assert name not in table, name
-        table[name] = Builtin(name, fn, kind, step, later=later, each=each)
+        table[name] = Builtin(name, fn, kind, step, each=each)
 
     for name in UNARY:
         put(name, unary(name), each=True)
@@ -1118,6 +1128,7 @@ def _table() -> dict[str, Any]:
     put("index", index)
     table.update(GRIDS)
     put("checker", checker)
+    put("onehot", onehot)
     put("size", size)
     put("present", present)
     for name in SPLINES:
@@ -1136,8 +1147,6 @@ def _table() -> dict[str, Any]:
     put("frozen", frozen)
     for kind in ("ema", "copy"):
         put(kind, follower(kind))
-    for name, what in {"onehot": "integer values"}.items():
-        put(name, not_yet(name, what), later=True)
     for name in DISTRIBUTIONS:
         put(name, distribution(name), kind="distribution")
     table["integrate"] = Builtin("integrate", integrate, options=INTEGRATE_OPTIONS)

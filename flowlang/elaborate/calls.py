@@ -87,8 +87,6 @@ def make_call(body: Body, expr: tree.Call) -> Any:
     fn = called(body, expr.fn)
     if fn is LATER:
         return LATER  # what is given to it may have a form of its own
-    if isinstance(fn, Builtin) and fn.later:
-        return fn.fn(body, Arguments(span=expr.span))
     axes: tuple[tree.Item, ...] = ()
     if isinstance(fn, Bracketed):
         fn, axes = fn.fn, fn.items
@@ -610,12 +608,15 @@ def bind_axes(
     if free:
         if len(free) > len(left) or (len(free) < len(left) and not formal.rest):
             have = ", ".join(f"`{n}`" for n in t.names) or "none"
+            advice = f"say which axis is meant, as in `{callee}[{t.names[0] if t.names else 'D'}](..)`"
+            if "B" in free and len(free) == len(left) + 1:
+                advice = f"`B` is the batch, which no type names: leave it out of the type of `{formal.name}`"
             raise body.fail(
                 "FL0307",
                 f"`{callee}` takes axes {', '.join(f'`{n}`' for n, _ in formal.axes)} for `{formal.name}`, "
                 f"and this value has {have}",
                 span,
-                suggestion=f"say which axis is meant, as in `{callee}[{t.names[0] if t.names else 'D'}](..)`",
+                suggestion=advice,
             )
         for name in free:
             pairs[name] = left.pop(0)

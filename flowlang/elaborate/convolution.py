@@ -40,7 +40,7 @@ def space_of(
     assert args.span is not None
     items = args.axes or inst_axes
     if items:
-        channel, *space = [axis_rules.axis_name(body, i) for i in items]
+        channel, *space = [axis_rules.axis_name(body, i, name) for i in items]
     else:
         count = len(kernel) if isinstance(kernel, list) else min(t.rank - 1, 2)
         if count < 1 or t.rank < count + 1:
@@ -246,7 +246,7 @@ def pool(name: str, op: str) -> Any:
         x = body.tensor(*tensors[0])
         t = body.b.type(x)
         if args.axes:
-            space = [axis_rules.axis_name(body, i) for i in args.axes]
+            space = [axis_rules.axis_name(body, i, name) for i in args.axes]
         else:
             _, space = space_of(body, name, t, args, (), given["kernel"])
         for s in space:

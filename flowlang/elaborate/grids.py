@@ -36,7 +36,7 @@ def pad(body: Body, args: Arguments) -> Any:
     x = body.tensor(args.positional[0], args.spans[0])
     border = args.keywords.get("border")
     for item in args.axes:
-        axis = axis_rules.axis_name(body, item)
+        axis = axis_rules.axis_name(body, item, "pad")
         n = axis_rules.need_axis(body, body.b.type(x), axis, item.span)
         most = {"reflect": n - 1, "circular": n}.get(border.word if isinstance(border, Option) else "zeros")
         if most is not None and max(pair) > most:

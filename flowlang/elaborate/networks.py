@@ -202,7 +202,7 @@ def autoregressive_mlp(body: Body, inst: Instance, args: Arguments) -> Any:
         return Instance(inst.target, options, span, items)  # a fresh one
     x = body.tensor(*tensors[0])
     t = body.b.type(x)
-    axis = axis_rules.axis_name(body, items[0]) if items else t.names[0] if t.rank == 1 else None
+    axis = axis_rules.axis_name(body, items[0], "autoregressive_mlp") if items else t.names[0] if t.rank == 1 else None
     if axis is None:
         raise body.fail(
             "FL0307", "`autoregressive_mlp` must be told its axis", span, suggestion="as in `autoregressive_mlp[D](x)`"
@@ -330,6 +330,6 @@ class Made:
 
 
 NETWORKS: dict[str, Any] = {
-    "linear": BuiltinNet("linear", ("x",), linear, doc="linear[D -> E](x)"),
+    "linear": BuiltinNet("linear", ("x",), linear),
     "autoregressive_mlp": BuiltinNet("autoregressive_mlp", ("x", "hidden"), autoregressive_mlp),
 }

@@ -138,9 +138,7 @@ class Builtin:
     fn: Callable[..., Any]
     kind: str = "function"
     step: bool = False  # may stand alone in a chain and is applied to the chain's value
-    signature: str = ""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()  # keyword arguments that take a word of a list
-    later: bool = False  # a name without a meaning in this version
     each: bool = False  # takes one tensor, each of its entries by itself
 
 
@@ -152,7 +150,6 @@ class BuiltinNet:
     parameters: tuple[str, ...]
     build: Callable[..., Any]
     kind: str = "net"
-    doc: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -321,3 +321,29 @@ def test_a_net_s_open_sizes_are_set(run: Run, tmp_path: Path) -> None:
     assert code == 1
     assert "the size of axis `C` of `x` is open" in err
     assert "--set C=8" in err
+
+
+def test_what_a_net_has_not_is_told(run: Run, data: Path, tmp_path: Path) -> None:
+    """The only net of a spec is what `build` and `export` take; it has no inverse, loss, samples or densities."""
+    (tmp_path / "net.flow").write_text("net small(x: R[D = 2]) -> R[E = 3] { linear(tanh(x)) }\n")
+    assert run("build", "net.flow", "-o", "net.py")[0] == 0
+    fl.save(fl.compile(tmp_path / "net.flow", seed=0), tmp_path / "net.safetensors")
+    for words in (
+        ["verify", "net.flow"],
+        ["train", "net.flow", "--data", data, "--columns", "a,b"],
+        ["sample", "-w", "net.safetensors"],
+        ["score", "-w", "net.safetensors", "--data", data, "--columns", "a,b"],
+    ):
+        code, _, err = run(*words)
+        assert code == 1
+        assert "FL0804" in err
+        assert "a net" in err or "a network" in err, words
+
+
+def test_verify_is_of_flows(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.flow").write_text(
+        "model m(v: net = mlp(8)) {\n  data x: R[D = 2]\n  def loss(x) { u: R[D] = v(x); mean(u ^ 2) }\n}\n"
+    )
+    code, out, err = run("verify", "model.flow")
+    assert code == 1, out
+    assert "`m` is a model" in err
