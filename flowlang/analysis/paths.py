@@ -13,6 +13,8 @@ from typing import Any
 import sympy as sp
 from sympy.core.function import AppliedUndef
 
+from flowlang.elaborate.paths import lies_between
+
 t, x0, x1 = sp.symbols("t x0 x1", real=True)
 x = sp.Symbol("x", real=True)
 GRID = 96
@@ -69,6 +71,11 @@ class SymbolicPath:
     def residual(self, time: int) -> Any:
         """What is missing at an end: 0 where the path arrives."""
         return tidy(self.at(time) - (x0 if time == 0 else x1))
+
+    @cached_property
+    def convex(self) -> bool:
+        """Whether x_t lies between x0 and x1, so that it stays in every convex domain that holds them."""
+        return not self.networks and self.affine is not None and lies_between(*self.affine)
 
     @cached_property
     def gaussian(self) -> tuple[Any, Any] | None:

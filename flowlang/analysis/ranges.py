@@ -100,6 +100,10 @@ class Ranges:
         hull = hull_operand(self.graph, node)
         if hull is not None:
             return operands[hull]
+        ends = weighed_ends(self.graph, node) if node.attrs.get("between") else ()
+        if ends:
+            low, high = (b if isinstance(b := known[i], Interval) else b[0] for i in ends)
+            return low.union(high)
         if op.interval is None:
             return REAL
         return op.interval(operands, types, node)
@@ -154,6 +158,18 @@ def hull_operand(graph: Graph, node: Node) -> int | None:
         if simplex and weight.tensor.names[-1:] == (axis,):
             return 1 - slot
     return None
+
+
+def weighed_ends(graph: Graph, node: Node) -> tuple[int, ...]:
+    """The values of a sum of two with weights that are numbers: of one that lies between them the bounds are theirs."""
+    found = []
+    for i in node.inputs if node.op in ("add", "sub") else ():
+        part = graph[i]
+        values = [k for k in part.inputs if part.op == "mul" and graph[k].tensor.axes]
+        if len(values) != 1:
+            return ()
+        found.append(values[0])
+    return tuple(found)
 
 
 def law_support(graph: Graph, law: Emission | Draw | BaseDistribution) -> Interval:

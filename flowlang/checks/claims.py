@@ -80,21 +80,23 @@ class Claims:
 
 
 def fact_name(e: tree.Expr) -> str:
-    """`order`, or a fact under a condition: `order(grid = smooth(2))`."""
+    """`order`, or a fact under a condition: `order(grid = smooth(2))`, `order(fold = identity)`."""
     if isinstance(e, tree.Name):
         return e.id
     found = condition_of(e)
-    return "" if found is None else "{}({} = {}({}))".format(*found)
+    return "" if found is None else "{}({} = {}{})".format(*found[:3], f"({found[3]})" if found[3] else "")
 
 
 def condition_of(e: tree.Expr) -> tuple[str, str, str, str] | None:
-    """A fact, and the name of which a condition tells it, with a number: order, grid, smooth and 2."""
+    """A fact, and the name of which a condition tells it, perhaps with a number: order, grid, smooth and 2; order, fold, identity."""
     match e:
         case tree.Call(
             fn=tree.Name(id=fact),
             items=(tree.Item(left=tree.Name(id=name), eq=tree.Call(fn=tree.Name(id=what), items=(one,))),),
         ) if isinstance(one.left, tree.Number):
             return fact, name, what, one.left.text
+        case tree.Call(fn=tree.Name(id=fact), items=(tree.Item(left=tree.Name(id=name), eq=tree.Name(id=what)),)):
+            return fact, name, what, ""
     return None
 
 

@@ -74,6 +74,7 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
                        suggestion="a path is smooth for 0 < t < 1")
         )  # fmt: skip
     else:
+        facts["stays"] = "convex" if path.convex else "nowhere"
         turn = path.snr_turns()
         facts["snr_monotone"] = turn is None
         if turn is not None:
@@ -84,7 +85,8 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
                 )
             )  # fmt: skip
     if not report.errors:
-        Claims(declaration, {"endpoint": facts["endpoint"]}, report, "FL0603").check(besides=("prior", *form.nets))
+        known = {k: facts[k] for k in ("endpoint", "stays")}
+        Claims(declaration, known, report, "FL0603").check(besides=("prior", *form.nets))
     return facts
 
 

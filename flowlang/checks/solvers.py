@@ -141,6 +141,8 @@ def rule_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
         for claim, name, change in smooth_claims(declaration):
             make = partial(step_rule, declaration, {name: change.at})
             facts[claim] = rule_order(make, steps=steps, change=change)
+        for claim, name in identity_claims(declaration):
+            facts[claim] = rule_order(partial(step_rule, declaration, {name: lambda value: value}), steps=steps)
         return facts or {"order": rule_order(lambda: step_rule(declaration), steps=steps)}
     except NotPlain as stop:
         return not_shown(declaration, stop, report)
@@ -173,6 +175,14 @@ def smooth_claims(declaration: tree.Declaration) -> list[tuple[str, str, Change]
             if (fact, what) == ("order", "smooth") and places.isdigit() and int(places) > 0:
                 found.append((fact_name(e.left), name, Change(int(places))))
     return found
+
+
+def identity_claims(declaration: tree.Declaration) -> list[tuple[str, str]]:
+    """`require order(fold = identity) == 4`: the order where the net `fold` gives what it is given."""
+    told = [(e.left, condition_of(e.left)) for e in claims(declaration) if isinstance(e, tree.Binary)]
+    return [
+        (fact_name(left), c[1]) for left, c in told if c is not None and (c[0], *c[2:]) == ("order", "identity", "")
+    ]
 
 
 def not_shown(declaration: tree.Declaration, stop: NotPlain, report: Report) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
                 facts.append(f"`{name}`: its log-density is {SAID[program['exactness']]}")
         if "norm" in d:
             facts.extend(norm_facts(d["norm"]))
+        if d["kind"] == "solver":
+            facts.extend(f"{k} {v}" for k, v in d.items() if k.startswith("order("))
         if d["kind"] == "solver" and "order" in d:
             facts.append(f"order {d['order']}" + (f", {VALID[d['valid']]}" if d.get("valid") in VALID else ""))
         if d["kind"] == "path":
@@ -111,6 +113,8 @@ def path_facts(d: Mapping[str, Any]) -> list[str]:
         lines.append(f"given x1: mean {d['mean']}, scale {d['scale']}; noise, velocity and score follow from the data")
     if "velocity" in d:
         lines.append(f"velocity {d['velocity']}")
+    if d.get("stays") == "convex":
+        lines.append("stays in every convex domain that holds its ends")
     if d.get("assumes"):
         lines.append(f"required of its networks: {', '.join(d['assumes'])}")
     if d.get("endpoint"):

@@ -181,7 +181,47 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
         made = rate_of(body, fn, form, expression, env, args.span)
     else:
         made = Formula(body, env, fn, args.span).emit(tidy(form, expression))
+    if fn.name == "at" and between(form):
+        body.graph.annotate(made, between=True)  # its bounds are those of the ends
+    if fn.name == "at" and form.place is not None and rate_is_end(form.place):
+        body.graph.annotate(made, rate_is_end=True)
     return body.wrap(body.graph.annotate(made, path=fn.name) if fn.name in ("at", "velocity") else made)
+
+
+BETWEEN_GRID = 96
+
+
+def lies_between(alpha: Any, sigma: Any) -> bool:
+    """Whether α x1 + σ x0 lies between x0 and x1 for all 0 <= t <= 1, and so in every convex domain that holds them."""
+    import sympy as sp
+
+    if alpha.atoms(sp.core.function.AppliedUndef) or sp.simplify(alpha + sigma - 1) != 0:
+        return False
+    share = sp.lambdify(sp.Symbol("t", real=True), alpha, "mpmath")
+    try:
+        return all(-1e-9 <= float(share(k / BETWEEN_GRID)) <= 1 + 1e-9 for k in range(BETWEEN_GRID + 1))
+    except (ZeroDivisionError, ValueError, OverflowError, TypeError):
+        return False  # not a number there
+
+
+def between(form: PathForm) -> bool:
+    import sympy as sp
+
+    if form.nets or form.place is None:
+        return False
+    ends = ends_of()
+    sigma, alpha = (sp.simplify(sp.diff(form.place, e)) for e in ends.values())
+    if alpha.has(*ends.values()) or sigma.has(*ends.values()) or form.place.subs(dict.fromkeys(ends.values(), 0)) != 0:
+        return False
+    return lies_between(alpha, sigma)
+
+
+def rate_is_end(place: Any) -> bool:
+    """Whether the velocity of a path is one of its ends, as where it begins near 0: x_t = 1e-5 x0 + t x1."""
+    import sympy as sp
+
+    rate = sp.expand(sp.diff(place, sp.Symbol("t", real=True)))
+    return rate in ends_of().values()
 
 
 def form_of(body: Body, fn: PathFunction, args: Arguments) -> PathForm:
