@@ -723,7 +723,16 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     if constant is not None:
         entry["contraction"] = constant
     if region.programs:
-        entry["programs"] = {n: {"exactness": comp.analyses.exactness(p)} for n, p in region.programs.items()}
+        entry["data"] = {n: f"{word} {n}: {t}" for n, (word, t) in region.data.items()}
+        entry["programs"] = {
+            n: {
+                "inputs": {str(p.graph[i].attrs["name"]): str(p.graph[i].type) for i in (*p.inputs, *p.context)},
+                "outputs": [str(p.graph[o].type) for o in p.outputs],
+                "flops": flop_count(p),
+                "exactness": comp.analyses.exactness(p),
+            }
+            for n, p in region.programs.items()
+        }
     if not is_map(region):
         return entry
     plan = comp.analyses.plan(region)

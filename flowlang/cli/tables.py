@@ -39,7 +39,9 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
     blocks: list[str] = []
     for d in declarations:
         head = f"{d['kind']} {d['name']}"
-        if "inputs" in d:
+        if "data" in d:
+            head += f": {', '.join(d['data'].values())}"
+        elif "inputs" in d:
             given = f" given {', '.join(d['context'])}" if d["context"] else ""
             head += f": {', '.join(d['inputs'])}{given} -> {', '.join(d['outputs'])}"
         lines = [head]
@@ -50,7 +52,7 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
             counts = {"": d["parameters"], "stored": d["stored_parameters"], "free": d["free_parameters"]}
             modes = [f"{n:,} {m}".rstrip() for m, n in counts.items() if not m or n != d["parameters"]]
             extra = f" ({', '.join(modes[1:])})" if modes[1:] else ""
-            facts.append(f"{modes[0]} parameters{extra}, {d['flops']:,} FLOPs a sample")
+            facts.append(f"{modes[0]} parameters{extra}" + ("" if "data" in d else f", {d['flops']:,} FLOPs a sample"))
         for key, what in (("parameter_formula", "parameters"), ("flop_formula", "FLOPs")):
             if key in d:
                 facts.append(f"{what} = {d[key] or 'no polynomial in the sizes of the data'}")
@@ -70,6 +72,12 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
         if d["kind"] == "path":
             facts.extend(path_facts(d))
         lines.extend(f"  {f}" for f in facts)
+        if "programs" in d:
+            rows = [
+                [n, ", ".join(f"{k}: {t}" for k, t in p["inputs"].items()), ", ".join(p["outputs"]), f"{p['flops']:,}"]
+                for n, p in d["programs"].items()
+            ]
+            lines += ["", table(["program", "takes", "gives", "FLOPs (no log-dets, derivatives)"], rows, numbers=(3,))]
         if d.get("chain"):
             rows = [
                 [r["step"] if len(r["step"]) < 60 else r["step"][:57] + "...", f"x{r['count']}" if r["count"] > 1 else "", r["shape"],

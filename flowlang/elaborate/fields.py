@@ -14,6 +14,7 @@ from flowlang.elaborate.values import (
     POISON,
     Declared,
     Instance,
+    Local,
     Option,
     Pending,
     Poison,
@@ -408,7 +409,9 @@ def field_body(
         inner.b.leaf("input", SCALAR, batched=True, span=span, label="t", name="t", role="context", domain=time), inner
     )
     region.inputs, region.context = [x.id], [t.id]
-    value = apply(inner, inner.capture(fn), [x, t], {}, span)
+    # A net of one value would take the time as a part of it; a local function of one does not depend on time.
+    timeless = isinstance(fn, Local) and len(own_parameters(fn.declaration)) == 1
+    value = apply(inner, inner.capture(fn), [x] if timeless else [x, t], {}, span)
     if isinstance(value, Poison) or region.broken:
         body.region.broken = True
         return None

@@ -347,3 +347,17 @@ def test_verify_is_of_flows(run: Run, tmp_path: Path) -> None:
     code, out, err = run("verify", "model.flow")
     assert code == 1, out
     assert "`m` is a model" in err
+
+
+def test_info_shows_the_programs_of_a_model(run: Run, tmp_path: Path) -> None:
+    """By hand: 3 subtractions, 3 squares and 3 additions for the loss, 5 steps of 2 stages of a field of 3 products."""
+    (tmp_path / "m.flow").write_text(
+        "model m { data x: R[D = 3]\n def loss(x) { z ~ normal\n sum((x - z) ^ 2) }\n"
+        " def move(z: R[D]) { 2 * z }\n def sample { z ~ normal\n integrate(move, z, t = 0 -> 1, midpoint(steps = 5)) } }\n"
+    )
+    code, out, err = run("info", "m.flow")
+    assert code == 0, err
+    assert "model m: data x: R[D = 3]" in out
+    rows = {words[0]: words[1:] for words in (line.split() for line in out.splitlines()) if words}
+    assert rows["loss"] == ["x:", "R[D", "=", "3]", "R", "9"]
+    assert rows["sample"] == ["R[D", "=", "3]", "30"]

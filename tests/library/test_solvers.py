@@ -191,3 +191,19 @@ def test_what_does_not_fit_is_told(solver: str, own: str, code: str, words: str)
     )
     found = [e for e in fl.check(text).errors if e.code == code]
     assert any(words in e.message for e in found), fl.check(text).errors
+
+
+def test_a_field_that_does_not_depend_on_time() -> None:
+    """A local function of x alone: dx/dt = -x, whose log-det over a time of 1 is -D."""
+    model = fl.compile(
+        """model m {
+          data x: R[D = 3]
+          def turn(x) { -x }
+          def end(x) { integrate(turn, x, t = 0 -> 1, rk4(steps = 40), log_det = true) }
+        }""",
+        dtype=torch.float64,
+    )
+    x = torch.randn(4, 3, dtype=torch.float64)
+    end, log_det = model.end(x)
+    assert torch.allclose(end, x * math.exp(-1), atol=1e-8)
+    assert torch.allclose(log_det, torch.full((4,), -3.0, dtype=torch.float64), atol=1e-12)
