@@ -14,7 +14,17 @@ import numpy as np
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Builder, Dim, Value
 from flowlang.backends.onnx.lower import Lowering, Result, Unlowered, emitter
 from flowlang.backends.onnx.solvers import any_of, finite
-from flowlang.backends.torch.runtime.adaptive import GROW, MOST_STEPS, SAFETY, SHRINK
+from flowlang.backends.torch.runtime.adaptive import (
+    AIM,
+    BEFORE,
+    BEFORE_LEAST,
+    GROW,
+    MOST_STEPS,
+    NOW,
+    SAFETY,
+    SHRINK,
+    leading_error,
+)
 from flowlang.backends.torch.runtime.ode_gradients import COUPLING
 
 from flowlang.analysis.solvers import interpolant, order
@@ -351,8 +361,8 @@ class Adaptive:
             accepted = g.binary("And", active, g.binary("LessOrEqual", ratio, 1.0, BOOL), BOOL)
             bad = g.binary("And", active, g.unary("Not", finite(g, ratio), BOOL), BOOL)
             factor = g.mul(
-                g.mul(g.binary("Pow", g.clip(ratio, 1e-10, None), -0.7 / m.order), SAFETY),
-                g.binary("Pow", g.clip(before, 1e-10, None), 0.4 / m.order),
+                g.mul(g.binary("Pow", g.clip(ratio, 1e-10, None), -NOW / m.order), SAFETY),
+                g.binary("Pow", g.clip(before, BEFORE_LEAST, None), BEFORE / m.order),
             )
             factor = g.where(bad, SHRINK, g.clip(factor, SHRINK, GROW))
             refused = g.binary("And", active, g.unary("Not", accepted, BOOL), BOOL)
@@ -389,10 +399,10 @@ class Adaptive:
         return [self.chosen(reached, v, g.filled(math.nan, v.shape)) for v in found]
 
     def next_step(self, h: Value, left: Value) -> Value:
-        """At most h; the last two steps are equal."""
+        """At most h: what is left in as few equal steps."""
         g = self.g
         count = g.unary("Ceil", g.sub(g.div(left, g.clip(h, 1e-30, None)), 1e-3))
-        return g.binary("Min", h, g.div(left, g.clip(count, 1.0, 2.0)))
+        return g.div(left, g.clip(count, 1.0, None))
 
     def weighted(self, slopes: Sequence[State], h: Value) -> State:
         """The error estimate h·Σ e·k of each part."""
@@ -434,19 +444,23 @@ class Adaptive:
         return found if self.known is None else g.expand(found, tuple(self.leads))
 
     def first_step(self, state: State, slope: State) -> Value:
-        """A step to begin with, from the first and second derivative (Hairer, Norsett & Wanner, II.4)."""
-        g = self.g
+        """A step to begin with, from the first and second derivative, as the runtime's `first_step`."""
+        g, m = self.g, self.method
         size, speed = self.norm(state, state, state), self.norm(slope, state, state)
         little = g.binary("Or", g.binary("Less", size, 1e-5, BOOL), g.binary("Less", speed, 1e-5, BOOL), BOOL)
-        h = g.where(little, 1e-6, g.mul(g.div(size, g.clip(speed, 1e-30, None)), 0.01))
-        h = g.clip(h, None, self.span)
-        moved_to = combined(g, state, [1.0], [slope], g.mul(h, self.sign))
-        moved = self.rates(moved_to, self.time(h))
-        bend = g.div(self.norm([g.sub(a, b) for a, b in zip(moved, slope, strict=True)], state, state), h)
-        most = g.binary("Max", speed, bend)
-        other = g.where(
-            g.binary("LessOrEqual", most, 1e-15, BOOL), g.clip(g.mul(h, 1e-3), 1e-6, None),
-            g.binary("Pow", g.div(0.01, g.clip(most, 1e-30, None)), 1 / (self.method.order + 1)),
-        )  # fmt: skip
-        found = g.binary("Min", g.mul(h, 100.0), other)
-        return g.clip(g.where(finite(g, found), found, h), None, self.span)
+        probe = g.where(little, 1e-6, g.mul(g.div(size, g.clip(speed, 1e-30, None)), 0.01))
+        probe = g.clip(probe, None, self.span)
+        moved_to = combined(g, state, [1.0], [slope], g.mul(probe, self.sign))
+        moved = self.rates(moved_to, self.time(probe))
+        change = self.norm([g.sub(a, b) for a, b in zip(moved, slope, strict=True)], state, state)
+        bend = g.div(change, g.clip(probe, 1e-30, None))
+        longest = math.log(max(self.span, 1e-30))
+        quick, bent = (g.unary("Log", g.clip(v, 1e-30, None)) for v in (speed, bend))
+        rate = g.mul(g.clip(g.sub(bent, quick), -longest, None), float(m.order - 1))
+        bold = g.div(g.sub(g.sub(math.log(AIM / leading_error(m)), quick), rate), float(m.order))
+        most = g.binary("Max", g.add(quick, longest), g.add(bent, 2 * longest))
+        careful = g.add(g.div(g.sub(math.log(0.01), most), float(m.order + 1)), longest)
+        found = g.unary("Exp", g.binary("Max", bold, careful))
+        found = g.where(little, found, g.binary("Min", found, g.mul(probe, 200.0)))
+        sound = g.binary("And", finite(g, found), finite(g, bend), BOOL)
+        return g.clip(g.where(sound, found, probe), None, self.span)

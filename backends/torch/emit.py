@@ -1417,11 +1417,7 @@ def _integrate(w: Writer, n: Node) -> Expr | None:
         )
     else:
         most = [f"{k}={how[k]!r}" for k in ("max_steps", "shared") if k in how]
-        free = (
-            []
-            if at or how.get("shared") or couples_samples(n) or any(w.graph[i].batched for i in others)
-            else ["apart=True"]
-        )
+        free = [] if at or couples_samples(n) or any(w.graph[i].batched for i in others) else ["apart=True"]
         parts = [rates, state, batch, ends, f"{how['rtol']!r}, {how['atol']!r}", method, *at, *most, *later, *free]
         text = f"{w.scope.use('ode_adaptive')}({', '.join(parts)})"
     return _trajectory(w, n, text, traced)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from flowlang.backends.torch.runtime import rows_at_once
 
 import flowlang as fl
 from flowlang.api import analyse
@@ -194,3 +196,52 @@ def test_a_solution_that_ends_is_told_and_not_returned() -> None:
     with pytest.raises(FlowError, match="could not be followed"):
         flow.log_prob(x)
     assert torch.isfinite(flow.log_prob(torch.tensor([[0.3, 0.1]], dtype=torch.float64))).all()
+
+
+BENT = """
+net field(x: R[D], t: R) -> R[D] {{ y: R[D] = mlp(8, act = tanh)(3 * x, {unit} * t);  {unit} * y }}
+net end(x: R[D = 2]) {{ integrate(field(), x, t = 0 -> {stop}, dopri5(rtol = 1e-6, atol = 1e-6{more})) }}
+"""
+
+
+def bent(unit: float = 1.0, more: str = "") -> Any:
+    made = fl.compile(BENT.format(unit=unit, stop=1 / unit, more=more), flow="end", dtype=torch.float64, seed=3)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())))
+    return made
+
+
+@pytest.mark.parametrize("more", ["", ", shared = true"])
+def test_blocks_of_a_large_batch_change_nothing(more: str) -> None:
+    net = bent(more=more)
+    x = torch.randn(1100, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    assert 0 < rows_at_once((x,)) < len(x)
+    with torch.no_grad(), fl.count_steps() as counts:
+        blocks = net(x)
+    with fl.count_steps() as whole:
+        assert torch.allclose(blocks, net(x), rtol=0, atol=1e-12)  # with gradients all samples go at once
+    assert (counts.evaluations, counts.accepted, counts.rejected) == (whole.evaluations, whole.accepted, whole.rejected)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_steps_do_not_depend_on_the_unit_of_time(unit: float) -> None:
+    x = torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for more in ("", ", shared = true"):
+            with fl.count_steps() as plain:
+                found = bent(more=more)(x)
+            with fl.count_steps() as scaled:
+                assert torch.allclose(bent(unit, more)(x), found, rtol=0, atol=1e-9)
+            assert [r[0].tolist() for r in plain.runs] == [r[0].tolist() for r in scaled.runs]
+
+
+def test_what_is_left_is_divided_into_equal_steps() -> None:
+    x = torch.randn(1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad(), fl.record_paths() as ways:
+        bent()(x)
+    times = torch.tensor([t for t, _ in ways.runs[0]], dtype=torch.float64)
+    steps = times.diff()
+    assert len(steps) > 3
+    assert abs(float(times[-1]) - 1) < 1e-12
+    assert abs(float(steps[-1] - steps[-2])) < 1e-12  # none is small because little was left

@@ -30,6 +30,10 @@ from torch import Tensor
 SAFETY = 0.9
 SHRINK = 0.2
 GROW = 10.0
+NOW = 0.85  # what the last error weighs, and the one before it: β = 0.04 at order 5
+BEFORE = 0.2
+BEFORE_LEAST = 1e-4  # an error so small tells nothing of where errors go
+AIM = 0.1  # of the tolerance: the error that a first step is made for
 MOST_STEPS = 100_000
 WORTH_PACKING = 24  # samples at rest that are worth leaving out
 
@@ -43,7 +47,7 @@ def ode_adaptive(
     """The state at `stop`, in steps that hold the local error below atol + rtol·|x| for each sample by itself.
 
     The error norm is the root mean square over a sample, or over all of them with steps that are `shared`; steps follow
-    a PI controller (Hairer, Norsett & Wanner, II.4 and IV.2), and the last two are equal. Gradients flow through the
+    a PI controller (Hairer, Norsett & Wanner, II.4 and IV.2), and what is left is divided into equal ones. Gradients flow through the
     steps taken, not through their sizes. A sample that is not finite at the start stays so by itself. `together` makes
     the field for a time that all samples share, `each` for a time of each sample's own; `apart` says that samples may
     be left out.
@@ -56,9 +60,13 @@ def ode_adaptive(
         assert not isinstance(start, Tensor)
         assert not isinstance(stop, Tensor)
         field = together() if together is not None else one_time(rates, size)
-        return shared_steps(counted(field), state, size, start, stop, rtol, atol, method, at, max_steps)
+        rows = rows_at_once(state) if apart and at is None and len(size) == 1 else 0
+        return shared_steps(field, state, size, start, stop, rtol, atol, method, at, max_steps, rows)
     first, rank = state[0], len(size)
-    rates = counted(rates if each is None else each())
+    field, rates = rates, counted(rates)
+    if each is not None:
+        field = each()
+        rates = counted(field)
     zero = first.new_zeros(size)
     begin = zero + start
     with torch.no_grad():
@@ -76,17 +84,21 @@ def ode_adaptive(
         bad = ~finite(slope, rank) & ~lost
         if bool(bad.any()):
             lost, some_lost = lost | bad, True
-        h = first_step(rates, state, slope, begin, sign, span, rtol, atol, method.order, rank)
+        h = first_step(rates, state, slope, begin, sign, span, rtol, atol, method, rank)
         h = torch.where(lost, span, h)
         if shared and samples:
             h = h.amin().expand(size)
         done = torch.where(lost, span, zero)  # time passed since the start, for each sample
     fsal = last_is_first(method) and taken is None
     if fsal and not traced and not shared and found is None and way is None and without_gradient((*state, *slope)):
-        results = packed_steps(
-            rates, state, slope, size, begin, sign, span, done, h, smallest, rtol, atol, method, max_steps,
-            apart and rank == 1,
-        )  # fmt: skip
+        control = (begin, sign, span, done, h, smallest)
+        how = (rtol, atol, method, max_steps, apart and rank == 1)
+        rows = rows_at_once(state) if apart and rank == 1 else 0
+        if 0 < rows < len(first):
+            results = packed_blocks(field, state, slope, control, how, rows)
+        else:
+            results, *counts = packed_steps(rates, state, slope, size, *control, *how)
+            note_steps(*counts)
         return with_lost(results, lost) if some_lost else results
     with torch.no_grad():
         before = torch.ones_like(h)
@@ -110,7 +122,7 @@ def ode_adaptive(
                 ratio = ratio.where(active, 0.0).square().mean().sqrt().expand(size)
             accepted = active & (ratio <= 1)
             bad = active & ~torch.isfinite(ratio)
-            factor = SAFETY * ratio.clamp_min(1e-10) ** (-0.7 * power) * before.clamp_min(1e-10) ** (0.4 * power)
+            factor = SAFETY * ratio.clamp_min(1e-10) ** (-NOW * power) * before ** (BEFORE * power)
             factor = factor.clamp(SHRINK, GROW).nan_to_num(SHRINK)
             refused = active & ~accepted
             some_refused = bool(refused.any())
@@ -123,7 +135,7 @@ def ode_adaptive(
             reached = done + h
             reached = torch.where(span - reached <= smallest, span, reached)
             done = torch.where(accepted, reached, done)
-            before = torch.where(accepted, ratio, before)
+            before = torch.where(accepted, ratio.clamp_min(BEFORE_LEAST), before)
             h = h * factor
             after = torch.addcmul(begin, sign, done)
         if bool(bad.any()) and torch.is_grad_enabled():  # a step that is thrown away must not spoil gradients
@@ -172,15 +184,23 @@ def without_gradient(values: Sequence[Tensor]) -> bool:
 
 
 def next_step(h: Tensor, left: Tensor) -> Tensor:
-    """At most h; the last two steps are equal, so that none is small because little is left."""
-    return torch.minimum(h, left / torch.ceil(left / h.clamp_min(1e-30) - 1e-3).clamp(1.0, 2.0))
+    """At most h: what is left in as few equal steps, so that none is small because little is left."""
+    return left / torch.ceil(left / h.clamp_min(1e-30) - 1e-3).clamp_min(1.0)
 
 
 def step_factor(ratio: float, before: float, power: float) -> float:
     if not math.isfinite(ratio):
         return SHRINK
-    factor = SAFETY * max(ratio, 1e-10) ** (-0.7 * power) * max(before, 1e-10) ** (0.4 * power)
+    factor = SAFETY * max(ratio, 1e-10) ** (-NOW * power) * max(before, BEFORE_LEAST) ** (BEFORE * power)
     return min(max(factor, SHRINK), GROW)
+
+
+def leading_error(method: Any) -> float:
+    """c in the estimate c·hᵖ·Lᵖ⁻¹·|y'| that a method makes of its error for y' = Ly, with p its `order`."""
+    values = [1.0] * len(method.b)
+    for _ in range(method.order - 1):
+        values = [sum(a * v for a, v in zip(row, values, strict=False)) for row in method.a]
+    return max(abs(sum(e * v for e, v in zip(method.error, values, strict=True))), 1e-5)
 
 
 # ---- one step for all samples -------------------------------------------------------------------
@@ -189,11 +209,11 @@ def step_factor(ratio: float, before: float, power: float) -> float:
 @lru_cache(maxsize=32)
 def tableau_tensors(
     method: RungeKutta, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The rows of stages and of the weights, the error's weights, and the stages' times."""
+) -> tuple[list[Tensor], Tensor, Tensor, float]:
+    """The rows of stages and of the weights, the error's weights, the stages' times, and the error's constant."""
     with torch.inference_mode(False):
         made = [torch.tensor(r, dtype=dtype, device=device) for r in (*method.a[1:], method.b, method.error, method.c)]
-    return made[:-2], made[-2], made[-1]
+    return made[:-2], made[-2], made[-1], leading_error(method)
 
 
 class Buffers:
@@ -205,28 +225,24 @@ class Buffers:
     """
 
     def __init__(self, state: State, method: RungeKutta):
-        first, self.shapes = state[0], [s.shape for s in state]
-        self.sizes = [s.numel() for s in state]
+        first, sizes, n = state[0], [s.numel() for s in state], len(method.b)
         self.method = method
-        n, total = len(method.b), sum(self.sizes)
-        self.rows, self.error, self.times = tableau_tensors(method, first.dtype, first.device)
-        slopes = first.new_empty((n, total))
-        each = [
-            p.view(n, *s).unbind() for p, s in zip(slopes.split(self.sizes, 1), self.shapes, strict=True)
-        ]  # fmt: skip
-        self.slots = list(zip(*each, strict=True)) if len(each) > 1 else [(s,) for s in each[0]]
-        whole = slopes.t()
+        self.rows, self.error, self.times, _ = tableau_tensors(method, first.dtype, first.device)
+        total = sum(sizes)
+        block = first.new_empty((n + 4, total))  # slopes, the old state and the new one, their difference, its scale
+        flat = block.unbind()
+        if len(state) == 1:
+            shaped = [(v,) for v in block.view(n + 4, *first.shape).unbind()]
+        else:
+            parts = zip(block.split(sizes, 1), state, strict=True)
+            shaped = list(zip(*(part.view(n + 4, *s.shape).unbind() for part, s in parts), strict=True))
+        self.slots = shaped[:n]
+        self.old, self.new, self.change, self.size = flat[n:]
+        self.old_parts, self.new_parts, self.change_parts, _ = shaped[n:]
+        self.both = block.narrow(0, n, 2)
+        whole = block.narrow(0, 0, n).t()
         self.columns = [whole.narrow(1, 0, i + 1) for i in range(n)]
-        self.moments = first.new_empty(n)
-        self.moment = self.moments.unbind()
-        self.old, self.new, self.change, self.size = first.new_empty((4, total)).unbind()
-        self.old_parts, self.new_parts, self.change_parts = map(self.parts, (self.old, self.new, self.change))
         self.write(self.old_parts, state)
-
-    def parts(self, flat: Tensor) -> State:
-        if len(self.sizes) == 1:
-            return (flat.view(self.shapes[0]),)
-        return tuple(p.view(s) for p, s in zip(flat.split(self.sizes), self.shapes, strict=True))
 
     @staticmethod
     def write(places: State, values: Sequence[Tensor]) -> None:
@@ -240,52 +256,75 @@ class Buffers:
 
     def scaled(self, rtol: float, atol: float) -> State:
         """What `change` is of the tolerance, for each part."""
-        torch.maximum(self.old.abs(), self.new.abs(), out=self.size)
-        self.change.div_(self.size.mul_(rtol).add_(atol))
+        torch.amax(self.both.abs(), 0, out=self.size)
+        least = tolerance(atol, self.size.dtype, self.size.device)
+        self.change.div_(torch.add(least, self.size, alpha=rtol, out=self.size))
         return self.change_parts
 
 
-class BufferedStep:
-    """Steps of one size in place."""
+@lru_cache(maxsize=32)
+def tolerance(atol: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(atol, dtype=dtype, device=device)
 
-    def __init__(self, rates: Rates, state: State, slope: State, method: RungeKutta):
-        self.rates, self.method, self.b = rates, method, Buffers(state, method)
-        self.b.write(self.b.slots[0], slope)
-        self.fsal = last_is_first(method)
+
+class BufferedStep:
+    """Steps of one size in place, for one block of samples after the other."""
+
+    def __init__(self, rates: Rates, state: State, slope: State, method: RungeKutta, rows: int):
+        self.method, self.fsal = method, last_is_first(method)
+        count = len(state[0]) if rows else 1
+        pieces = list(zip(*(p.split(rows) for p in state), strict=True)) if 0 < rows < count else [state]
+        self.blocks = [Buffers(piece, method) for piece in pieces]
+        first = self.blocks[0]
+        if len(pieces) == 1:
+            first.write(first.slots[0], slope)
+        else:
+            for b, *piece in zip(self.blocks, *(p.split(rows) for p in slope), strict=True):
+                b.write(b.slots[0], piece)
+        self.rates = [counted(rates), *(rates,) * (len(pieces) - 1)]  # a batch counts once
+        self.moments = torch.empty_like(first.times)
+        self.moment = self.moments.unbind()
+        self.numbers = [s.numel() for s in state]
 
     @property
     def state(self) -> State:
-        return self.b.old_parts
+        if len(self.blocks) == 1:
+            return self.blocks[0].old_parts
+        return tuple(torch.cat(parts) for parts in zip(*(b.old_parts for b in self.blocks), strict=True))
 
-    def attempt(self, t: float, h: float, rtol: float, atol: float) -> Tensor:
-        b = self.b
-        torch.mul(b.times, h, out=b.moments).add_(t)
-        for i in range(1, len(self.method.b)):
-            torch.addmv(b.old, b.columns[i - 1], b.rows[i - 1], alpha=h, out=b.new)
-            b.write(b.slots[i], self.rates(b.new_parts, b.moment[i]))
-        if not self.fsal:
-            torch.addmv(b.old, b.columns[-1], b.rows[-1], alpha=h, out=b.new)
-        torch.mv(b.columns[-1], b.error, out=b.change)
-        b.change.mul_(h)
-        scaled = b.scaled(rtol, atol)
-        return largest([torch.linalg.vector_norm(s) / math.sqrt(s.numel()) for s in scaled])
+    def attempt(self, t: float, h: float, rtol: float, atol: float) -> float:
+        torch.mul(self.blocks[0].times, h, out=self.moments).add_(t)
+        norms = []
+        for b, rates in zip(self.blocks, self.rates, strict=True):
+            for i in range(1, len(self.method.b)):
+                torch.addmv(b.old, b.columns[i - 1], b.rows[i - 1], alpha=h, out=b.new)
+                b.write(b.slots[i], rates(b.new_parts, self.moment[i]))
+            if not self.fsal:
+                torch.addmv(b.old, b.columns[-1], b.rows[-1], alpha=h, out=b.new)
+            torch.mv(b.columns[-1], b.error, out=b.change)
+            norms += [torch.linalg.vector_norm(p) for p in b.scaled(rtol, atol)]
+        if len(norms) == 1:
+            return abs(h) * float(norms[0]) / math.sqrt(self.numbers[0])
+        found, parts = torch.stack(norms).tolist(), len(self.numbers)
+        return abs(h) * largest([math.hypot(*found[k::parts]) / math.sqrt(n) for k, n in enumerate(self.numbers)])
 
     def accept(self, found: Dense | None, t: float, h: float, after: Tensor) -> None:
-        b = self.b
-        last = None if self.fsal else self.rates(b.new_parts, after)
-        if found is not None:
-            found.fill(b.old_parts, [*b.slots, *([] if last is None else [last])], t, h, None, self.method)
-        b.write(b.slots[0], b.slots[-1] if last is None else last)
-        b.advance()
+        for b, rates in zip(self.blocks, self.rates, strict=True):
+            last = None if self.fsal else rates(b.new_parts, after)
+            if found is not None:  # there is one block then
+                found.fill(b.old_parts, [*b.slots, *([] if last is None else [last])], t, h, None, self.method)
+            b.write(b.slots[0], b.slots[-1] if last is None else last)
+            b.advance()
 
 
 class PlainStep:
     """The same with values that gradients flow through."""
 
     def __init__(self, rates: Rates, state: State, slope: State, method: RungeKutta):
-        self.rates, self.state, self.slope, self.method = rates, state, slope, method
+        self.rates, self.state, self.slope, self.method = counted(rates), state, slope, method
 
-    def attempt(self, t: float, h: float, rtol: float, atol: float) -> Tensor:
+    def attempt(self, t: float, h: float, rtol: float, atol: float) -> float:
         like = self.state[0]
 
         def each(state: State, t: Any) -> State:
@@ -295,7 +334,7 @@ class PlainStep:
         self.new = combined(self.state, self.method.b, self.slopes, h)
         with torch.no_grad():
             estimate = combined(None, self.method.error, self.slopes, h)
-            return scaled_norm(estimate, self.state, self.new, rtol, atol, 0)
+            return float(scaled_norm(estimate, self.state, self.new, rtol, atol, 0))
 
     def accept(self, found: Dense | None, t: float, h: float, after: Tensor) -> None:
         fsal = last_is_first(self.method)
@@ -307,12 +346,13 @@ class PlainStep:
 
 def shared_steps(
     rates: Rates, state: State, size: tuple[int, ...], start: float, stop: float, rtol: float, atol: float,
-    method: RungeKutta, at: Tensor | tuple[float, ...] | None, max_steps: int,
+    method: RungeKutta, at: Tensor | tuple[float, ...] | None, max_steps: int, rows: int,
 ) -> State:  # fmt: skip
     """Steps of one size for all samples: time and step are numbers.
 
-    Calls of control outnumber those of a small field.
+    Calls of control outnumber those of a small field. `rows` are the samples that are evaluated at once; 0: all.
     """
+    field, rates = rates, counted(rates)
     first, rank = state[0], len(size)
     sign, span = (1.0 if stop > start else -1.0), abs(stop - start)
     smallest = 16 * torch.finfo(first.dtype).eps * span
@@ -327,18 +367,18 @@ def shared_steps(
         slope = rates(state, first.new_full((), start))
     found = None if at is None else Dense(at, size, state)
     with torch.no_grad():
-        h = shared_first_step(rates, state, slope, start, sign, span, rtol, atol, method.order)
+        h = shared_first_step(rates, state, slope, start, sign, span, rtol, atol, method)
     way = begun(start, state[0])
     buffered = way is None and without_gradient((*state, *slope))  # what is written over is no way to look back on
-    steps = BufferedStep(rates, state, slope, method) if buffered else PlainStep(rates, state, slope, method)
+    steps = BufferedStep(field, state, slope, method, rows) if buffered else PlainStep(field, state, slope, method)
     done, before, power, accepts, rejects = 0.0, 1.0, 1 / method.order, 0, 0
     for _ in range(max_steps):
         left = span - done
         if left <= 0:
             break
-        h = left if left <= 1.001 * h else min(h, left / 2)
+        h = left / max(math.ceil(left / max(h, 1e-30) - 1e-3), 1)
         t = start + sign * done
-        ratio = float(steps.attempt(t, sign * h, rtol, atol))
+        ratio = steps.attempt(t, sign * h, rtol, atol)
         factor = step_factor(ratio, before, power)
         if not ratio <= 1:
             if h <= smallest:
@@ -360,8 +400,18 @@ def shared_steps(
     return results if lost is None else with_lost(results, lost)
 
 
-def largest(values: Sequence[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.stack(list(values)).amax()
+def root_mean_square(parts: Sequence[Tensor]) -> float:
+    """The largest of the parts' root mean squares, in one look at the device."""
+    if len(parts) == 1:
+        return float(torch.linalg.vector_norm(parts[0])) / math.sqrt(parts[0].numel())
+    found = torch.stack([torch.linalg.vector_norm(p) for p in parts]).tolist()
+    return largest([v / math.sqrt(p.numel()) for v, p in zip(found, parts, strict=True)])
+
+
+def largest(values: Sequence[float]) -> float:
+    """Not-a-number if one is."""
+    total = sum(values)
+    return max(values) if total == total else total
 
 
 def sound(values: Sequence[Tensor]) -> bool:
@@ -372,26 +422,31 @@ def sound(values: Sequence[Tensor]) -> bool:
 
 def shared_first_step(
     rates: Rates, state: State, slope: State, start: float, sign: float, span: float, rtol: float, atol: float,
-    order: int,
+    method: RungeKutta,
 ) -> float:  # fmt: skip
-    """A step to begin with, from the first and second derivative (Hairer, Norsett & Wanner, II.4)."""
+    """`first_step` for all samples."""
     scales = [s.abs().mul_(rtol).add_(atol) for s in state]
 
     def norm(values: Sequence[Tensor]) -> float:
-        each = [torch.linalg.vector_norm(v / s) / math.sqrt(s.numel()) for v, s in zip(values, scales, strict=True)]
-        return float(largest(each))
+        return root_mean_square([v / s for v, s in zip(values, scales, strict=True)])
 
     size, speed = norm(state), norm(slope)
-    h = min(1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed, span)
+    little = size < 1e-5 or speed < 1e-5
+    probe = min(1e-6 if little else 0.01 * size / speed, span)
     moved = rates(
-        tuple(torch.add(s, k, alpha=sign * h) for s, k in zip(state, slope, strict=True)),
-        state[0].new_full((), start + sign * h),
+        tuple(torch.add(s, k, alpha=sign * probe) for s, k in zip(state, slope, strict=True)),
+        state[0].new_full((), start + sign * probe),
     )
-    bend = norm([a - b for a, b in zip(moved, slope, strict=True)]) / max(h, 1e-30)
-    most = max(speed, bend)
-    other = max(1e-6, 1e-3 * h) if most <= 1e-15 else (0.01 / most) ** (1 / (order + 1))
-    found = min(100 * h, other)
-    return min(found if math.isfinite(found) else h, span)
+    bend = norm([a - b for a, b in zip(moved, slope, strict=True)]) / max(probe, 1e-30)
+    if not math.isfinite(bend):
+        return probe
+    p, longest = method.order, math.log(max(span, 1e-30))
+    quick, bent = math.log(max(speed, 1e-30)), math.log(max(bend, 1e-30))
+    c = tableau_tensors(method, state[0].dtype, state[0].device)[3]
+    bold = (math.log(AIM / c) - quick - (p - 1) * max(bent - quick, -longest)) / p
+    careful = longest + (math.log(0.01) - max(quick + longest, bent + 2 * longest)) / (p + 1)
+    h = math.exp(min(max(bold, careful), longest))
+    return min(h if little else min(h, 200 * probe), span)
 
 
 # ---- a step for each sample, in place -----------------------------------------------------------
@@ -401,12 +456,16 @@ def packed_steps(
     rates: Rates, state: State, slope: State, size: tuple[int, ...], begin: Tensor, sign: Tensor, span: Tensor,
     done: Tensor, h: Tensor, smallest: Tensor, rtol: float, atol: float, method: RungeKutta, max_steps: int,
     apart: bool,
-) -> State:  # fmt: skip
-    """Steps of each sample's own size, in place; samples that have arrived are left out where that saves enough."""
+) -> tuple[State, Tensor, Tensor]:  # fmt: skip
+    """Steps of each sample's own size, in place; samples that have arrived are left out where that saves enough.
+
+    The state at the end, and how many steps were accepted and rejected.
+    """
     b = Buffers(state, method)
     b.write(b.slots[0], slope)
     rank, power, last = len(size), 1 / method.order, len(method.b) - 1
-    logs = torch.zeros_like(h)  # 0.4/p of the logarithm of the error before
+    logs = torch.zeros_like(h)  # of the error before, its logarithm times BEFORE/p
+    least = BEFORE * power * math.log(BEFORE_LEAST)
     here: Tensor | None = None  # the samples that are still there, by their numbers; None: all
     results: State = ()
     accepts, rejects = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
@@ -446,7 +505,7 @@ def packed_steps(
         square = norms[0] if len(norms) == 1 else torch.maximum(norms[0], norms[1])  # of the error's ratio
         accepted = (square <= 1).logical_and_(active)
         log = square.clamp_min(1e-20).log_()
-        factor = torch.exp(torch.add(logs, log, alpha=-0.35 * power)).mul_(SAFETY)
+        factor = torch.exp(torch.add(logs, log, alpha=-0.5 * NOW * power)).mul_(SAFETY)
         factor = factor.nan_to_num_(SHRINK, SHRINK, SHRINK).clamp_(SHRINK, GROW)
         taken = int(accepted.sum())
         if taken < len(accepted) or rank != 1:
@@ -463,12 +522,12 @@ def packed_steps(
         reached = done + h
         reached = torch.where(span - reached <= smallest, span, reached)
         if taken == accepted.numel():
-            done, logs = reached, log.mul_(0.2 * power)
+            done, logs = reached, log.mul_(0.5 * BEFORE * power).clamp_min_(least)
             b.write(b.slots[0], b.slots[last])
             b.advance()
         else:
             done = torch.where(accepted, reached, done)
-            logs = torch.where(accepted, log.mul_(0.2 * power), logs)
+            logs = torch.where(accepted, log.mul_(0.5 * BEFORE * power).clamp_min_(least), logs)
             for old, new, known, slot in zip(b.old_parts, b.new_parts, b.slots[0], b.slots[last], strict=True):
                 yes = expanded(accepted, old)
                 torch.where(yes, new, old, out=old)
@@ -476,13 +535,46 @@ def packed_steps(
         h = h * factor
     else:
         raise too_many_steps(max_steps, float((begin + sign * done)[done < span][0]))
-    if _COUNTS:
-        note_steps(accepts, rejects)
     if here is None:
-        return b.old_parts
+        return b.old_parts, accepts, rejects
     for r, p in zip(results, b.old_parts, strict=True):
         r.index_copy_(0, here, p)
-    return results
+    return results, accepts, rejects
+
+
+ROWS = 512  # samples that are evaluated at once: what a network makes of them stays in the processor's cache
+SMALL = 256  # numbers of a sample, for blocks to be of use
+
+
+def rows_at_once(state: State) -> int:
+    """The size of equal blocks of samples in which a field is evaluated fastest; 0: all at once."""
+    first, count = state[0], len(state[0])
+    if first.device.type != "cpu" or not count or sum(s.numel() for s in state) > SMALL * count:
+        return 0
+    blocks = round(count / (ROWS * torch.get_num_threads()))
+    return -(-count // blocks) if blocks > 1 else 0
+
+
+def packed_blocks(
+    rates: Rates, state: State, slope: State, control: Sequence[Tensor], how: Sequence[Any], rows: int
+) -> State:
+    """`packed_steps` for one block of samples after the other. A field is called as often as in the longest of them."""
+    out, most = [], 0
+    for piece in zip(*(v.split(rows) for v in (*state, *slope, *control)), strict=True):
+        n, calls = len(state), 0
+
+        def noted(state: State, t: Any) -> State:
+            nonlocal calls
+            calls += 1
+            return rates(state, t)
+
+        size = tuple(piece[0].shape[:1])
+        out.append(packed_steps(noted, piece[:n], piece[n : 2 * n], size, *piece[2 * n :], *how))
+        most = max(most, calls)
+    for c in _COUNTS:
+        c.evaluations += most
+    note_steps(*(torch.cat([piece[k] for piece in out]) for k in (1, 2)))
+    return tuple(torch.cat(parts) for parts in zip(*(piece[0] for piece in out), strict=True))
 
 
 # ---- norms --------------------------------------------------------------------------------------
@@ -519,20 +611,29 @@ def scaled_norm(
 
 def first_step(
     rates: Rates, state: State, slope: State, start: Tensor, sign: Tensor, span: Tensor, rtol: float, atol: float,
-    order: int, rank: int,
+    method: RungeKutta, rank: int,
 ) -> Tensor:  # fmt: skip
-    """A step to begin with, from the first and second derivative (Hairer, Norsett & Wanner, II.4)."""
+    """A step to begin with, from the first and second derivative: |y'| and |y''| in tolerances.
+
+    The bold one is for an error of `AIM` if further derivatives grow as y' = Ly, L = |y''|/|y'|, or with the span. The
+    careful one is that of Hairer, Norsett & Wanner, II.4, in units of the span; the larger of them counts. A state that
+    is not below its tolerance changes by twice its own size at most.
+    """
     size = scaled_norm(state, state, state, rtol, atol, rank)
     speed = scaled_norm(slope, state, state, rtol, atol, rank)
-    h = torch.where((size < 1e-5) | (speed < 1e-5), torch.full_like(size, 1e-6), 0.01 * size / speed.clamp_min(1e-30))
-    h = torch.minimum(h, span)
-    step = sign * h
+    little = (size < 1e-5) | (speed < 1e-5)
+    probe = torch.where(little, torch.full_like(size, 1e-6), 0.01 * size / speed.clamp_min(1e-30))
+    probe = torch.minimum(probe, span)
+    step = sign * probe
     signed = tuple(expanded(step, s) for s in state)
     moved = rates(tuple(torch.addcmul(s, d, k) for s, d, k in zip(state, signed, slope, strict=True)), start + step)
     bend = scaled_norm(
         tuple(a - b for a, b in zip(moved, slope, strict=True)), state, state, rtol, atol, rank
-    ) / h.clamp_min(1e-30)
-    most = torch.maximum(speed, bend)
-    other = torch.where(most <= 1e-15, (1e-3 * h).clamp_min(1e-6), (0.01 / most.clamp_min(1e-30)) ** (1 / (order + 1)))
-    found = torch.minimum(100 * h, other)
-    return torch.minimum(torch.where(torch.isfinite(found), found, h), span)
+    ) / probe.clamp_min(1e-30)
+    p, longest = method.order, torch.log(span.clamp_min(1e-30))
+    quick, bent = torch.log(speed.clamp_min(1e-30)), torch.log(bend.clamp_min(1e-30))
+    bold = (math.log(AIM / leading_error(method)) - quick - (p - 1) * torch.maximum(bent - quick, -longest)) / p
+    careful = longest + (math.log(0.01) - torch.maximum(quick + longest, bent + 2 * longest)) / (p + 1)
+    found = torch.exp(torch.maximum(bold, careful))
+    found = torch.where(little, found, torch.minimum(found, 200 * probe))
+    return torch.minimum(torch.where(torch.isfinite(found) & torch.isfinite(bend), found, probe), span)

@@ -114,9 +114,10 @@ class Face(nn.Module):
 
     def _check(self, name: str, x: Any, shape: tuple[int, ...]) -> Tensor:
         """The value as a tensor of the module's dtype whose last dimensions are `shape`."""
+        like = self.like
         if not isinstance(x, Tensor):
             try:
-                x = torch.as_tensor(x, dtype=self.like.dtype, device=self.like.device)
+                x = torch.as_tensor(x, dtype=like.dtype, device=like.device)
             except (TypeError, ValueError, RuntimeError):
                 raise bad_input(f"`{name}` is a {type(x).__name__}", "give a tensor") from None
         if x.shape[x.dim() - len(shape) :] != shape or x.dim() < len(shape):
@@ -125,16 +126,16 @@ class Face(nn.Module):
                 f"`{name}` has shape {tuple(x.shape)}, and one sample is {wanted}",
                 f"give a shape that ends in {shape}; batch dimensions come first",
             )
-        if x.dtype != self.like.dtype:
+        if x.dtype != like.dtype:
             if x.is_complex() or x.is_floating_point():
                 raise bad_input(
-                    f"`{name}` is {x.dtype}, and the module is {self.like.dtype}",
-                    f"convert one of them, as by `.to({self.like.dtype})`",
+                    f"`{name}` is {x.dtype}, and the module is {like.dtype}",
+                    f"convert one of them, as by `.to({like.dtype})`",
                 )
-            x = x.to(self.like.dtype)
-        if x.device != self.like.device:
+            x = x.to(like.dtype)
+        if x.device != like.device:
             raise bad_input(
-                f"`{name}` is on {x.device}, and the module is on {self.like.device}",
-                f"move one of them, as by `.to({str(self.like.device)!r})`",
+                f"`{name}` is on {x.device}, and the module is on {like.device}",
+                f"move one of them, as by `.to({str(like.device)!r})`",
             )
         return x
