@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import flowlang as fl
 from flowlang.analysis.solvers import Weights, density, interpolant, order, rooted_trees, with_end
@@ -314,6 +317,60 @@ class Kept:
 
     def __del__(self) -> None:
         self.alive.now -= self.size
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the storages that operations made and that are alive, and the most at once; backward passes count too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.known.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.drop, key, size)
+        return out
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize(("gradient", "solvers"), [
+    ("through", ["rk4(steps = 4)", "rk4(steps = 64)"]),
+    ("adjoint", ["rk4(steps = 4)", "rk4(steps = 64)"]),
+    ("reversible", ["rk4(steps = 4)", "rk4(steps = 64)"]),
+    ("through", ["dopri5(rtol = 1e-3, atol = 1e-3)", "dopri5(rtol = 1e-8, atol = 1e-8)"]),
+    ("adjoint", ["dopri5(rtol = 1e-3, atol = 1e-3)", "dopri5(rtol = 1e-8, atol = 1e-8)"]),
+])  # fmt: skip
+def test_the_most_memory_of_a_training_step_does_not_depend_on_the_steps(gradient: str, solvers: list[str]) -> None:
+    """Of all that is allocated in the forward and the backward pass, with given and with chosen steps."""
+    text = "flow f {{ data x: R[D = 3]\n cnf(v = mlp(32, act = tanh), solver = {s}, gradient = {g})\n base normal }}"
+    x = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    most, evaluations = [], []
+    for solver in solvers:
+        flow = fl.compile(text.format(s=solver, g=gradient), seed=0, dtype=torch.float64)
+        with torch.no_grad():  # a field that bends
+            for p in flow.parameters():
+                p.copy_(torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())))
+        flow.log_prob(x).sum().backward()  # gradients are there before
+        with fl.count_steps() as counts, Allocated() as memory:
+            flow.log_prob(x).sum().backward()
+        most.append(memory.most)
+        evaluations.append(counts.evaluations)
+    assert evaluations[1] > 3 * evaluations[0]
+    if gradient == "through":
+        assert most[1] > 2.5 * most[0]
+    else:
+        assert most[1] == most[0]
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "reversible"])

@@ -47,10 +47,10 @@ def ode_adaptive(
     """The state at `stop`, in steps that hold the local error below atol + rtol·|x| for each sample by itself.
 
     The error norm is the root mean square over a sample, or over all of them with steps that are `shared`; steps follow
-    a PI controller (Hairer, Norsett & Wanner, II.4 and IV.2), and what is left is divided into equal ones. Gradients flow through the
-    steps taken, not through their sizes. A sample that is not finite at the start stays so by itself. `together` makes
-    the field for a time that all samples share, `each` for a time of each sample's own; `apart` says that samples may
-    be left out.
+    a PI controller (Hairer, Norsett & Wanner, II.4 and IV.2), and what is left is divided into equal ones.
+    Gradients flow through the steps taken, not through their sizes. A sample that is not finite at the start stays so
+    by itself. `together` makes the field for a time that all samples share, `each` for a time of each sample's own;
+    `apart` says that samples may be left out, or evaluated in blocks.
     """
     size = tuple(batch)
     numbers = not isinstance(start, Tensor) and not isinstance(stop, Tensor) and taken is None
