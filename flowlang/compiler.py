@@ -236,6 +236,10 @@ def check_model(comp: Compilation, target: Declared) -> None:
         check_slips(region, comp.report)
         check_noise(comp.elab.noises, comp.report)
         check_jumps(comp.elab.jumps, comp.report)
+        if comp.elab.drawn_paths:
+            from flowlang.checks.paths import check_drawn
+
+            check_drawn(comp.elab.drawn_paths, comp.report)
 
 
 def check_size(comp: Compilation, region: Region) -> None:

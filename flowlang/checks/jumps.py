@@ -6,7 +6,7 @@ That the rates of a row sum to 0 holds by construction: that of staying is made 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import inf
+from math import inf, nan
 from typing import Any
 
 from flowlang.analysis.ranges import Ranges
@@ -97,6 +97,7 @@ def same(graph: Graph, a: Node, b: Node) -> bool:
 RATES = (0.0, 0.3, 1.0, 7.0)
 STEPS = (1e-3, 0.05, 0.3, 1.0, 20.0)
 SLACK = 1e-9
+SOON = 1e-8  # a step so short that what it changes is the slope
 
 
 class Along:
@@ -156,13 +157,9 @@ class RowEvaluator(Evaluator):
         return super()._ev(e)
 
 
-def jump_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
-    """A rule `(rate, x, t, h)`: whether its probabilities sum to 1, lie in [0, 1], and change as the rates say. Judged on three
-    values, the entry at the first, for every rate and step."""
+def probabilities(declaration: tree.Declaration, here: Along, rates: Along, h: Any, t: Any) -> Along:
+    """What a rule `(rate, x, t, h)` gives for the rates of a row; raises NotPlain where its body is not followed."""
     import sympy as sp
-
-    a, b, h, t = sp.symbols("a b h t", nonnegative=True)
-    here, rates = Along(sp.Integer(1), sp.Integer(0), sp.Integer(0)), Along(-a - b, a, b)
 
     def each(f: Any) -> Any:
         def call(*values: Any) -> Any:
@@ -186,12 +183,23 @@ def jump_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
             raise TypeError
         return rates
 
+    names = {**static_names(algebra, declaration, {}), "rate": rate, "x": here, "t": t, "h": h}
+    found = RowEvaluator(algebra, names).run(declaration.body or ())
+    if not isinstance(found, Along):
+        raise NotPlain(declaration.span, "this result")
+    return found
+
+
+def jump_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
+    """A rule `(rate, x, t, h)`: whether its probabilities sum to 1, lie in [0, 1], and change as the rates say. Judged on three
+    values, the entry at the first, for rates and steps of many sizes."""
+    import sympy as sp
+
+    a, b, h, t = sp.symbols("a b h t", nonnegative=True)
     try:
-        found = RowEvaluator(
-            algebra, {**static_names(algebra, declaration, {}), "rate": rate, "x": here, "t": t, "h": h}
-        ).run(declaration.body or ())
-        if not isinstance(found, Along):
-            raise NotPlain(declaration.span, "this result")
+        found = probabilities(
+            declaration, Along(sp.Integer(1), sp.Integer(0), sp.Integer(0)), Along(-a - b, a, b), h, t
+        )
     except NotPlain as stop:
         report.add(
             Diagnostic("FL0902", f"the probabilities of `{declaration.name}` are not followed: {stop.what} is outside the arithmetic that is followed",
@@ -206,22 +214,29 @@ def jump_facts(declaration: tree.Declaration, report: Report) -> dict[str, Any]:
                        suggestion="add to `x` a multiple of `rate(x, t)`, whose rows sum to 0")
         )  # fmt: skip
         return {}
-    numbers = [sp.lambdify((a, b, h), p, "mpmath") for p in found.parts]
-    slopes = [sp.lambdify((a, b, h), sp.diff(p, h), "mpmath") for p in found.parts]
+    functions = [sp.lambdify((a, b, h, t), p, "mpmath") for p in found.parts]
+
+    def row(one: float, two: float, step: float) -> list[float]:
+        try:
+            values = [complex(f(one, two, step, 0.5)) for f in functions]
+        except (ZeroDivisionError, ValueError, OverflowError, TypeError):
+            return [nan] * 3
+        return [v.real if v.imag == 0 else nan for v in values]
+
     facts: dict[str, Any] = {"order": 1, "valid": "always"}
     for one in RATES:
         for two in RATES:
-            start = [float(f(one, two, 0)) for f in numbers]
-            change = [float(f(one, two, 1e-12)) for f in slopes]
+            start, soon = row(one, two, 0), row(one, two, SOON)
+            change = [(q - p) / SOON for p, q in zip(start, soon, strict=True)]
             if not near(start, (1, 0, 0)) or not near(change, (-one - two, one, two)):
                 facts["order"] = 0
             for step in STEPS:
-                if any(not -SLACK <= float(f(one, two, step)) <= 1 + SLACK for f in numbers):
+                if not all(-SLACK <= p <= 1 + SLACK for p in row(one, two, step)):
                     facts["valid"] = "never" if (one + two) * step <= 1 else worse(facts["valid"])
     if facts["order"] == 0:
         report.add(
-            Diagnostic("FL0602", f"`{declaration.name}` does not follow the rates: for short steps its probabilities are to be x + h * rate(x, t)", where,
-                       suggestion="as in `x + h * rate(x, t)` to begin with")
+            Diagnostic("FL0602", f"`{declaration.name}` does not follow the rates: for short steps, and for rates of 0, its probabilities are to be x + h * rate(x, t)", where,
+                       suggestion="as in `x + h * rate(x, t)` to begin with; divide by `max(.., 1e-12)` where that may be 0")
         )  # fmt: skip
     elif facts["valid"] == "never":
         report.add(
@@ -236,7 +251,7 @@ def worse(valid: str) -> str:
 
 
 def near(found: Iterable[float], wanted: Iterable[float]) -> bool:
-    return all(abs(f - w) <= 1e-6 * (1 + abs(w)) for f, w in zip(found, wanted, strict=True))
+    return all(abs(f - w) <= 1e-4 * (1 + abs(w)) for f, w in zip(found, wanted, strict=True))
 
 
 def text(e: Any) -> str:
@@ -245,4 +260,4 @@ def text(e: Any) -> str:
     return shown(e)
 
 
-__all__ = ["check_jumps", "jump_facts"]
+__all__ = ["Along", "check_jumps", "jump_facts", "probabilities"]

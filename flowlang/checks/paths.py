@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from flowlang.checks.claims import Claims, claim_on, static_value
 from flowlang.diagnostics import Diagnostic, Report
 from flowlang.elaborate.arithmetic import NotPlain
-from flowlang.elaborate.paths import PathForm, read_path
+from flowlang.elaborate.paths import DrawnUse, PathForm, read_path
 from flowlang.source import Span
 from flowlang.syntax import tree
 
@@ -131,6 +132,21 @@ def check_mixture(form: PathForm, declaration: tree.Declaration, report: Report)
     if not report.errors:
         Claims(declaration, {"endpoint": facts["endpoint"]}, report, "FL0603").check()
     return facts
+
+
+def check_drawn(uses: Iterable[DrawnUse], report: Report) -> None:
+    """Paths that draw are judged again for the numbers they are given: their weights give the rates of jumps."""
+    seen: set[Any] = set()
+    for use in uses:
+        key = (id(use.path), tuple(sorted(use.given.items())))
+        if not use.given or use.region.broken or key in seen:
+            continue
+        seen.add(key)
+        own = Report()
+        check_path(use.path, own, use.given)
+        said = ", ".join(f"{k} = {v:g}" for k, v in use.given.items())
+        for d in own.errors:
+            report.add(replace(d, message=f"with {said} of `{use.path.name}`: {d.message}", span=use.span))
 
 
 def end_error(path: SymbolicPath, time: int) -> float:

@@ -200,16 +200,27 @@ def explain(code: str) -> None:
     metavar="NAME",
     help="A solver's stability region and what accuracy costs; may be repeated; -o FILE.png plots them together.",
 )
+@click.option(
+    "--path",
+    "paths_",
+    multiple=True,
+    metavar="NAME",
+    help="What a path holds of data and noise at each time; may be repeated; -o FILE.png plots them together.",
+)
 def draw(
-    spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, signal_: bool, solvers_: tuple[str, ...]
-) -> None:
-    """Draw a flow's chain as SVG or Mermaid, how a signal goes through a net, or solvers."""
+    spec: str, sets: tuple[str, ...], flow: str | None, out: str | None, signal_: bool, solvers_: tuple[str, ...],
+    paths_: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Draw a flow's chain as SVG or Mermaid, how a signal goes through a net, solvers, or paths."""
     from flowlang.api import pick_flow
     from flowlang.draw.chain import mermaid, svg
 
     comp = load_ok(spec, sets, False, build=flow)
     if solvers_:
         draw_solvers(comp, solvers_, out)
+        return
+    if paths_:
+        draw_levels(comp, paths_, out)
         return
     if signal_:
         draw_signal(comp, flow, out)
@@ -236,6 +247,24 @@ def draw_solvers(comp: Any, names: tuple[str, ...], out: str | None) -> None:
     click.echo(table(["solver", "evaluations", "error"], rows, numbers=(1, 2)))
     if out is not None:
         plot(curves, out)
+        click.echo(f"{out}: {', '.join(names)}")
+
+
+def draw_levels(comp: Any, names: tuple[str, ...], out: str | None) -> None:
+    from flowlang.cli.tables import table
+    from flowlang.draw.levels import TIMES, levels, plot
+
+    if out is not None and not out.endswith(".png"):
+        raise FlowError(Diagnostic("FL0804", f"`{out}` is no .png", suggestion="paths are drawn as in `-o paths.png`"))
+    found = [levels(comp, n) for n in names]
+    rows = [
+        [p.name, f"{TIMES[k]:.2f}", *(f"{v[k]:.4g}" for v in (p.alpha, p.sigma, p.alpha_rate, p.sigma_rate))]
+        for p in found
+        for k in range(9, len(TIMES), 20)
+    ]
+    click.echo(table(["path", "t", "of x1", "of x0", "rate", "rate"], rows, numbers=(1, 2, 3, 4, 5)))
+    if out is not None:
+        plot(found, out)
         click.echo(f"{out}: {', '.join(names)}")
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowlang.analysis.solvers import stability
+from flowlang.checks.jumps import Along, probabilities
 from flowlang.diagnostics import Diagnostic, FlowError
+from flowlang.elaborate.arithmetic import NotPlain
+from flowlang.elaborate.jumps import is_jump
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
 
 if TYPE_CHECKING:
     from flowlang.compiler import Compilation
+    from flowlang.syntax import tree
 
 STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
@@ -46,6 +50,8 @@ def curve(comp: Compilation, name: str) -> Curve:
         raise FlowError(
             Diagnostic("FL0804", f"there is no solver `{name}` here", suggestion="as in `--solver rk4`; `flowlang std` lists them")
         )  # fmt: skip
+    if is_jump(declaration):
+        return Curve(name, None, tuple((n, jump_error(declaration, n)) for n in STEPS))
     tableau = None if tableau_of(declaration) is None else read_tableau(declaration)
     polynomials = None if tableau is None else stability(tableau)
     adaptive = tableau is not None and tableau.embedded is not None and tableau.explicit
@@ -67,6 +73,29 @@ def measured(comp: Compilation, name: str, how: str) -> tuple[int, float]:
     scale = math.exp(END * END / 2 - END / 2)
     exact = torch.tensor([scale * math.cos(END), -scale * math.sin(END)], dtype=torch.float64)
     return counts.evaluations, float((found - exact).norm())
+
+
+CHAIN = ((-0.7, 0.5, 0.2), (0.1, -0.4, 0.3), (0.6, 0.0, -0.6))  # rates of jumps, over [0, 2] from the first value
+
+
+def jump_error(declaration: tree.Declaration, steps: int) -> float:
+    """By how much the law at the end, of so many steps of a rule of jumps, misses the matrix exponential (total variation)."""
+    import numpy as np
+    from scipy.linalg import expm
+
+    h = END / steps
+    try:
+        rows = [
+            probabilities(declaration, Along(*(float(i == k) for i in range(3))), Along(*rates), h, 0.5).parts
+            for k, rates in enumerate(CHAIN)
+        ]
+    except NotPlain as stop:
+        raise FlowError(
+            Diagnostic("FL0804", f"`{declaration.name}` is not drawn: {stop.what} is outside the arithmetic that is followed", stop.span,
+                       suggestion="write the step with rate, x, t, h and arithmetic alone")
+        ) from None  # fmt: skip
+    law = np.linalg.matrix_power(np.array(rows, dtype=float), steps)[0]
+    return float(abs(law - expm(END * np.array(CHAIN))[0]).sum() / 2)
 
 
 def region(polynomials: tuple[Sequence[Fraction], Sequence[Fraction]], z: Any) -> Any:

@@ -14,6 +14,7 @@ from flowlang.elaborate.builtins import BUILTINS
 from flowlang.elaborate.calls import ResultShape, instance_of, parameters_of
 from flowlang.elaborate.jumps import JumpUse
 from flowlang.elaborate.models import build_model
+from flowlang.elaborate.paths import DrawnUse
 from flowlang.elaborate.rules import chain_without_rules, explicit_rules
 from flowlang.elaborate.scans import finish_states
 from flowlang.elaborate.scope import KINDS, LATER_ADVICE, LATER_KINDS, ModuleScope, did_you_mean, name_help
@@ -80,6 +81,7 @@ class Elaborator:
         self._exhausted = False
         self._depths: dict[Region, int] = {}
         self.noises: list[NoiseUse] = []  # stochastic solvers and the noises they met
+        self.drawn_paths: list[DrawnUse] = []
         self.jumps: list[JumpUse] = []  # solvers of jumps and the rates they met
         self.closures: dict[Region, Body] = {}  # regions that were given local functions, as they were made
         self.places: dict[Region, dict[str, Any]] = {}  # what the names of a net's body stand for when it has ended

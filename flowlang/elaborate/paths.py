@@ -34,6 +34,16 @@ class PathForm:
     identities: tuple[tuple[Any, Any], ...] = ()
 
 
+@dataclass(frozen=True)
+class DrawnUse:
+    """A path that draws, with the numbers it is given: its weights are judged for those too."""
+
+    path: tree.Declaration
+    given: Mapping[str, Any]
+    span: Span
+    region: Region
+
+
 class PathEvaluator(Evaluator):
     """A path's body, which may end in a draw."""
 
@@ -140,6 +150,8 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     """
     assert args.span is not None
     form = form_of(body, fn, args)
+    if form.weights is not None:
+        body.elab.drawn_paths.append(DrawnUse(fn.path.declaration, numbers_of(fn), args.span, body.region))
     if (fn.name == "rate") > (form.weights is not None) or (fn.name in PREDICTIONS and form.weights is not None):
         drawn = form.weights is not None
         raise body.fail(
@@ -188,6 +200,10 @@ def call_path(body: Body, fn: PathFunction, args: Arguments) -> Any:
     return body.wrap(body.graph.annotate(made, path=fn.name) if fn.name in ("at", "velocity") else made)
 
 
+def numbers_of(fn: PathFunction) -> dict[str, Any]:
+    return {k: v for k, v in fn.arguments if isinstance(v, int | float)}
+
+
 BETWEEN_GRID = 96
 
 
@@ -227,7 +243,7 @@ def rate_is_end(place: Any) -> bool:
 def form_of(body: Body, fn: PathFunction, args: Arguments) -> PathForm:
     assert args.span is not None
     try:
-        return read_path(fn.path.declaration, {k: v for k, v in fn.arguments if isinstance(v, int | float)})
+        return read_path(fn.path.declaration, numbers_of(fn))
     except NotPlain as stop:
         raise body.fail(
             "FL0902", f"the path `{fn.path.declaration.name}` is no formula in t, x0 and x1 ({stop.what}), and has no meaning yet", args.span, suggestion="write it as a formula in t, x0 and x1"

@@ -176,3 +176,18 @@ def test_draws_stand_in_programs_alone() -> None:
 def test_probabilities_need_an_axis_of_tokens() -> None:
     text = "model m(path: path = discrete_mixture) { data x1: Int(0..3)[N = 2]\n def f(x1, p: R[N = 2], t: Interval(0, 0.9)) { path.rate(t, x1, data = p) } }"
     assert "FL0301" in [e.code for e in fl.check(text).errors]
+
+
+@pytest.mark.parametrize(
+    ("use", "code"),
+    [
+        ("cubic_mixture(a = -5)", "FL0609"),
+        ("discrete_mixture(power = 0)", "FL0603"),
+        ("cubic_mixture(a = 1, b = 1)", None),
+    ],
+)
+def test_the_numbers_a_path_is_given_are_judged_too(use: str, code: str | None) -> None:
+    text = f"model m(path: path = {use}) {{ data x1: Int(0..3)[N = 2]\n def f(x1, t: Interval(0.1, 0.9)) {{ path.alpha(t) }} }}"
+    errors = fl.check(text).errors
+    assert [e.code for e in errors][:1] == ([code] if code else [])
+    assert all(e.message.startswith("with ") for e in errors)

@@ -76,6 +76,7 @@ def test_many_steps_find_the_matrix_exponential(rule: str) -> None:
         ("x + h * rate(x, t)", 1, "small_steps"),
         ("u = rate(x, t)\n x + (1 - exp(-h)) * u", 1, "small_steps"),
         ("u = rate(x, t)\n a = -(sum[V](x * u))\n x + h / (1 + h * a) * u", 1, "always"),
+        ("u = rate(x, t)\n a = -(sum[V](x * u))\n x + min(h, 1 / max(a, 1e-12)) * u", 1, "always"),
     ],
 )
 def test_what_is_known_of_a_rule(body: str, order: int, valid: str) -> None:
@@ -91,6 +92,11 @@ def test_what_is_known_of_a_rule(body: str, order: int, valid: str) -> None:
         ("solver s (rate, x, t, h) { x + h / 2 * rate(x, t) }", "FL0602", "does not follow the rates"),
         ("solver s (rate, x, t, h) { (1 + h) * x + h * rate(x, t) }", "FL0609", "sum to `h + 1`"),
         ("solver s (rate, x, t, h) { u = rate(x, t)\n x + h * u - 100 * h ^ 2 * u }", "FL0609", "even where"),
+        (
+            "solver s (rate, x, t, h) { u = rate(x, t)\n a = -(sum[V](x * u))\n x + (1 - exp(-(h * a))) / a * u }",
+            "FL0602",
+            "rates of 0",
+        ),
         ("solver s (rate, x, t, h) { require valid == always\n x + h * rate(x, t) }", "FL0601", "small_steps"),
         ("solver s (rate, x, h) { x + h * rate(x, 0) }", "FL0602", "lacks `t`"),
         ("solver s (rate, x, t, h) { sort(x) }", "FL0902", "not followed"),
