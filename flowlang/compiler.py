@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,32 +99,8 @@ def compile_source(
     elab.parameter_limit = max_parameters
     module = elab.add_module(source)
     comp = Compilation(source, report, elab, module)
-    alone = next((d for d in module.declared() if d.name == build and d.kind in ("net", "norm")), None)
-    if alone is not None:
-        region = elab.sized_region(alone)
-        if region is not None:
-            comp.regions[alone.name] = region
-            examine(comp, region, alone.declaration.name_span)
-    for target in module.declared():
-        if target.kind == "flow":
-            at_fitting_size(comp, target, check_flow)
-        elif target.kind == "model":
-            at_fitting_size(comp, target, check_model)
-    for target in sorted(module.declared(), key=lambda d: not sized_by_itself(d)):
-        if target.kind in CHECKED_KINDS:
-            comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, report)
-        elif target.kind in LATER_KINDS:
-            report.add(
-                Diagnostic(
-                    "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
-                    target.declaration.name_span, severity="warning", suggestion=LATER_ADVICE
-                )
-            )  # fmt: skip
-        elif target.kind not in ("flow", "model") and id(target.declaration) not in elab.instantiated:
-            check_unused(comp, target)
-    for item in module.module.items:
-        if isinstance(item, tree.Require):
-            check_require(comp, item, None, None)
+    with room():
+        check_declarations(comp, build)
     for name in sorted(set(elab.sets) - elab.used_sets):
         report.add(
             Diagnostic(
@@ -130,6 +109,63 @@ def compile_source(
             )
         )  # fmt: skip
     return comp
+
+
+def check_declarations(comp: Compilation, build: str | None) -> None:
+    alone = next((d for d in comp.module.declared() if d.name == build and d.kind in ("net", "norm")), None)
+    if alone is not None:
+        judged(comp, alone, check_sized)
+    for target in comp.module.declared():
+        if target.kind == "flow":
+            judged(comp, target, lambda c, t: at_fitting_size(c, t, check_flow))
+        elif target.kind == "model":
+            judged(comp, target, lambda c, t: at_fitting_size(c, t, check_model))
+    for target in sorted(comp.module.declared(), key=lambda d: not sized_by_itself(d)):
+        if target.kind in CHECKED_KINDS:
+            comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, comp.report)
+        elif target.kind in LATER_KINDS:
+            comp.report.add(
+                Diagnostic(
+                    "FL0902", f"`{target.name}` is a {target.kind}: {LATER_KINDS[target.kind]} have no meaning yet",
+                    target.declaration.name_span, severity="warning", suggestion=LATER_ADVICE
+                )
+            )  # fmt: skip
+        elif target.kind not in ("flow", "model") and id(target.declaration) not in comp.elab.instantiated:
+            judged(comp, target, check_unused)
+    for item in comp.module.module.items:
+        if isinstance(item, tree.Require):
+            check_require(comp, item, None, None)
+
+
+def check_sized(comp: Compilation, target: Declared) -> None:
+    region = comp.elab.sized_region(target)
+    if region is not None:
+        comp.regions[target.name] = region
+        examine(comp, region, target.declaration.name_span)
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """As many of Python's frames for every run, however deep the caller stands."""
+    before, depth, frame = sys.getrecursionlimit(), 0, inspect.currentframe()
+    while frame is not None:
+        depth, frame = depth + 1, frame.f_back
+    sys.setrecursionlimit(max(before, depth + limits.FRAMES))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def judged(comp: Compilation, target: Declared, check: Callable[[Compilation, Declared], None]) -> None:
+    """Checks a declaration. What nests too deeply in each other, while each thing alone is within its limit, is told."""
+    main = comp.report
+    try:
+        check(comp, target)
+    except RecursionError:
+        comp.report = comp.elab.report = main
+        found = comp.elab.overflow(target.declaration.name_span or target.declaration.span)
+        main.extend([found] if found is not None else [])
 
 
 def sized_by_itself(target: Declared) -> bool:
@@ -264,7 +300,7 @@ def check_unused(comp: Compilation, target: Declared) -> None:
         if fitting == len(WITNESS_SIZES):
             break
         comp.report = comp.elab.report = Report(told=set(main.told))
-        judge_at(comp, target, size)
+        whole = judge_at(comp, target, size)
         found, comp.report, comp.elab.report = comp.report, main, main
         if any(d.code in UNFIT for d in found.errors) and not sized_by_itself(target):
             unfit = unfit or found  # an axis of this size does not divide as wanted: others may
@@ -272,7 +308,7 @@ def check_unused(comp: Compilation, target: Declared) -> None:
         main.extend(at_home(found, target))
         main.told |= found.told
         fitting += 1
-        if not found.ok:
+        if not (found.ok and whole):  # what is in error without a word uses what was told of
             break
     if not fitting and unfit is not None:
         main.extend(at_home(unfit, target))
@@ -284,18 +320,19 @@ DIVISIBLE_SIZES = (4, 8, 32, 64)  # for declarations that cut axes into groups
 UNFIT = ("FL0301", "FL0312")  # another size may fit, where a declaration leaves it open
 
 
-def judge_at(comp: Compilation, target: Declared, size: int) -> None:
-    """Judges a declaration with free axes of a size."""
+def judge_at(comp: Compilation, target: Declared, size: int) -> bool:
+    """Judges a declaration with free axes of a size; whether nothing in it is in error."""
     comp.elab.witness = size
     region = comp.elab.witness_region(target, size)
     if region is None:
-        return
+        return False
     known = comp.regions.get(target.name)
     if known is None or known.broken:
         comp.regions[target.name] = region
     examine(comp, region, target.declaration.name_span)
     if not region.broken:
         check_requirements(comp, region)
+    return not region.broken
 
 
 # ---- totality and invertibility -----------------------------------------------------------------

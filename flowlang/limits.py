@@ -24,6 +24,7 @@ ROUNDS = 2_000  # unrolled copies in one run
 GRAPH_NODES = 200_000
 REGIONS = 2_000
 REGION_DEPTH = 128
+FRAMES = 3_000  # Python's own, while one declaration is judged
 
 # Size of a model.
 PARAMETERS = 10**11

@@ -37,9 +37,8 @@ def scan(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Scan | No
 def orders(inv: Inverter, p: Problem, u: int, exits: tuple[int, ...]) -> Iterator[Order]:
     """Single axes, then lexicographic orders of several: raster scans."""
     t = inv.graph[u].tensor
-    names = [
-        a.name for a in t.axes if not inv.barred(p, u, a.name) and all(inv.graph[e].tensor.has(a.name) for e in exits)
-    ]
+    scanned = {axis for c in p.scans for axis in c.carriers.get(u, ())}
+    names = [a.name for a in t.axes if a.name not in scanned and all(inv.graph[e].tensor.has(a.name) for e in exits)]
     for k in range(1, len(names) + 1):
         for axes in itertools.permutations(names, k):
             for reverse in itertools.product((False, True), repeat=k):

@@ -192,12 +192,12 @@ class Inverter:
                     stack.append(user.id)
 
     def computable(self, p: Problem, node: Node) -> bool:
-        return not any(i in p.unknown for i in node.inputs) and self.slicewise(p, node, None)
+        return not any(i in p.unknown for i in node.inputs) and self.slicewise(p, node)
 
-    def slicewise(self, p: Problem, node: Node, solved: int | None) -> bool:
-        """A5.3: along every scanned axis the op relates equal indices of its result and of each operand
-        that is known at the slice or solved."""
-        slots = [k for k, i in enumerate(node.inputs) if i in p.slice_known or k == solved]
+    def slicewise(self, p: Problem, node: Node, *solved: int) -> bool:
+        """A5.3: along every scanned axis the op relates equal indices of its result and of each operand that is known
+        at the slice or solved. So nothing is gathered or un-joined along one: parts stand elsewhere than in the whole."""
+        slots = [k for k, i in enumerate(node.inputs) if i in p.slice_known or k in solved]
         return all(self.equal_slices(node, k, c) for c in p.scans for k in slots)
 
     def equal_slices(self, node: Node, slot: int, context: ScanContext) -> bool:
@@ -293,7 +293,7 @@ class Inverter:
         return [n for n in node.tensor.names if not have.has(n)] if OPS[node.op].elementwise else []
 
     def unjoin(self, p: Problem, node: Node) -> bool:
-        if self.barred(p, node.id, node.attrs["axis"]) or not self.carried(p, (node.id, *node.inputs)):
+        if not self.slicewise(p, node, *range(len(node.inputs))):
             return False
         repeated = [i for i, n in Counter(node.inputs).items() if n > 1 or i not in p.unknown]
         if repeated:  # a part that is known already carries no coordinate of its own
@@ -301,15 +301,6 @@ class Inverter:
             return False
         self.replace(p, [node.id], list(node.inputs), Unjoin(node.id))
         return True
-
-    def barred(self, p: Problem, n: int, axis: str) -> bool:
-        """A5.3: no gathering and no un-joining along a scanned axis."""
-        return any(axis in c.carriers.get(n, ()) for c in p.scans)
-
-    def carried(self, p: Problem, nodes: Iterable[int]) -> bool:
-        """All of them carry the scanned axes, under the same names."""
-        found = [{c.carriers.get(n) for n in nodes} for c in p.scans]
-        return all(len(axes) == 1 and None not in axes for axes in found)
 
     def call_inverse(self, p: Problem, node: Node) -> bool:
         region: Region = node.attrs["region"]
@@ -388,9 +379,8 @@ class Inverter:
                 parts.setdefault((node.inputs[0], node.attrs["axis"]), []).append(m)
         for (value, axis), members in sorted(parts.items()):
             ordered = tuple(sorted(members, key=lambda m: self.extent(m)))
-            if self.barred(p, value, axis) or not self.carried(p, (value, *ordered)):
-                continue
-            if self.partitions(value, axis, ordered):
+            slicewise = all(self.slicewise(p, self.graph[m], 0) for m in ordered)
+            if slicewise and self.partitions(value, axis, ordered):
                 self.replace(p, ordered, [value], Gather(value, ordered))
                 return True
         return False

@@ -325,7 +325,7 @@ class Body:
         network = self.region.kind in ("bijector", "chain", "flow") and region.kind in ("net", "norm")
         if network and draws(region, training=False):
             raise self.fail(
-                "FL0410", f"`{inst.target.name}` draws noise, and a network of a bijector gives the same when the map is undone", span,
+                "FL0410", f"not invertible: `{inst.target.name}` draws noise, and a network of a bijector gives the same when the map is undone", span,
                 suggestion="put the draw under `if training`, or draw in the bijector itself and hand the value to the network",
             )  # fmt: skip
         if inst.owner is None:

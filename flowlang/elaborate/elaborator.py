@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from flowlang import limits
@@ -56,6 +57,18 @@ from flowlang.syntax.parser import parse, parse_library
 WITNESS_SIZES = (3, 2, 5)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What came of making a region of which it was not known whether it is wanted."""
+
+    region: Region | None
+    report: Report
+    regions: dict[Hashable, Region]  # it, and those below that were made with it
+    rounds: int
+    items: int
+    exhausted: bool  # it met a limit
+
+
 class Elaborator:
     """One run over one program. Diagnostics go to `report`; nothing is raised for a bad spec."""
 
@@ -75,6 +88,9 @@ class Elaborator:
         self.instantiated: set[int] = set()
         self.witnessed: set[int] = set()
         self._stack: list[tuple[str, str]] = []
+        self._below: list[int] = []  # for each of these, how deep declarations nest in it so far
+        self._heights: dict[Region, int] = {}  # the same of regions that are made, themselves counted
+        self.tried: dict[Hashable, Trial] = {}
         self._factor = 1
         self._rounds = 0
         self._items = 0
@@ -239,6 +255,8 @@ class Elaborator:
             except Fail as e:
                 self.report.add(e.diagnostic)
                 return POISON
+            except Poisoned:
+                return POISON
             try:
                 self.aliases[key] = body.ev(declaration.alias)
             finally:
@@ -284,17 +302,28 @@ class Elaborator:
                 notes=("the cycle: " + " -> ".join(f"`{n}`" for n in names),),
                 suggestion="a declaration cannot recur; use `repeat` or `for`",
             )
-        if len(self._stack) >= limits.INSTANTIATION_DEPTH:
-            raise body.fail(
-                "FL0901",
-                f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}",
-                span,
-                suggestion="a declaration that calls itself never ends; check the chain of calls",
-            )
+        self.nest(body, 1, span)
         self._stack.append((key, name))
+        self._below.append(0)
 
-    def leave(self) -> None:
+    def leave(self) -> int:
+        """How deep declarations nest in the one that ends, itself counted."""
         self._stack.pop()
+        height = 1 + self._below.pop()
+        self.count_depth(height)
+        return height
+
+    def count_depth(self, height: int) -> None:
+        if self._below:
+            self._below[-1] = max(self._below[-1], height)
+
+    def nest(self, body: Body, height: int, span: Span) -> None:
+        """Refuses what nests deeper than the limit, whichever of its declarations was made first."""
+        if len(self._stack) + height > limits.INSTANTIATION_DEPTH:
+            raise self.exhaust(
+                body, f"declarations nested deeper than the limit of {limits.INSTANTIATION_DEPTH}", span,
+                "a declaration that calls itself never ends; check the chain of calls",
+            )  # fmt: skip
 
     def multiply(self, body: Body, count: int, span: Span) -> None:
         if self._factor * max(count, 1) > limits.REPEAT_COUNT:
@@ -322,12 +351,29 @@ class Elaborator:
         if count > limits.LIST_ITEMS or self._items > limits.LIST_TOTAL:
             raise self.exhaust(body, f"a list of more than {limits.LIST_ITEMS:,} items: limit reached", span)
 
-    def exhaust(self, body: Body, message: str, span: Span) -> Exception:
+    def exhaust(
+        self,
+        body: Body,
+        message: str,
+        span: Span,
+        advice: str = "make the spec smaller, or use `repeat` for equal copies",
+    ) -> Exception:
         """The error of a limit on the whole run. It is told once: what follows fails for the same reason."""
         if self._exhausted:
             return Poisoned()
         self._exhausted = True
-        return body.fail("FL0901", message, span, suggestion="make the spec smaller, or use `repeat` for equal copies")
+        return body.fail("FL0901", message, span, suggestion=advice)
+
+    def overflow(self, span: Span) -> Diagnostic | None:
+        """The error of nesting that no limit on one thing alone has met; the run goes on with the next declaration."""
+        self._stack.clear()
+        self._below.clear()
+        self._factor = 1
+        if self._exhausted:
+            return None
+        self._exhausted = True
+        return Diagnostic("FL0901", "declarations and expressions nested too deeply in each other: limit reached", span,
+                          suggestion="name parts of long expressions, and use fewer levels of declarations")  # fmt: skip
 
     def depth(self, region: Region) -> int:
         """How deep regions are nested in a region, itself counted."""
@@ -492,15 +538,15 @@ class Elaborator:
                 "FL0902", f"a network with places named, as an argument of `{target.name}`, has no meaning yet", span,
                 suggestion="call it here, or in a local function that is given instead",
             )  # fmt: skip
-        key = (
-            *self.target_key(inst),
-            tuple(inputs.items()),
-            tuple(sorted(open_sizes.items())),
-            inst.lipschitz,  # not `inverted`: both directions are methods of one region
-            fixed,
-        )
+        key = self.instance_key(inst, inputs, open_sizes, fixed)
+        if key not in self.regions and key in self.tried:
+            self.keep(self.tried[key])
         if key in self.regions:
-            return self.regions[key]
+            region = self.regions[key]
+            self.nest(caller, self._heights[region], span)
+            self.count_depth(self._heights[region])
+            caller.region.broken = caller.region.broken or region.broken
+            return region
         if len(self.regions) >= limits.REGIONS:
             raise self.exhaust(caller, f"more than {limits.REGIONS:,} distinct instances: limit reached", span)
         self.enter(caller, f"decl:{id(target.declaration)}", target.name, span)
@@ -521,7 +567,7 @@ class Elaborator:
         except Poisoned:
             region.broken = True
         finally:
-            self.leave()
+            height = self.leave()
         region.context.extend(body.captures.values())
         if inst.lipschitz is not None and not region.broken:
             needs = self.needs.get(region)
@@ -531,12 +577,25 @@ class Elaborator:
         if body.parent is not None:
             self.closures[region] = body
         self.regions[key] = after(region)
+        self._heights[region] = height
         if not region.broken and self.depth(region) > limits.REGION_DEPTH:
             region.broken = True
             raise self.exhaust(caller, f"declarations nested deeper than the limit of {limits.REGION_DEPTH}", span)
         if region.broken:
             caller.region.broken = True
         return region
+
+    def instance_key(
+        self, inst: Instance, inputs: Mapping[str, TensorType], open_sizes: Mapping[str, int], fixed: bool
+    ) -> tuple[Hashable, ...]:
+        """What tells the region of an instance from any other; not `inverted`: both directions are methods of one region."""
+        return (
+            *self.target_key(inst),
+            tuple(inputs.items()),
+            tuple(sorted(open_sizes.items())),
+            inst.lipschitz,
+            fixed,
+        )
 
     def target_key(self, inst: Instance) -> tuple[Hashable, ...]:
         """What tells a declaration with its static arguments from any other."""
@@ -549,20 +608,45 @@ class Elaborator:
         return [r for k, r in self.regions.items() if isinstance(k, tuple) and k[:2] == key]
 
     def trial(self, caller: Body, inst: Instance, inputs: Mapping[str, TensorType], span: Span) -> Region | None:
-        """The region at these types if there is one; what is wrong with it is not told."""
+        """The region at these types if there is one. What is wrong with it is told where it is wanted; it is not made again."""
+        key = self.instance_key(inst, inputs, {}, False)
+        known = self.regions.get(key)
+        tried = self.tried.get(key)
+        if known is None and tried is None:
+            tried = self.attempt(caller, inst, inputs, span)
+            if tried.region is not None:
+                self.tried[key] = tried
+        self.beyond_limits = tried is not None and tried.exhausted
+        found = known if known is not None or tried is None else tried.region
+        return None if found is None or found.broken else found
+
+    def attempt(self, caller: Body, inst: Instance, inputs: Mapping[str, TensorType], span: Span) -> Trial:
         scratch = Body(self, Region(caller.region.name, caller.region.kind, Graph()), caller.module)
-        told, known = self.report, set(self.regions)
-        self.report = Report()
+        told, before, spent = self.report, len(self.regions), (self._rounds, self._items, self._exhausted)
+        self.report = Report(told=set(told.told))
+        found: Region | None = None
         try:
             found = self.instantiate(scratch, inst, inputs, {}, span)
-        except (Fail, Poisoned):
-            found = None
-        finally:
-            self.beyond_limits = any(d.code == "FL0901" for d in self.report.errors)
-            self.report = told
-            for key in set(self.regions) - known:  # made again, and told of, where they are wanted
-                del self.regions[key]
-        return None if found is None or found.broken else found
+        except Fail as e:
+            scratch.report(e.diagnostic)
+        except Poisoned:
+            pass
+        made = {k: self.regions[k] for k in list(islice(reversed(self.regions), len(self.regions) - before))[::-1]}
+        for k in made:
+            del self.regions[k]
+        exhausted = self._exhausted or any(d.code == "FL0901" for d in self.report.errors)
+        tried = Trial(found, self.report, made, self._rounds - spent[0], self._items - spent[1], exhausted)
+        self.report, (self._rounds, self._items, self._exhausted) = told, spent
+        return tried
+
+    def keep(self, tried: Trial) -> None:
+        """What a trial made is wanted: it counts, and what is wrong with it is told."""
+        self.regions |= {k: r for k, r in tried.regions.items() if k not in self.regions}
+        self.report.extend(d for d in tried.report if d.code != "FL0901" or not self._exhausted)
+        self.report.told |= tried.report.told
+        self._rounds += tried.rounds
+        self._items += tried.items
+        self._exhausted = self._exhausted or tried.exhausted
 
     def bound(self, caller: Body, region: Region, limit: float, span: Span) -> Region:
         """The region with its weights scaled so that its certified Lipschitz constant is at most `limit`."""
@@ -976,7 +1060,7 @@ class Elaborator:
             TensorType.of(("D", size)), TensorType.of(("C", size), ("H", 4), ("W", 4)), TensorType.of(("T", 4), ("D", size)),
         )  # fmt: skip
         key = self.target_key(inst)
-        if key not in self.chain_forms:  # the form does not hang on the size
+        if key not in self.chain_forms and not self._exhausted:  # the form does not hang on the size
             self.chain_forms[key] = 0
             for k, form in enumerate(forms):
                 if self.trial(scope, inst, {"x": form}, span) is not None:
@@ -984,7 +1068,7 @@ class Elaborator:
                     break
                 if self.beyond_limits:  # no form helps
                     break
-        return forms[self.chain_forms[key]]
+        return forms[self.chain_forms.get(key, 0)]
 
     def witness_static(self, scope: Body, p: tree.Parameter, span: Span) -> Any:
         try:

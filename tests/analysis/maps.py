@@ -46,6 +46,7 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("merged axis read crosswise", "A1", "y = x[(T, D) -> N]\nx + 3 * tanh(reverse[N](y)[N -> (T, D)])", "scan", "R[T, D]", "R[T = 2, D = 2]"),
     Map("another half of one name", "A1", HALVES + "join[D](a, a + tanh(b))", "scalar"),
     Map("centred over the batch", "A1", "x - mean[B](x)"),
+    Map("half shifted by the batch", "A1", HALVES + "join[D](a, b + mean[B](a))"),
     # A2: support
     Map("mask that is not zero after exp", "A2", "param W: UnitLowerTriangular[D', D]\nx + 2 * tanh(sum[D](exp(W) * x) - x)", "scan"),
     Map("upper part read through a sum", "A2", "param L: LowerTriangular[D', D]\nx * sum[D](L * x)", "scan"),
@@ -91,6 +92,8 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("strict by two axes each way", "A5", "x + 2 * tanh(shift[T](shift[D](x, -1), 1)) + 2 * tanh(shift[T](shift[D](x, 1), -1))", "scan", "R[T, D]", "R[T = 2, D = 2]"),
     Map("scale of earlier values may vanish", "A5", "x * shift[D](x, 1)", "scan"),
     Map("triangular product read again", "A5", "param L: LowerTriangular[D', D]\ny = sum[D](L * x)\ny * x", "scan"),
+    Map("halves swapped, shifted and swapped back", "A5", "h = shift[D](x, 1)\na, b = halves[D](x)\nw = join[D](b, a) - 2 * tanh(shift[D](x, 2))\nc, d = halves[D](w)\njoin[D](d, c) + tanh(h)", "scan"),
+    Map("what a later place holds", "A5", "v = tanh(100 * shift[T](x, 1))[T -> S]\nm: R[T, S] = where(index[S](x[T -> S]) == index[T](x) + 1, cos(x), 0)\nx - 0.2 * sum[S](m * v)", "scan", "R[T]", "R[T = 3]"),
     Map("square in a scan", "A5", "x ^ 2 + shift[D](x, 1)", "scan"),
     Map("mean of earlier and own", "A5", "param W: LowerTriangular[D', D]\nx - 3 * tanh(sum[D](W * x))", "scan"),
     # A5: convolutions
@@ -202,6 +205,8 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("a draw that stays inside", "A12", "x + noisy(x)", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u ~ normal\n  x\n}"),
     Map("a draw that is not emitted", "A12", "u: R[D] ~ normal\nx + u"),
     Map("a draw that only conditions", "A12", HALVES + "join[D](a, b + noisy(a))", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u + x ~ normal\n  x\n}"),
+    Map("a draw in a conditioner", "A12", HALVES + "join[D](a, b + noisy(a))", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  x + u\n}"),
+    Map("a network that draws", "A12", HALVES + "join[D](a, b + noisy(a))", before="net noisy(x: R[D]) -> R[D] {\n  u: R[D] ~ normal\n  x + u\n}"),
     Map("an emission without a draw", "A12", "emit x ~ normal\nx + 1"),
 )  # fmt: skip
 

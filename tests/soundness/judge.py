@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,7 +171,23 @@ class Judge:
             parts.append(z.reshape(-1))
         return torch.cat(parts)
 
+    def alone(self) -> str:
+        """A sample's result does not hang on what else is in the batch."""
+        if self.estimated or self.draws:
+            return ""
+        both = [self.cut(self.points(s), self.shapes) for s in (1.0, 2.0)]
+        context = [torch.randn(2, *c.shape) for c in self.context]
+        with torch.no_grad():
+            together = self.module(*(torch.stack(pair) for pair in zip(*both, strict=True)), *context)
+            first = self.module(*(v.unsqueeze(0) for v in both[0]), *(c[:1] for c in context))
+        same = all(
+            torch.allclose(a[:1], b, rtol=1e-9, atol=1e-9, equal_nan=True) for a, b in zip(together, first, strict=True)
+        )
+        return "" if same else "a sample's result hangs on the others in the batch"
+
     def check(self) -> str:
+        if wrong := self.alone():
+            return wrong
         for trial in range(3):
             self.context = [torch.randn_like(c) for c in self.context]
             x = self.points(1.0 + trial)
@@ -322,7 +338,8 @@ class Judge:
                 return "a value of the claimed image comes from what is no whole number"
             elif self.draws or any(self.whole):
                 self.fix_numbers(self.cut(point, self.shapes))
-                missed = "" if self.has_preimage(goal) else "a value of the claimed image comes from no noise"
+                if not (self.noise_behind(goal) or self.has_preimage(goal)):
+                    missed = "a value of the claimed image comes from no noise"
                 if missed:
                     return missed
             else:
@@ -350,6 +367,29 @@ class Judge:
             return True
         values = torch.linalg.svdvals(jacobian)
         return bool(values[-1] <= 1e-12 * values[0])
+
+    def noise_behind(self, goal: Tensor) -> bool:
+        """Whether noise that the interpreter leads to the goal is found by the compiler itself, asked for it as for an input."""
+        opened = replace(self.region, inputs=[*self.region.inputs, *self.draws], draws=[], programs={})
+        analyses = Analyses()
+        if isinstance(analyses.plan(opened), Failure):
+            return False
+        generated = Generator(opened, analyses, opened.name).generate()
+        text = module_text(generated, standalone=False, title=opened.name, origin="random")
+        module = getattr(load_module(text), generated.root)()
+        module.load_state_dict(self.module.state_dict())
+        values = [v.unsqueeze(0) for v in (*self.cut(goal, self.out_shapes), *self.context)]
+        with torch.no_grad():
+            found = module.inverse(*values)[:-1]
+        wanted = dict(zip([*self.region.inputs, *self.draws], found, strict=True))
+        real = [wanted[i][0].reshape(-1) for i in self.moving]
+        supports = {d: self.graph[d].attrs["domain"].interval for d in self.draws}
+        if not all(((wanted[d] >= iv.lo) & (wanted[d] <= iv.hi)).all() for d, iv in supports.items()):
+            return False
+        if any(not torch.equal(wanted[i][0], v) for i, v in self.numbers.items()):
+            return False
+        error = (self.forward(torch.cat(real)) - goal).abs().max() / (1 + goal.abs().max())
+        return float(error) <= 1e-8
 
     def coordinates(self, flat: Tensor) -> Iterator[tuple[Tensor, Domain, float]]:
         """Each input with its domain, and by how much rounding may leave it."""

@@ -31,6 +31,9 @@ RIGHT = {
     "seed_5033_of_4fbb4be": "beside a cumulative sum",
     "seed_30408_of_4fbb4be": "beside a shift",
     "seed_41988_of_4fbb4be": "beside a triangular product",
+    # The judge did not find the noise behind values next to whole numbers, where the sigmoid is flat.
+    "seed_205639_of_33ce305": "noise of whole numbers, eight coordinates",
+    "seed_213493_of_33ce305": "noise of whole numbers beside another value",
     "seed_48014": "a log-det estimated at a solver's result",
 }
 # A rewritten form was proved onto its own bounds, and callers took those of the text, which are wider.
@@ -48,9 +51,11 @@ def test_every_graph_has_a_cause() -> None:
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_graph_is_accepted_and_right(name: str) -> None:
-    verdict = judge(read(GRAPHS / f"{name}.txt"), 0)
-    assert verdict.accepted
-    assert verdict.wrong == ""
+    seed = int(name.split("_")[1])
+    for points in {0, seed}:  # those at which it was seen as well
+        verdict = judge(read(GRAPHS / f"{name}.txt"), points)
+        assert verdict.accepted
+        assert verdict.wrong == ""
 
 
 @pytest.mark.parametrize("name", REFUSED)

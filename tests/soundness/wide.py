@@ -1,5 +1,6 @@
 """Random models of what `shapes` does not make: whole numbers with noise drawn for them, rules given by hand, several
-values of different shapes and domains, points of spheres, and causal networks deep enough for an incremental inverse.
+values of different shapes and domains, points of spheres, causal networks deep enough for an incremental inverse, values that a
+later place holds, parts swapped within a scan, statistics of the batch, and noise where nothing undoes it.
 
 As there, each draws from right, nearly right and wrong variants, and nothing here tells the judge which.
 """
@@ -14,12 +15,18 @@ from flowlang.compiler import compile_source
 from flowlang.ir.build import Builder
 from flowlang.ir.distributions import DISTRIBUTIONS
 from flowlang.ir.domains import Domain, domain
-from flowlang.ir.graph import Child, Draw, Graph, Region, Rule
-from flowlang.ir.types import Axis, TensorType
+from flowlang.ir.graph import Child, Draw, Emission, Graph, Region, Rule
+from flowlang.ir.types import Axis, TensorType, TupleType
 from flowlang.source import Source
 from tests.soundness.generate import PLAIN
 from tests.soundness.shapes import Shapes
 
+KINDS = ["whole_numbers", "ruled", "records", "spheres", "sequence", "numbers"] * 3 + [
+    "ahead",
+    "swapped",
+    "pooled",
+    "noisy",
+]
 RECORDS = [(("D", 4),), (("D", 3),), (("T", 3), ("D", 2)), (("T", 3), ("D", 3)), (("E", 2),), (("T", 3),)]
 SPHERE = """
 bijector own(p: Sphere[Q]) {
@@ -47,9 +54,9 @@ class Wide(Shapes):
 
     def __init__(self, seed: int):
         r = random.Random(seed)
-        self.kind = r.choice(["whole_numbers", "ruled", "records", "spheres", "sequence", "numbers"])
+        self.kind = r.choice(KINDS)
         shape: tuple[tuple[str, int], ...] | None = None
-        if self.kind == "sequence":
+        if self.kind in ("sequence", "ahead"):
             shape = (("T", r.choice([4, 5, 6])), ("C", r.choice([2, 3])))
         elif self.kind == "records":
             shape = r.choice(RECORDS)
@@ -470,6 +477,95 @@ class Wide(Shapes):
         y = b.add(b.mul(x, b.op("exp", s)), self.each(h)) if r.random() < 0.8 else self.scaled_sum(x, h)
         y = b.op("order", y, names=t.names)
         return [b.op("reverse", y, axis="T") if turn else y]
+
+    # ---- within a scan --------------------------------------------------------------------------
+
+    def ahead(self) -> list[int]:
+        """x + c·Σ over places S of f(x at T)·g(what stood earlier at S), with S before T, at T, or ahead of it."""
+        b, r, t = self.b, self.r, self.type
+        x = self.some_layers(self.x, 1)
+        size = t.size("T")
+        lag, reach = r.choice([1, 1, 2]), r.choice([-1, 0, 0, 1, 1, 2])
+        late = b.op("shift", x, axis="T", k=lag)
+        late = b.op("rename", b.op("tanh", b.mul(late, b.const(r.choice([1.0, 30.0])))), pairs=(("T", "S"),))
+        own = b.op(r.choice(["sin", "cos", "tanh"]), x)
+        place, other = (b.op("index", axis=a, size=size) for a in "TS")
+        place = b.op("expand", b.add(place, b.const(reach)), axes=(("T", size), ("S", size)))
+        near = b.op(r.choice(["eq", "ge"]), place, other)
+        zero = b.const(0.0)
+        if r.random() < 0.6:  # the weights hold the unknown value
+            every = (("T", size), ("S", size), ("C", t.size("C")))
+            weights = b.op("where", near, b.op("expand", own, axes=every), zero)
+            total = b.op("contract", weights, late, axes=("S",))
+        else:
+            weights = b.op("where", near, b.const(1.0), zero)
+            total = b.mul(own, b.op("contract", weights, late, axes=("S",)))
+        total = b.mul(b.op("order", total, names=t.names), b.const(r.choice([0.15, -0.15, 0.02])))
+        y = b.add(x, total) if r.random() < 0.8 else b.mul(x, b.op("exp", total))
+        return [b.op("order", y, names=t.names)]
+
+    def swapped(self) -> list[int]:
+        """Parts exchanged, moved by what stood earlier, and exchanged again, beside an autoregression."""
+        b, r, t = self.b, self.r, self.type
+        x = self.some_layers(self.x, 1)
+        a = self.axis(x)
+        n = t.size(a)
+        if n < 2:
+            return [x]
+        cut = r.randrange(1, n)
+
+        def turned(v: int, at: int) -> int:
+            parts = [b.op("slice", v, axis=a, start=i, stop=j) for i, j in ((at, n), (0, at))]
+            return b.op("join", *parts, axis=a)
+
+        lag = r.choice([1, cut, n - cut, n - cut, min(n - cut + 1, n - 1)])
+        moved = b.op(r.choice(["tanh", "sin"]), b.op("shift", x, axis=a, k=lag))
+        moved = b.mul(moved, b.const(r.choice([0.5, -2.0, 2.0])))
+        w = b.add(turned(x, cut), moved)
+        y = turned(w, n - cut) if r.random() < 0.9 else w
+        if r.random() < 0.8:
+            y = b.add(y, b.op("tanh", b.op("shift", x, axis=a, k=1)))
+        return [y]
+
+    # ---- what one sample alone cannot undo ----------------------------------------------------------
+
+    def pooled(self) -> list[int]:
+        """A layer whose condition is taken over the batch."""
+        b, r, t = self.b, self.r, self.type
+        h = self.some_layers(self.x, 1)
+        a = self.axis(h)
+        n = t.size(a)
+        if n > 1 and r.random() < 0.7:
+            cut = r.randrange(1, n)
+            one = b.op("slice", h, axis=a, start=0, stop=cut)
+            two = b.op("slice", h, axis=a, start=cut, stop=n)
+            source = b.op("batch_mean", one, axes=())
+            if r.random() < 0.5:
+                source = b.sub(one, source) if r.random() < 0.5 else b.mul(source, b.const(0.5))
+            h = b.op("join", one, self.affine(two, source), axis=a)
+        else:
+            h = b.sub(h, b.mul(b.op("batch_mean", h, axes=()), b.const(r.choice([1.0, 0.5, 0.0]))))
+        return [b.op("order", h, names=t.names)]
+
+    def noisy(self) -> list[int]:
+        """A map that draws and emits, taken as a map or as a condition; what it emits is forgotten."""
+        b, r, t = self.b, self.r, self.type
+        h = self.some_layers(self.x, 1)
+        inner = Region("noisy", "bijector", Graph())
+        c = Builder(inner.graph)
+        v = c.leaf("input", t, batched=True, label="v", name="v", role="map", domain=domain("R"))
+        law = DISTRIBUTIONS["normal"]
+        u = c.leaf("input", t, batched=True, label="u", name="u", role="draw", domain=domain("R"))
+        drawn = c.mul(u, c.op("exp", c.op("tanh", v))) if r.random() < 0.5 else c.mul(u, c.const(0.5))
+        out, led = r.choice([(c.add(v, drawn), v), (v, c.add(drawn, v)), (drawn, c.mul(v, c.const(2.0)))])
+        inner.inputs, inner.draws, inner.outputs = [v], [Draw(u, law, ())], [out]
+        inner.emissions = [Emission(led, law, ())]
+        self.region.children["noisy"] = Child("noisy", inner)
+        attrs = {"child": "noisy", "region": inner, "method": "forward", "lifted": ()}
+        call = self.graph.add("call", (h,), TupleType((t, t)), attrs).id
+        made = self.graph.add("get", (call,), t, {"index": r.choice([0, 0, 0, 1])}).id
+        y = r.choice([lambda: made, lambda: b.add(h, made), lambda: self.affine(h, made)])()
+        return [b.op("order", y, names=t.names)]
 
     def scaled_sum(self, x: int, h: int) -> int:
         """A monotone map of each entry inside the scan."""

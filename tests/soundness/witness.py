@@ -28,7 +28,9 @@ class Judgement:
 
 def judgement(m: Map) -> Judgement:
     comp = compile_source(Source("witness.flow", m.text))
-    region = next(r for r in comp.regions["f"].walk() if r.name == "m")
+    region = next((r for r in comp.regions["f"].walk() if r.name == "m"), None)
+    if region is None:  # refused before there is a graph
+        return Judgement(comp.ok, False, False)
     try:
         plan = isinstance(Analyses().plan(region), Plan)
         right = plan and (not comp.ok or is_random(region) or compare(region, Analyses(), 1) == "")
