@@ -28,6 +28,13 @@ def doubling(levels: int, kind: str) -> str:
     return first + rest
 
 
+def nested_declarations(levels: int, body: str, *, backwards: bool = False) -> str:
+    """Each declaration uses the one before; `backwards`, the first in the text uses the second."""
+    lines = ["bijector b0 { reverse }\n"]
+    lines += [f"bijector b{k} {body.replace('BEFORE', f'b{k - 1}')}\n" for k in range(1, levels)]
+    return "".join(lines[::-1] if backwards else lines)
+
+
 BOMBS: dict[str, Callable[[], str]] = {
     "repeat": lambda: flow("repeat 100000000000 { reverse }"),
     "nested repeats": lambda: flow(nested_repeats(12)),
@@ -67,9 +74,15 @@ BOMBS: dict[str, Callable[[], str]] = {
     "many blocks": lambda: "net n(x: R[D]) " + "{ if true " * 5_000 + "{ x }" + "}" * 5_000,
     "many axes": lambda: f"flow f {{ data x: R[{', '.join(f'A{k} = 2' for k in range(5000))}];  base normal }}\n",
     "many parameters": lambda: f"net n({', '.join(f'p{k}: R[D]' for k in range(60_000))}) {{ p0 }}\n" * 2,
-    "deep declarations": lambda: (
-        "bijector b0 { reverse }\n" + "".join(f"bijector b{k} {{ b{k - 1} }}\n" for k in range(1, 3000)) + flow("b2999")
+    "deep declarations": lambda: nested_declarations(3000, "{ BEFORE }") + flow("b2999"),
+    "deep declarations that nothing uses": lambda: nested_declarations(3000, "{ BEFORE }"),
+    "deep declarations from the top": lambda: nested_declarations(3000, "{ BEFORE }", backwards=True),
+    "inverses of inverses": lambda: flow("b99") + nested_declarations(100, "{ inverse(BEFORE) }"),
+    "inverses and what they undo": lambda: flow("b99") + nested_declarations(100, "{ inverse(BEFORE)\n  BEFORE }"),
+    "brackets in deep declarations": lambda: (
+        flow("b59") + nested_declarations(60, "(x: R[D]) { " + "-(" * 40 + "BEFORE(x)" + ")" * 40 + " }")
     ),
+    "for in what nothing uses": lambda: "bijector b {\n  for i in 0..3000 { reverse }\n}\n",
     "deep aliases": lambda: (
         "const z = a4999\nconst a0 = 1\n" + "".join(f"const a{k} = a{k - 1} + 1\n" for k in range(1, 5000))
     ),
