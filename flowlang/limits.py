@@ -21,6 +21,7 @@ AXIS_SIZE = 2**31 - 1
 INSTANTIATION_DEPTH = 64
 IMPORT_DEPTH = 16
 ROUNDS = 2_000  # unrolled copies in one run
+CALLS = 10_000  # of local functions, each written out
 GRAPH_NODES = 200_000
 REGIONS = 2_000
 REGION_DEPTH = 128

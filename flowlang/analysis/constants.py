@@ -49,9 +49,8 @@ class Constants:
 
     def of(self, id: int) -> Table | None:
         if id not in self._known:
-            for i in sorted(self.graph.reachable([id])):
-                if i not in self._known:
-                    self._known[i] = self.evaluate(self.graph[i])
+            for i in self.graph.pending(id, self._known):
+                self._known[i] = self.evaluate(self.graph[i])
         return self._known[id]
 
     def evaluate(self, node: Node) -> Table | None:

@@ -42,9 +42,8 @@ class Supports:
 
     def of(self, id: int) -> Support | None:
         if id not in self._known:
-            for i in sorted(self.graph.reachable([id])):
-                if i not in self._known:
-                    self._known[i] = self.evaluate(self.graph[i])
+            for i in self.graph.pending(id, self._known):
+                self._known[i] = self.evaluate(self.graph[i])
         return self._known[id]
 
     def evaluate(self, node: Node) -> Support | None:
@@ -96,9 +95,8 @@ class Dependence:
     def of(self, id: int) -> Relation | None:
         """The relation of a node on the entry; None when it does not depend on it."""
         if id not in self._known:
-            for i in sorted(self.graph.reachable([id])):
-                if i not in self._known:
-                    self._known[i] = None if i < self.entry or i in self.cut else self.evaluate(self.graph[i])
+            for i in self.graph.pending(id, self._known):
+                self._known[i] = None if i < self.entry or i in self.cut else self.evaluate(self.graph[i])
         return self._known[id]
 
     def evaluate(self, node: Node) -> Relation | None:

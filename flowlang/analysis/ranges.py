@@ -58,9 +58,8 @@ class Ranges:
     def bounds(self, id: int) -> Bounds:
         if id not in self._known:
             # Iterative: chains may be longer than the recursion limit.
-            for i in sorted(self.graph.reachable([id])):
-                if i not in self._known:
-                    self._known[i] = self.evaluate(self.graph[i], self._known, self.violations)
+            for i in self.graph.pending(id, self._known):
+                self._known[i] = self.evaluate(self.graph[i], self._known, self.violations)
         return self._known[id]
 
     def evaluate(self, node: Node, known: Mapping[int, Bounds], violations: list[Violation] | None) -> Bounds:

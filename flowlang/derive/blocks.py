@@ -32,6 +32,8 @@ LINEAR = ("add", "sub", "neg", "mul", "div", "order", "identity")
 def block(inv: Inverter, p: Problem) -> Block | None:
     """The first set of members that are jointly affine in equally many unknown values."""
     stuck = [m for m in sorted(p.members) if m not in p.targets and inv.real(m)]
+    if len(stuck) < 2:
+        return None
     forms = {m: f for m in stuck if (f := affine(inv, p, m)) is not None and m not in f}
     for exits in groups(forms):
         entries = sorted({u for e in exits for u in forms[e]} - {REST})

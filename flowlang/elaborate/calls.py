@@ -525,6 +525,7 @@ def call_local(body: Body, fn: Local, args: Arguments, finish: Callable[[], None
                 "FL0203", f"`{declaration.name}` needs the argument `{p.name}`", args.span,
                 suggestion=f"as in `{declaration.name}({p.name} = ..)`",
             )  # fmt: skip
+    body.elab.count_call(body, args.span)
     body.elab.enter(body, f"def:{id(declaration)}", declaration.name, args.span)
     before = body.count_weights()
     try:

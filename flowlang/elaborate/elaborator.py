@@ -64,8 +64,7 @@ class Trial:
     region: Region | None
     report: Report
     regions: dict[Hashable, Region]  # it, and those below that were made with it
-    rounds: int
-    items: int
+    spent: tuple[int, int, int]  # rounds, items and calls
     exhausted: bool  # it met a limit
 
 
@@ -94,6 +93,7 @@ class Elaborator:
         self._factor = 1
         self._rounds = 0
         self._items = 0
+        self._calls = 0
         self._exhausted = False
         self._depths: dict[Region, int] = {}
         self.noises: list[NoiseUse] = []  # stochastic solvers and the noises they met
@@ -344,6 +344,11 @@ class Elaborator:
             raise self.exhaust(body, f"more than {limits.ROUNDS:,} rounds written out: limit reached", span)
         if len(body.graph) > limits.GRAPH_NODES:
             raise self.exhaust(body, f"the graph exceeds the limit of {limits.GRAPH_NODES:,} nodes", span)
+
+    def count_call(self, body: Body, span: Span) -> None:
+        self._calls += 1
+        if self._calls > limits.CALLS:
+            raise self.exhaust(body, f"more than {limits.CALLS:,} calls of local functions: limit reached", span)
 
     def count_items(self, body: Body, count: int, span: Span) -> None:
         """Items of a list about to be made; lists of lists are counted too."""
@@ -622,7 +627,7 @@ class Elaborator:
 
     def attempt(self, caller: Body, inst: Instance, inputs: Mapping[str, TensorType], span: Span) -> Trial:
         scratch = Body(self, Region(caller.region.name, caller.region.kind, Graph()), caller.module)
-        told, before, spent = self.report, len(self.regions), (self._rounds, self._items, self._exhausted)
+        told, before, spent = self.report, len(self.regions), (self._rounds, self._items, self._calls, self._exhausted)
         self.report = Report(told=set(told.told))
         found: Region | None = None
         try:
@@ -635,8 +640,9 @@ class Elaborator:
         for k in made:
             del self.regions[k]
         exhausted = self._exhausted or any(d.code == "FL0901" for d in self.report.errors)
-        tried = Trial(found, self.report, made, self._rounds - spent[0], self._items - spent[1], exhausted)
-        self.report, (self._rounds, self._items, self._exhausted) = told, spent
+        used = (self._rounds - spent[0], self._items - spent[1], self._calls - spent[2])
+        tried = Trial(found, self.report, made, used, exhausted)
+        self.report, (self._rounds, self._items, self._calls, self._exhausted) = told, spent
         return tried
 
     def keep(self, tried: Trial) -> None:
@@ -644,8 +650,8 @@ class Elaborator:
         self.regions |= {k: r for k, r in tried.regions.items() if k not in self.regions}
         self.report.extend(d for d in tried.report if d.code != "FL0901" or not self._exhausted)
         self.report.told |= tried.report.told
-        self._rounds += tried.rounds
-        self._items += tried.items
+        rounds, items, calls = tried.spent
+        self._rounds, self._items, self._calls = self._rounds + rounds, self._items + items, self._calls + calls
         self._exhausted = self._exhausted or tried.exhausted
 
     def bound(self, caller: Body, region: Region, limit: float, span: Span) -> Region:

@@ -7,7 +7,7 @@ declaration. Equal instances share one region, and nodes refer to it by `call` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,17 @@ class Graph:
                     seen.add(v)
                     stack.append(v)
         return seen
+
+    def pending(self, root: int, known: Container[int]) -> list[int]:
+        """What the root needs and is not known yet, operands first; all that a known node needs is known too."""
+        seen: set[int] = set()
+        stack = [root]
+        while stack:
+            i = stack.pop()
+            if i not in seen and i not in known:
+                seen.add(i)
+                stack.extend(self._nodes[i].inputs)
+        return sorted(seen)
 
     def reachable(self, roots: list[int], inputs_of: Callable[[Node], Sequence[int]] | None = None) -> set[int]:
         """All nodes that the roots need, roots included; `inputs_of` tells which operands of a node count."""

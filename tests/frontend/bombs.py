@@ -48,6 +48,11 @@ BOMBS: dict[str, Callable[[], str]] = {
     ),
     "recursive const": lambda: "const a = b + 1\nconst b = a + 1\nflow f { data x: R[D = a];  base normal }\n",
     "recursive def": lambda: "net n(x: R[D]) {\n  def g(a) { g(a + 1) }\n  g(x)\n}\n",
+    "doubling local functions": lambda: (
+        "net n(x: R[D]) {\n  def g0(a) { a + 1 }\n"
+        + "".join(f"  def g{k}(a) {{ g{k - 1}(g{k - 1}(a)) }}\n" for k in range(1, 40))
+        + "  g39(x)\n}\n"
+    ),
     "giant number": lambda: f"const a = {'9' * 100_000}\n",
     "giant power": lambda: "const a = 9 ^ 9 ^ 9 ^ 9\n",
     "giant shift of powers": lambda: "const a = ((2 ^ 62) ^ 62) ^ 62\n",
