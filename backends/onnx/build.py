@@ -315,6 +315,8 @@ class Model:
             exactness = seen_from("generate", exactness)
         if "log_prob" in self.name or (own is not None and exactness != "exact"):
             found["exactness"] = exactness
+        if self.shared.written_out:
+            found["written_out"] = str(self.shared.written_out)
         if free:
             found["free_axes"] = json.dumps(free, ensure_ascii=False)
         if o.seed is not None and self.noise:

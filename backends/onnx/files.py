@@ -241,27 +241,52 @@ def write(file: Path, model: onnx.ModelProto) -> None:
     replace_file(file, model.SerializeToString())
 
 
-def weights_of(file: Path) -> Path | None:
-    """The file beside a model that holds its weights, where they are too many for one message."""
-    import onnx
+class Written:
+    """What a model's file tells, read once; its weights are left where they are."""
 
-    model = onnx.load(file, load_external_data=False)
-    places = {e.value for w in model.graph.initializer for e in w.external_data if e.key == "location"}
-    return file.with_name(places.pop()) if places else None
+    def __init__(self, file: Path):
+        import onnx
+
+        self.file, self.model = file, onnx.load(file, load_external_data=False)
+        self.metadata = {p.key: p.value for p in self.model.metadata_props}
+
+    @property
+    def weights(self) -> Path | None:
+        """The file beside it that holds its weights, where they are too many for one message."""
+        places = {e.value for w in self.model.graph.initializer for e in w.external_data if e.key == "location"}
+        return self.file.with_name(places.pop()) if places else None
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.metadata.get("certificate", "{}"))
+        return found
+
+    @property
+    def interface(self) -> str:
+        """Inputs and outputs with their shapes, the axes named where the model tells their names."""
+        axes = json.loads(self.metadata.get("axes", "{}"))
+
+        def one(v: Any) -> str:
+            dims = [d.dim_param or str(d.dim_value) for d in v.type.tensor_type.shape.dim]
+            own = axes.get(v.name, [])
+            if own and len(own) == len(dims) - 1:
+                dims[1:] = [f"{name} = {d}" if name != d else d for (name, _), d in zip(own, dims[1:], strict=True)]
+            return f"{v.name} [{', '.join(dims)}]"
+
+        return f"{', '.join(map(one, self.model.graph.input))} -> {', '.join(map(one, self.model.graph.output))}"
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """How many nodes it has, those of functions and loops' bodies where they are written; and how many loops."""
+        ops = [op for graph in (self.model.graph, *self.model.functions) for op in ops_of(graph)]
+        return len(ops), ops.count("Loop")
 
 
-def shown(file: Path) -> str:
-    """A model's inputs and outputs with their shapes, the axes named where the model tells their names."""
-    import onnx
-
-    model = onnx.load(file, load_external_data=False)
-    axes = json.loads(next((p.value for p in model.metadata_props if p.key == "axes"), "{}"))
-
-    def one(v: Any) -> str:
-        dims = [d.dim_param or str(d.dim_value) for d in v.type.tensor_type.shape.dim]
-        own = axes.get(v.name, [])
-        if own and len(own) == len(dims) - 1:
-            dims[1:] = [f"{name} = {d}" if name != d else d for (name, _), d in zip(own, dims[1:], strict=True)]
-        return f"{v.name} [{', '.join(dims)}]"
-
-    return f"{', '.join(map(one, model.graph.input))} -> {', '.join(map(one, model.graph.output))}"
+def ops_of(graph: Any) -> list[str]:
+    """The ops of a graph's nodes and of those in bodies; constants are none."""
+    out: list[str] = []
+    for n in graph.node:
+        out += [n.op_type] if n.op_type != "Constant" else []
+        for a in n.attribute:
+            out += ops_of(a.g) if a.HasField("g") else []
+    return out

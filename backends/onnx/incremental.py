@@ -76,14 +76,15 @@ class Incremental:
             return None, [solved, *(self.buffers[n] for n in self.stored[1:])]
 
         start = [g.filled(0.0, self.shape(n)) for n in self.stored]
-        loops = any(n.op.endswith(("_solve", "cubic_spline_inverse")) or "integrate" in n.op for n in self.source)
-        if self.plan.stages <= self.w.shared.unroll and not self.plan.columns and not loops:
+        # Attention's scores keep a column for every place, filled or not, which only a loop's fixed shapes ask for.
+        if self.plan.stages <= self.w.shared.unroll and not self.plan.columns:
             return self.written_out(round_, hint)
         solved = g.loop(self.plan.stages, start, round_, hint)[0]
         return self.finish(solved)
 
     def written_out(self, round_: Callable[[Value, list[Value]], tuple[None, list[Value]]], hint: str) -> Value:
         """Without a loop: stored are the rows so far, and at the first stage, which reads nothing, zeros without a batch."""
+        self.w.shared.written_out = max(self.w.shared.written_out, self.plan.stages)
         self.parts = {n: [] for n in self.stored}
         values = [self.g.const(np.zeros(self.shape(n)[len(self.w.leads) :])) for n in self.stored]
         for k in range(self.plan.stages):
@@ -149,7 +150,8 @@ class Incremental:
                 self.parts[n].append((self.round, new))
             if not self.parts[n]:
                 return self.buffers[n]
-            return g.concat([v for _, v in self.parts[n]], axis - new.rank)
+            # Onto what was joined before: two long pieces are copied faster than many short ones.
+            return g.concat([self.buffers[n], new] if len(self.parts[n]) > 1 else [new], axis - new.rank)
         pads = np.zeros((p.stages, 2 * new.rank), dtype=np.int64)
         pads[:, axis] = np.arange(p.stages) * p.rows
         pads[:, new.rank + axis] = pads[::-1, axis]

@@ -76,6 +76,7 @@ class Shared:
     groups: int = 0
     incremental: bool = True
     unroll: int = 0  # a loop of at most so many stages is written out
+    written_out: int = 0  # the stages of the longest one that was
     training: bool = False  # the pass of a training step, and what it puts into states
     states: dict[tuple[int, str], tuple[Weights, Value]] = field(default_factory=dict)  # their newest values
     scans: bool = False  # whether a loop was written that could be incremental

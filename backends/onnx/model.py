@@ -12,6 +12,7 @@ import onnx
 from flowlang.backends.onnx.folding import fold_affine
 from flowlang.backends.onnx.graph import BOOL, INT, REAL, Body, Builder, Node, Value, bodies, every_node, use_counts
 from flowlang.backends.onnx.outline import DOMAIN, Function, outline
+from flowlang.backends.onnx.products import fuse_products
 from flowlang.backends.onnx.turns import absorb_turns
 from onnx import TensorProto, helper, numpy_helper
 
@@ -38,7 +39,7 @@ def prune(body: Body) -> None:
     keep(body, {id(o) for o in body.outputs})
 
 
-def fuse(body: Body) -> None:
+def fuse(body: Body, dtype: str) -> None:
     """Fewer nodes with the same meaning."""
     uses = use_counts(body)
     for part in bodies(body):
@@ -50,6 +51,9 @@ def fuse(body: Body) -> None:
     for part in bodies(body):
         fuse_sums(part, uses)
         fuse_scales(part, uses)
+    uses = use_counts(body)
+    for part in bodies(body):
+        fuse_products(part, uses, dtype)
 
 
 def fuse_linear(part: Body, uses: Counter[int]) -> None:
@@ -320,7 +324,7 @@ def finish(
         made.name = key
         main.outputs.append(made)
     prune(main)
-    fuse(main)
+    fuse(main, g.dtype)
     functions = outline(main, use_counts(main))
     writer = Writer(g)
     graph = writer.write(main, name)

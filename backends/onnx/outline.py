@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from flowlang.backends.onnx.graph import Body, Node, Value
+from flowlang.backends.onnx.graph import Body, Node, Value, bodies, every_node
 
 DOMAIN = "flowlang"
 
@@ -61,6 +61,21 @@ def same_constant(values: list[Value]) -> bool:
     return all(v.array is not None and v.array.shape == first.shape and (v.array == first).all() for v in values[1:])
 
 
+def closed(body: Body, nodes: list[Node]) -> bool:
+    """Whether one call can stand where the last node does: none between reads what the group made (as its own loop does)."""
+    own, made = {id(n) for n in nodes}, {id(v) for n in nodes for v in n.outputs}
+    at = [k for k, n in enumerate(body.nodes) if id(n) in own]
+
+    def reads(n: Node) -> bool:
+        return (
+            any(id(v) in made for v in n.inputs)
+            or any(id(v) in made for part in n.bodies.values() for inner in bodies(part) for v in inner.outputs)
+            or any(id(v) in made for part in n.bodies.values() for inner in every_node(part) for v in inner.inputs)
+        )
+
+    return not any(reads(n) for n in body.nodes[at[0] : at[-1]] if id(n) not in own)
+
+
 def outline(body: Body, uses: Counter[int]) -> list[Function]:
     """Replaces repeated groups of the main graph by calls; gives the functions."""
     members: dict[int, list[Node]] = {}
@@ -69,6 +84,8 @@ def outline(body: Body, uses: Counter[int]) -> list[Function]:
             members.setdefault(n.group[0], []).append(n)
     classes: dict[tuple[str, Hashable], list[Group]] = {}
     for nodes in members.values():
+        if not closed(body, nodes):
+            continue
         found = group_of(nodes, uses)
         assert nodes[0].group is not None
         classes.setdefault((nodes[0].group[1], found.form), []).append(found)

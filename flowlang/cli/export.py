@@ -40,8 +40,8 @@ def export(
     opset: int | None, seed: int | None, unroll: int, dynamic: str | None, check: bool, double: bool,
 ) -> None:  # fmt: skip
     """Write the flow's programs as ONNX models that need no PyTorch."""
-    from flowlang.api import certificate, compare_onnx, compile_from, export_onnx
-    from flowlang.backends.onnx.files import check_opset, need_onnx, shown, weights_of
+    from flowlang.api import compare_onnx, compile_from, export_onnx
+    from flowlang.backends.onnx.files import Written, check_opset, need_onnx
     from flowlang.cli.common import load_ok
     from flowlang.cli.tables import certified
 
@@ -63,10 +63,17 @@ def export(
     files = export_onnx(made, out, programs or None, opset=opset, seed=seed, dynamic=axes, unroll=unroll)
     compared = compare_onnx(made, files) if check else {}
     for program, file in files.items():
-        click.echo(f"{file}: {program}, {file.stat().st_size / 1000:.0f} kB")
-        if (beside := weights_of(file)) is not None:
+        written = Written(file)
+        nodes, loops = written.nodes
+        size = f"{nodes} nodes" + (f", {loops} of them loops" if loops > 1 else ", one a loop" if loops else "")
+        click.echo(f"{file}: {program}, {size}, {file.stat().st_size / 1000:.0f} kB")
+        if (beside := written.weights) is not None:
             click.echo(f"  its weights stand in {beside}, {beside.stat().st_size / 1e6:.0f} MB: keep both together")
-        click.echo(f"  {shown(file)}")
+        click.echo(f"  {written.interface}")
+        if stages := written.metadata.get("written_out"):
+            click.echo(
+                f"  loops of up to {stages} stages are written out, which is faster; --unroll 0 keeps them, and the size, as they are for any number of coordinates"
+            )
         if program in compared:
             error, reason = compared[program].error, compared[program].reason
             click.echo(
@@ -74,8 +81,7 @@ def export(
                 if error is None
                 else f"  in onnxruntime within {error:.1e} of PyTorch"
             )
-    proved = certificate(made)
-    if proved:
-        click.echo(certified(proved))
+    if written.certificate:  # of the weights, so the same in all files
+        click.echo(certified(written.certificate))
     if weights is None:
         click.echo("fresh weights: give trained ones with --weights")

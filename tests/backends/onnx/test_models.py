@@ -357,6 +357,29 @@ def test_the_command_tells_the_interface_and_compares_with_pytorch(
     assert "PyTorch" not in done.output
 
 
+def test_the_command_tells_what_is_written_out_and_certifies_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.flow").write_text("flow f { data x: R[D = 4]\n affine_autoregressive(hidden = [8])\n base normal }")
+    command = ["export", "a.flow", "--program", "sample", "--no-check", "-o", "a.onnx"]
+    done = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert re.search(r"a.onnx: sample, \d+ nodes, \d+ kB\n", done.output)
+    assert "up to 4 stages are written out" in done.output
+    done = CliRunner().invoke(cli, [*command, "--unroll", "0"], catch_exceptions=False)
+    assert re.search(r"a.onnx: sample, \d+ nodes, one a loop, \d+ kB\n", done.output)
+    assert "written out" not in done.output
+    certified: list[object] = []
+    proof = fl.certificate
+    monkeypatch.setattr("flowlang.api.certificate", lambda flow: certified.append(flow) or proof(flow))
+    Path("b.flow").write_text(
+        "flow f { data x: R[D = 2]\n iresblock(iresnet_fc(8, 0.9, preact = false))\n base normal }"
+    )
+    done = CliRunner().invoke(cli, ["export", "b.flow", "--program", "forward", "-o", "b.onnx"], catch_exceptions=False)
+    assert "certificate: " in done.output, done.output
+    assert len(certified) == 1
+
+
 def test_a_written_model_is_compared_on_its_own_noise_and_in_the_datas_units(tmp_path: Path) -> None:
     flow = Standardised(
         fl.compile(COUPLING, seed=0).eval(), [100.0, 0, 0, 0], [3.0, 1, 1, 1], {"c": ([1.0, 2.0], [2.0, 2.0])}
