@@ -165,7 +165,7 @@ def not_real(inv: Inverter, v: int) -> Failure:
 
 def couples_samples(inv: Inverter, v: int) -> Failure:
     return Failure(
-        "FL0401",
+        "FL0411",
         "not invertible: this statistic couples the samples of a batch, so no sample can be inverted by itself",
         inv.graph[v].span or result_span(inv),
         suggestion="follow it with a running value, as in `running(mean[B](x), 0.1)`",

@@ -11,7 +11,7 @@ from tests.analysis.maps import NOT_BIJECTIVE, Map
 
 # What may be said of a map that breaks a clause; FL0401 ("arrives twice") is the last resort of every search.
 CODES = {
-    "A1": {"FL0401", "FL0402", "FL0406", "FL0407", "FL0414"},
+    "A1": {"FL0401", "FL0402", "FL0406", "FL0407", "FL0411", "FL0414"},
     "A2": {"FL0401", "FL0406", "FL0407"},
     "A3": {"FL0401", "FL0402", "FL0403", "FL0404", "FL0406", "FL0407"},
     "A4": {"FL0401"},

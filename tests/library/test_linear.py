@@ -181,7 +181,7 @@ def test_starts_are_refused_where_they_mean_nothing() -> None:
 
     assert errors("param s: R[D] = x") == ["FL0305"]
     assert errors("param s: R[D] = mean[B](x)") == []
-    assert errors("s = mean[B](x)") == ["FL0401"]
+    assert errors("s = mean[B](x)") == ["FL0411"]
 
 
 # ---- invertible batch norm ------------------------------------------------------------------------
