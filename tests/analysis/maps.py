@@ -36,6 +36,8 @@ HALVES = "a, b = halves[D](x)\n"
 KERNEL = "param L: UnitLowerTriangular[C', C]\nparam K: R[C', C, i = 3, j = 3] ~ normal(0, 0.2)\n"
 CORNER = "corner = index[i](K) == 2 and index[j](K) == 2\n"
 IMAGE = ("scan", "R[C, H, W]", "R[C = 2, H = 3, W = 3]")
+FIELD = "net v(z: R[D], t: R) -> R[D] { sin(3 * z) * (1 + t) }"
+MOVED = "integrate(v, x, t = 0 -> 1, rk4(steps = 4))"
 UNIT_VECTOR = "param w: Sphere[D]\ns = sum[D](w * x)\n"
 
 NOT_BIJECTIVE: tuple[Map, ...] = (
@@ -201,6 +203,12 @@ NOT_BIJECTIVE: tuple[Map, ...] = (
     Map("mean with a coefficient of a half", "A15", HALVES + "c = tanh(sum[D](b)) * mean[D](b)\njoin[D](a, b - c)", "linear"),
     Map("linear and its square", "A15", "m = mean[D](x)\nx + m * m", "linear"),
     Map("linear and a product", "A15", "x + 0.1 * mean[D](x) * x", "linear"),
+    # Trajectories
+    Map("what a field moves, less its start", "A3", "def v(z, t) { sin(3.14159265 * z) }\n" + MOVED + " - x", "ode"),
+    Map("field of the value that it moves", "A3", "def v(z, t) { x * z }\n" + MOVED, "ode"),
+    Map("trajectory whose half leaves twice", "A3", "y = " + MOVED + "\na, b = halves[D](y)\njoin[D](a, a)", "ode", before=FIELD),
+    Map("square of a trajectory", "A6", "y = " + MOVED + "\ny ^ 2", "ode", before=FIELD),
+    Map("field that jumps", "A6", MOVED, "ode", before="net v(z: R[D], t: R) -> R[D] { round(z) }"),
     # A12: draws
     Map("a draw that stays inside", "A12", "x + noisy(x)", before="bijector noisy(x: R[D]) {\n  u: R[D] ~ normal\n  emit u ~ normal\n  x\n}"),
     Map("a draw that is not emitted", "A12", "u: R[D] ~ normal\nx + u"),

@@ -41,4 +41,4 @@ def test_every_clause_and_fallback_has_four() -> None:
     clauses = Counter(m.clause for m in NOT_BIJECTIVE)
     assert min(clauses[c] for c in CODES) >= 4, clauses
     fallbacks = Counter(m.fallback for m in NOT_BIJECTIVE)
-    assert min(fallbacks[f] for f in ("scalar", "scan", "low rank", "contraction", "linear")) >= 4, fallbacks
+    assert min(fallbacks[f] for f in ("scalar", "scan", "low rank", "contraction", "linear", "ode")) >= 4, fallbacks
