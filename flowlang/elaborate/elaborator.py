@@ -401,9 +401,14 @@ class Elaborator:
 
     def size_override(self, body: Body, name: str, size: int | None, entry: tree.Entry) -> int:
         """A size of a flow's input: set from outside, its default, or a witness."""
-        if name in self.sets and isinstance(self.sets[name], int):
+        if name in self.sets:
             self.used_sets.add(name)
             value = self.sets[name]
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise body.fail(
+                    "FL0306", f"the size `{name}` is a whole number, and it was set to `{str(value).lower()}`", entry.span,
+                    suggestion=f"as in `--set {name}=8`",
+                )  # fmt: skip
             if value < 0 or value > limits.AXIS_SIZE:
                 raise body.fail(
                     "FL0901",

@@ -423,12 +423,19 @@ class Standardiser:
 
     @staticmethod
     def fit(x: Array, columns: Sequence[str] = ()) -> Standardiser:
-        mean, scale = x.mean(axis=0), x.std(axis=0)
-        flat = np.flatnonzero(~(scale.reshape(-1) > 0))
+        with np.errstate(over="ignore", under="ignore"):  # of squares: told below
+            mean, scale = x.mean(axis=0), x.std(axis=0)
+        flat = np.flatnonzero(~((scale > 0) & np.isfinite(scale)).reshape(-1))
         if len(flat):
             k = int(flat[0])
             name = f"`{columns[k]}`" if k < len(columns) else f"number {k}"
-            raise refuse("FL0802", f"column {name} is constant, and has no density", "leave it out")
+            column = x.reshape(len(x), -1)[:, k]
+            if column.min() == column.max():
+                raise refuse("FL0802", f"column {name} is constant, and has no density", "leave it out")
+            raise refuse(
+                "FL0802", f"the values of column {name} are too large or too close together to be standardised",
+                "give it in other units",
+            )  # fmt: skip
         return Standardiser(mean, scale)
 
     @staticmethod

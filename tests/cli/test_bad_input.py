@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from flowlang import files
 from flowlang.cli.common import write_text
 from flowlang.cli.main import cli
 from flowlang.diagnostics import FlowError
+from flowlang.train.data import Standardiser
 
 TEXT = "flow f { data x: R[D = 2];  affine_coupling(net = mlp(4));  base normal }"
 
@@ -29,6 +31,11 @@ OPTIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "dtype of whole numbers": ("FL0804", lambda m: fl.compile(TEXT, dtype=torch.int64)),
     "seed as text": ("FL0804", lambda m: fl.compile(TEXT, seed="x")),
     "a name longer than files have": ("FL0801", lambda m: fl.compile("a" * 5000)),
+    "a size with a fraction": ("FL0306", lambda m: fl.compile(TEXT, D=2.5)),
+    "a size that is true": ("FL0306", lambda m: fl.compile(TEXT, D=True)),
+    "a size as text": ("FL0306", lambda m: fl.compile(TEXT, D="a")),
+    "a column beyond squares": ("FL0802", lambda m: Standardiser.fit(np.array([[1e300], [-1e300]]))),
+    "a column below squares": ("FL0802", lambda m: Standardiser.fit(np.array([[1e-300], [0.0]]))),
     "weights by number": ("FL0801", lambda m: fl.load(3)),
     "saving to a folder": ("FL0801", lambda m: fl.save(m, ".")),
     "sample of a text": ("FL0702", lambda m: m.sample("3")),
