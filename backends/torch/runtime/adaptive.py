@@ -285,7 +285,7 @@ class BufferedStep:
         self.rates = [counted(rates), *(rates,) * (len(pieces) - 1)]  # a batch counts once
         self.moments = torch.empty_like(first.times)
         self.moment = self.moments.unbind()
-        self.numbers = [s.numel() for s in state]
+        self.numbers, self.few = [s.numel() for s in state], few(state)
 
     @property
     def state(self) -> State:
@@ -303,6 +303,9 @@ class BufferedStep:
             if not self.fsal:
                 torch.addmv(b.old, b.columns[-1], b.rows[-1], alpha=h, out=b.new)
             torch.mv(b.columns[-1], b.error, out=b.change)
+            if self.few:
+                lists = [listed(p) for p in (b.change_parts, b.old_parts, b.new_parts)]
+                return abs(h) * weighed(*lists, rtol, atol)
             norms += [torch.linalg.vector_norm(p) for p in b.scaled(rtol, atol)]
         if len(norms) == 1:
             return abs(h) * float(norms[0]) / math.sqrt(self.numbers[0])
@@ -408,6 +411,31 @@ def root_mean_square(parts: Sequence[Tensor]) -> float:
     return largest([v / math.sqrt(p.numel()) for v, p in zip(found, parts, strict=True)])
 
 
+FEW = 16  # numbers that Python reckons with faster than it calls torch
+
+
+def few(values: Sequence[Tensor]) -> bool:
+    return values[0].device.type == "cpu" and sum(v.numel() for v in values) <= FEW
+
+
+def listed(parts: Sequence[Tensor]) -> list[list[float]]:
+    return [p.reshape(-1).tolist() for p in parts]
+
+
+def weighed(
+    values: list[list[float]], old: list[list[float]], new: list[list[float]], rtol: float, atol: float
+) -> float:
+    """`scaled_norm` over all of a few numbers."""
+    found = []
+    for part in zip(values, old, new, strict=True):
+        total = 0.0
+        for v, a, b in zip(*part, strict=True):
+            ratio = v / (rtol * max(abs(a), abs(b)) + atol or 1e-300)
+            total += ratio * ratio
+        found.append(math.sqrt(total / len(part[0])))
+    return largest(found)
+
+
 def largest(values: Sequence[float]) -> float:
     """Not-a-number if one is."""
     total = sum(values)
@@ -415,8 +443,10 @@ def largest(values: Sequence[float]) -> float:
 
 
 def sound(values: Sequence[Tensor]) -> bool:
-    """Whether all is finite, by one sum: not-a-number and infinity stay in it."""
+    """Whether all is finite; of many numbers by one sum, in which not-a-number and infinity stay."""
     with torch.no_grad():
+        if few(values):
+            return all(math.isfinite(v) for part in listed(values) for v in part)
         return all(math.isfinite(float(v.sum())) or bool(torch.isfinite(v).all()) for v in values)
 
 
@@ -425,9 +455,13 @@ def shared_first_step(
     method: RungeKutta,
 ) -> float:  # fmt: skip
     """`first_step` for all samples."""
-    scales = [s.abs().mul_(rtol).add_(atol) for s in state]
+    small = few(state)
+    known = listed(state) if small else []
+    scales = [] if small else [s.abs().mul_(rtol).add_(atol) for s in state]
 
     def norm(values: Sequence[Tensor]) -> float:
+        if small:
+            return weighed(listed(values), known, known, rtol, atol)
         return root_mean_square([v / s for v, s in zip(values, scales, strict=True)])
 
     size, speed = norm(state), norm(slope)
