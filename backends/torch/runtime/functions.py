@@ -42,7 +42,7 @@ class OwnGradient(torch.autograd.Function):
 
 
 class ByHand(torch.autograd.Function):  # ignores below: torch's functions of autograd are untyped
-    """A value whose gradient is written by hand, in fewer passes over memory than those of its parts.
+    """A value, or several, with a gradient written by hand, in fewer passes over memory than those of its parts.
 
     `plain` says what it is: gradients of gradients are left to it. `run` gives the value and what `back` reads beside
     the inputs; `back` gives a gradient for each input, None for what has none.
@@ -50,17 +50,18 @@ class ByHand(torch.autograd.Function):  # ignores below: torch's functions of au
 
     @staticmethod
     def forward(
-        ctx: Any, plain: Callable[..., Tensor], run: Callable[..., Any], back: Callable[..., Any], *inputs: Any
-    ) -> Tensor:
+        ctx: Any, plain: Callable[..., Any], run: Callable[..., Any], back: Callable[..., Any], *inputs: Any
+    ) -> Any:
         y, kept = run(*inputs)
         ctx.plain, ctx.back = plain, back
         ctx.options = [None if isinstance(i, Tensor) else i for i in inputs]
         ctx.places = [k for k, i in enumerate(inputs) if isinstance(i, Tensor)]
         ctx.save_for_backward(*(inputs[k] for k in ctx.places), *kept)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *slopes_of: Tensor) -> Any:
+        dy: Any = slopes_of if len(slopes_of) > 1 else slopes_of[0]
         inputs, saved = list(ctx.options), ctx.saved_tensors
         for k, value in zip(ctx.places, saved, strict=False):
             inputs[k] = value
@@ -74,12 +75,14 @@ class ByHand(torch.autograd.Function):  # ignores below: torch's functions of au
         return (None, None, None, *(slopes.get(k) for k in range(len(inputs))))
 
 
-def by_hand(plain: Callable[..., Tensor], run: Callable[..., Any], back: Callable[..., Any], *inputs: Any) -> Tensor:
+def by_hand(plain: Callable[..., Any], run: Callable[..., Any], back: Callable[..., Any], *inputs: Any) -> Any:
     """`plain(*inputs)`, with a gradient of its own outside of transformations of programs."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() or transformed:
         return plain(*inputs)
-    found: Tensor = ByHand.apply(plain, run, back, *inputs)  # type: ignore[no-untyped-call]
-    return found
+    if not torch.is_grad_enabled():
+        return run(*inputs)[0]
+    return ByHand.apply(plain, run, back, *inputs)  # type: ignore[no-untyped-call]
 
 
 # ---- elementwise --------------------------------------------------------------------------------
