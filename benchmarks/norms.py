@@ -1,15 +1,26 @@
 """Generated norms beside torch's own layers, and beside a plain composition of torch ops: forward and backward.
 
-    python benchmarks/norms.py [--rounds 60]
+    python benchmarks/norms.py [--rounds 100] [--processes 5] [--only "layer norm" ...]
 
-Times are interleaved (each round runs every contender once) and the medians of rounds are compared, so that a slow moment
-of the machine falls on all. Times are of the processor, in one thread: what other work takes is left out. float32, training mode.
+Each row is measured in several fresh processes: the ratio of a process is that of the medians of its rounds, and the table
+has the median and the range over processes. In a round each contender runs once, in an order drawn anew, so that a slow
+moment of the machine falls on both. Times are of the processor, in one thread: what other work takes is left out. float32,
+training mode; the input and the gradient that comes back are made once.
+
+The processes run with glibc's settings below, which keep freed memory in the heap. Without them blocks of some MB go back
+to the system and come again as pages that fault at their first touch: a thousand faults for 4 MB, 0.5 to 6 ms, or none,
+as the heap's top happens to lie. That is more than a layer norm takes (1.2 ms), and made its ratio swing from 0.4 to 1.4.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +30,9 @@ from torch import Tensor, nn
 
 import flowlang as fl
 
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**28),
+}  # fmt: skip
 IMAGE, TOKENS = (32, 64, 16, 16), (32, 128, 256)
 
 
@@ -208,46 +222,69 @@ COMPOSED: list[tuple[str, str, tuple[int, ...], Callable[[Tensor, Any], Tensor]]
 ]  # fmt: skip
 
 
-def timed(run: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    x = x.clone().requires_grad_()
-    start = time.process_time()
-    run(x).sum().backward()
-    return time.process_time() - start
+WEIGHTS = {"weight norm, linear": weight_norm, "spectral norm, linear": spectral}
+OWN, PLAIN = "torch's own layer", "composition of torch ops"
+ROWS = {
+    **{name: OWN for name, *_ in NATIVE}, **dict.fromkeys(WEIGHTS, OWN), **{name: PLAIN for name, *_ in COMPOSED},
+}  # fmt: skip
 
 
-def compare(
-    mine: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor], x: Tensor, rounds: int
-) -> tuple[float, float]:
+def contenders(row: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]:
+    """The generated one, the other one, and an input."""
+    if row in WEIGHTS:
+        mine, other = WEIGHTS[row]()
+        return mine, other, torch.randn(128, 256)
+    for name, body, shape, layer in NATIVE:
+        if name == row:
+            return compiled(body, shape), layer(), torch.randn(*shape)
+    _, body, shape, formula = next(r for r in COMPOSED if r[0] == row)
+    module = compiled(body, shape)
+    return module, lambda x: formula(x, module), torch.randn(*shape)
+
+
+def measure(row: str, rounds: int) -> tuple[float, float]:
     """Median seconds of each, forward and backward."""
+    mine, other, x = contenders(row)
     torch.testing.assert_close(mine(x), other(x), rtol=1e-3, atol=1e-4)
+    x.requires_grad_()
+    back = torch.randn_like(mine(x))
     found: tuple[list[float], list[float]] = ([], [])
-    for k in range(rounds + 5):
-        order = (0, 1) if k % 2 else (1, 0)
+    order = [0, 1]
+    for k in range(rounds + 10):
+        random.shuffle(order)
         for which in order:
-            seconds = timed((mine, other)[which], x)
-            if k >= 5:
+            x.grad = None
+            start = time.process_time()
+            (mine, other)[which](x).backward(back)
+            seconds = time.process_time() - start
+            if k >= 10:
                 found[which].append(seconds)
     return statistics.median(found[0]), statistics.median(found[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--here", action="store_true", help="one process, this one: the seconds of each as JSON")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(f"{'norm':24} {'generated':>10} {'other':>10} {'other / generated':>18}")
-    for name, body, shape, layer in NATIVE:
-        a, b = compare(compiled(body, shape), layer(), torch.randn(*shape), args.rounds)
-        print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  torch's own layer")
-    for name, make in (("weight norm, linear", weight_norm), ("spectral norm, linear", spectral)):
-        mine, other = make()
-        a, b = compare(mine, other, torch.randn(128, 256), args.rounds)
-        print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  torch's own layer")
-    for name, body, shape, formula in COMPOSED:
-        module = compiled(body, shape)
-        a, b = compare(module, lambda x, f=formula, m=module: f(x, m), torch.randn(*shape), args.rounds)
-        print(f"{name:24} {1e3 * a:8.2f}ms {1e3 * b:8.2f}ms {b / a:17.2f}x  composition of torch ops")
+    if args.here:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        print(json.dumps([measure(row, args.rounds) for row in args.only]))
+        return
+    print(f"{'norm':24} {'generated':>10} {'other':>10} {'other / generated':>18} {'range':>12}")
+    for row in args.only:
+        command = [sys.executable, __file__, "--here", "--rounds", str(args.rounds), "--only", row]
+        runs = [
+            json.loads(subprocess.run(command, env=os.environ | MALLOC, check=True, capture_output=True).stdout)[0]
+            for _ in range(args.processes)
+        ]
+        a, b = (1e3 * statistics.median(r[k] for r in runs) for k in (0, 1))
+        ratios = sorted(r[1] / r[0] for r in runs)
+        span = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+        print(f"{row:24} {a:8.2f}ms {b:8.2f}ms {statistics.median(ratios):17.2f}x {span:>12}  {ROWS[row]}", flush=True)
 
 
 if __name__ == "__main__":

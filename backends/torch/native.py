@@ -182,11 +182,11 @@ def with_patterns(program: Program) -> Program:
     )  # fmt: skip
 
 
-def factor(graph: Graph, node: Node) -> tuple[int, int] | None:
-    """(value, factor) of a product or ratio by something smaller, that lacks one of the value's axes."""
-    if node.op not in ("mul", "div") or node.inputs[0] == node.inputs[1] or node.tensor.kind != "real":
+def smaller(graph: Graph, node: Node, ops: tuple[str, str]) -> tuple[int, int] | None:
+    """(value, other) of one of these two ops by something smaller, that lacks one of the value's axes."""
+    if node.op not in ops or node.inputs[0] == node.inputs[1] or node.tensor.kind != "real":
         return None
-    for k in (0, 1) if node.op == "mul" else (0,):
+    for k in (0, 1) if node.op == ops[0] else (0,):
         x, s = graph[node.inputs[k]], graph[node.inputs[1 - k]]
         if x.batched and x.tensor.names == node.tensor.names and set(s.tensor.names) < set(x.tensor.names):
             return x.id, s.id
@@ -194,7 +194,10 @@ def factor(graph: Graph, node: Node) -> tuple[int, int] | None:
 
 
 def regrouped(program: Program) -> Program:
-    """x / s · g for factors smaller than x becomes x · (g / s): one pass over x, and over its gradient, in place of two."""
+    """x / s · g and x - m + b for factors and terms smaller than x become x · (g / s) and x + (b - m).
+
+    One pass over x, and over its gradient, in place of two.
+    """
     graph = program.graph
     roots = [*program.outputs, *(n for _, n in program.effects)]
     needed = graph.reachable(roots)
@@ -202,22 +205,25 @@ def regrouped(program: Program) -> Program:
     def alone(n: int) -> bool:
         return n not in roots and sum(user.id in needed for user, _ in graph.users(n)) == 1
 
-    chains: dict[int, tuple[int, list[tuple[str, int]]]] = {}
+    chains: dict[int, tuple[int, tuple[str, str], list[tuple[str, int]]]] = {}
     inside: set[int] = set()
     for n in sorted(needed, reverse=True):
-        found = factor(graph, graph[n]) if n not in inside else None
-        factors: list[tuple[str, int]] = []
+        if n in inside:
+            continue
+        ops = ("add", "sub") if graph[n].op in ("add", "sub") else ("mul", "div")
+        found = smaller(graph, graph[n], ops)
+        parts: list[tuple[str, int]] = []
         x, own, names = n, [], set[str]()
         while found is not None and (x == n or alone(x)):
             wider = names | set(graph[found[1]].tensor.names)
             if not wider < set(graph[n].tensor.names):
                 break
-            factors.append((graph[x].op, found[1]))
+            parts.append((graph[x].op, found[1]))
             own.append(x)
             x, names = found[0], wider
-            found = factor(graph, graph[x])
-        if len(factors) > 1 and any(graph[s].tensor.axes for _, s in factors):
-            chains[n] = x, factors[::-1]
+            found = smaller(graph, graph[x], ops)
+        if len(parts) > 1 and any(graph[s].tensor.axes for _, s in parts):
+            chains[n] = x, ops, parts[::-1]
             inside |= set(own)
     if not chains:
         return program
@@ -229,14 +235,15 @@ def regrouped(program: Program) -> Program:
         if n not in chains:
             ids[n] = b.graph.again(node, [ids[i] for i in node.inputs])
             continue
-        x, factors = chains[n]
-        above, below = ([ids[s] for op, s in factors if op == kind] for kind in ("mul", "div"))
-        scale = reduce(b.mul, above) if above else b.const(1.0)
+        x, (more, less), parts = chains[n]
+        above, below = ([ids[s] for op, s in parts if op == kind] for kind in (more, less))
+        join = b.mul if more == "mul" else b.add
+        small = reduce(join, above) if above else b.const(1.0 if more == "mul" else 0.0)
         if below:
-            scale = b.div(scale, reduce(b.mul, below))
-        made = b.op("mul", ids[x], scale, span=node.span)
+            small = b.op(less, small, reduce(join, below))
+        made = b.op(more, ids[x], small, span=node.span)
         ids[n] = b.graph.add(
-            "mul", b.graph[made].inputs, node.type, {}, span=node.span, label=node.label, batched=node.batched
+            more, b.graph[made].inputs, node.type, {}, span=node.span, label=node.label, batched=node.batched
         ).id
     return replace(
         program, graph=b.graph, inputs=[ids[i] for i in program.inputs], outputs=[ids[o] for o in program.outputs],

@@ -202,8 +202,12 @@ def unit_vector(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def batch_mean(x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:
-    """The mean over all batch dimensions (those before the last `rank`) and over `dims`."""
-    return over_batch(torch.mean, x, rank, dims)
+    """The mean over all batch dimensions (those before the last `rank`) and over `dims`.
+
+    As a sum, whose gradient is a view; that of `torch.mean` is written out.
+    """
+    total = over_batch(torch.sum, x, rank, dims)
+    return total / (x.numel() // max(total.numel(), 1))
 
 
 def over_batch(act: Callable[..., Tensor], x: Tensor, rank: int, dims: tuple[int, ...]) -> Tensor:

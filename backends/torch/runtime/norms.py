@@ -246,22 +246,29 @@ def normed_weight_plain(v: Tensor, g: Tensor) -> Tensor:
     return v * (g / v.square().sum(tuple(range(1, v.dim()))).sqrt()).reshape(each)
 
 
-def normed_weight_run(v: Tensor, g: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    found, norms = torch._weight_norm_interface(v.contiguous(), g.reshape(-1, *(1,) * (v.dim() - 1)), 0)
-    return found, (norms,)
-
-
-def normed_weight_back(dw: Tensor, kept: tuple[Tensor], v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    gain = g.reshape(-1, *(1,) * (v.dim() - 1))
-    dv, dg = torch.ops.aten._weight_norm_interface_backward(dw.contiguous(), v.contiguous(), gain, kept[0], 0)
-    return dv, dg.reshape(g.shape)
-
-
 def normed_weight(v: Tensor, g: Tensor) -> Tensor:
     """g · v/|v|, the norm over all dims but the first: the kernels of torch's own weight norm.
 
-    Its gradient of the gradient takes |v| for a constant (torch 2.13), and is left to the formula.
+    Its gradient of the gradient takes |v| for a constant (torch 2.13): there the formula's gradients stand in. A function
+    of autograd in Python around the kernels would do as well, and made the layer slower than torch's.
     """
-    if v.device.type not in ("cpu", "cuda"):
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or not (v.is_cpu or v.is_cuda) or v.dtype not in (torch.float32, torch.float64):
         return normed_weight_plain(v, g)
-    return by_hand(normed_weight_plain, normed_weight_run, normed_weight_back, v, g)
+    gain = g.reshape(-1, *(1,) * (v.dim() - 1))
+    w: Tensor = torch._weight_norm_interface(v.contiguous(), gain, 0)[0]
+    node = w.grad_fn
+    if node is not None:
+
+        def twice(given: tuple[Tensor | None, ...], dw: tuple[Tensor, ...]) -> tuple[Tensor | None, ...] | None:
+            if not torch.is_grad_enabled():
+                return None
+            wanted = [t for t in (v, g) if t.requires_grad]
+            found = iter(torch.autograd.grad(normed_weight_plain(v, g), wanted, dw[0], create_graph=True))
+            return tuple(
+                next(found).reshape(d.shape) if d is not None and t.requires_grad else None
+                for d, t in zip(given, (v, g), strict=True)
+            )
+
+        node.register_hook(twice)
+    return w

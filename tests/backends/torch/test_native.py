@@ -172,12 +172,15 @@ def test_weight_norm_is_torch_s_kernel(body: str) -> None:
     def plain(v: torch.Tensor) -> torch.Tensor:
         return v * (g / v.flatten(1).norm(dim=1)).reshape(-1, *(1,) * (v.dim() - 1))
 
-    def used(v: torch.Tensor) -> torch.Tensor:
+    def used(v: torch.Tensor, g: torch.Tensor = g) -> torch.Tensor:
         return torch.func.functional_call(module.weight_norm, {"g": g}, (v,))
 
     torch.testing.assert_close(used(v), plain(v), rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(used, v.detach().requires_grad_())
     assert torch.autograd.gradgradcheck(used, v.detach().requires_grad_())
+    assert torch.autograd.gradgradcheck(used, (v.detach(), g.requires_grad_()))
+    assert torch.autograd.gradgradcheck(used, (v.detach().requires_grad_(), g))
+    g.requires_grad_(False)
     many = torch.stack([v.detach(), 2 * v.detach() + 0.1])
     torch.testing.assert_close(
         torch.func.vmap(used)(many), torch.stack([plain(w) for w in many]), rtol=1e-12, atol=1e-12
