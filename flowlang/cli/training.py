@@ -130,7 +130,8 @@ def say(text: str, *, err: bool = False) -> None:
 @click.option("--weight-decay", default=DEFAULT.weight_decay, show_default=True)
 @click.option(
     "--rule", "rules", multiple=True, metavar="'PATTERN: lr=X, weight_decay=Y'", callback=lambda _c, _p, v: "; ".join(v),
-    help="Rate or decay of parameters by their names, as '*.g: lr=1e-4'; the last that fits wins. May be repeated.",
+    help="Rules of parameters by their names, as '*.g: lr=1e-4'; the last that fits wins. `clip=X`: a unit's gradient is at "
+         "most X times as long as its weights. `unit=K`: vectors along axis K have length 1. May be repeated.",
 )  # fmt: skip
 @click.option("--clip", default=DEFAULT.clip, show_default=True, help="Largest norm of the gradient; 0 for none.")
 @click.option("--ema", default=DEFAULT.ema, show_default=True, help="Weight kept per step by an average; 0 for none.")

@@ -29,6 +29,7 @@ from flowlang.backends.torch.store import load_state, read_tensors, write_tensor
 from flowlang.diagnostics import Diagnostic, FlowError
 from flowlang.files import replace_file
 from flowlang.train.problem import Likelihood, Problem, Variational, one_value, seed_of
+from flowlang.train.units import clip_units, keep_units
 
 if TYPE_CHECKING:
     from flowlang.backends.torch.runtime import Flow
@@ -46,7 +47,8 @@ class Options:
     lr, schedule     learning rate, `cosine` (down to 0) or `constant`, after `warmup` steps of linear growth
     weight_decay     of AdamW
     rules            of parameters by their names, as `*.g: lr=1e-4, weight_decay=0; d.*: lr=2e-3`, the last that fits wins;
-                     with rules, `weight_decay` is for weights of two axes or more
+                     with rules, `weight_decay` is for weights of two axes or more; `clip` bounds a unit's gradient by
+                     its weights, `unit` keeps vectors along an axis at length 1 (train/units.py)
     clip             bound of the gradient's norm; 0 for none
     ema              weight kept per step by the average that is validated and saved; 0 for none
     validation       fraction held out; `patience` epochs without a better value end the run
@@ -97,6 +99,9 @@ class Options:
                 raise FlowError(Diagnostic("FL0804", words, suggestion="see `flowlang train --help`"))
 
 
+RULES = ("lr", "weight_decay", "clip", "unit")
+
+
 def rules_of(text: str) -> dict[str, dict[str, float]]:
     """Options of an optimizer by patterns of parameters' names."""
     found: dict[str, dict[str, float]] = {}
@@ -110,12 +115,12 @@ def rules_of(text: str) -> dict[str, dict[str, float]]:
             except ValueError:
                 options[name] = math.nan
         if not pattern.strip() or any(
-            k not in ("lr", "weight_decay") or not 0 <= v < math.inf for k, v in options.items()
+            k not in RULES or not 0 <= v < math.inf or (k == "unit" and v != int(v)) for k, v in options.items()
         ):
             raise FlowError(
                 Diagnostic(
                     "FL0804", f"`{rule}` is no rule for parameters",
-                    suggestion="as in `--rule '*.g: lr=1e-4, weight_decay=0'`: a pattern of names, and `lr` or `weight_decay`",
+                    suggestion="as in `--rule '*.g: lr=1e-4, weight_decay=0'`: a pattern of names, and `lr`, `weight_decay`, `clip` or `unit`",
                 )
             )  # fmt: skip
         found[pattern.strip()] = options
@@ -246,6 +251,15 @@ class Interrupts:
 def named_groups(flow: Any, o: Options) -> list[dict[str, Any]]:
     """Parameters in groups by the rules; a rate is kept as its share of the run's, which the schedule moves."""
     groups: list[dict[str, Any]] = flow.parameter_groups(rules_of(o.rules), weight_decay=o.weight_decay)
+    for group in groups:
+        least = min(p.dim() for p in group["params"])
+        if group.get("unit", 0) >= max(least, 1) or ("unit" in group and not least):
+            raise FlowError(
+                Diagnostic(
+                    "FL0804", f"`unit={group['unit']:g}` is no axis of a parameter of {least} axes",
+                    suggestion="axes count from 0; name weights alone, as in `--rule '*_weight: unit=1'`",
+                )
+            )  # fmt: skip
     return [{**g, "share": g.get("lr", o.lr) / o.lr} for g in groups]
 
 
@@ -260,6 +274,7 @@ class Trainer:
         self.module, self.optimizer = fabric.setup(
             problem.module, torch.optim.AdamW(groups, lr=o.lr, weight_decay=o.weight_decay)
         )
+        keep_units(self.optimizer.param_groups)
         self.average = self.weights() if o.ema > 0 else {}
         self.best = self.weights()
         self.result = Result(main=self.rank == 0)
@@ -337,6 +352,7 @@ class Trainer:
         loss = self.module(*(self.moved(a) for a in arguments)).mean()
         self.optimizer.zero_grad()
         self.fabric.backward(loss * weight)
+        clip_units(self.optimizer.param_groups)
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), o.clip if o.clip > 0 else math.inf)
         # One exchange tells every process what all of them saw, so that they take the same turn.
         said = torch.tensor(
@@ -349,6 +365,7 @@ class Trainer:
         self.asked, self.late = bool(said[2]), bool(said[3])
         if math.isfinite(value) and math.isfinite(size):
             self.optimizer.step()
+            keep_units(self.optimizer.param_groups)
             self.followed()
             self.row = 0
             self.total += value

@@ -144,30 +144,26 @@ def test_a_cell_alone_is_a_step(kind: str) -> None:
     assert torch.allclose(first, states(kind, module, values[0][:, None])[:, 0])
 
 
-@pytest.mark.parametrize("start", ["normal", "identity"])
-def test_item_8_large_recurrent_weights_do_not_saturate(start: str) -> None:
-    """Over 50 steps, the recurrent weights three times their start. The card names no start, and it decides: with N(0, 1), and
-    with the identity (as recurrent networks of relu began in 2015), on inputs of a fifth, the plain cell saturates and the
-    normalised one does not.
+@pytest.mark.parametrize("size", [32, 100])
+def test_item_8_large_recurrent_weights_do_not_saturate(size: int) -> None:
+    """Over 50 steps, the recurrent weights three times their start, at which the plain cell saturates and LN-RNN does not.
 
-    Measured, plain against LN-RNN: 0.90 and 0.002 from N(0, 1); see the assertions for the identity. With three times the
-    library's start 0.06 and 0.002, with three times an orthogonal matrix 0.31 and 0.01: these weights are too small to saturate
-    tanh, whatever the norm.
+    The card names no start, and it decides. From N(0, 1), at these widths and ten seeds, the plain cell has 0.84 to 0.94 of its
+    units above 0.99 after 50 steps and over all of them, LN-RNN at most 0.012. With three times an orthogonal matrix or
+    N(0, 1/H) it is a third of them at every width from 32 to 400 (0.28 to 0.40), with the library's start a tenth: weights that
+    are too small to saturate tanh, whatever the norm. LN-RNN stays below 0.02 from every start.
     """
     plain = "net cell(x: R[D], h: R[H]) { a: R[H] = linear[D -> H](x)\n b: R[H] = linear[H -> H](h)\n tanh(a + b) }"
-    weights = {"normal": data(32, 32, seed=4), "identity": torch.eye(32, dtype=torch.float64)}[start]
-    x = data(16, 50, 8) * (1.0 if start == "normal" else 0.2)
-    shares = {}
-    for name, cell in (("plain", "cell()"), ("norm", "ln_rnn_cell()")):
-        text = f"{plain}\nnet f(x: R[T, D]) -> R[T, H = 32] {{ recurrent(32, {cell})(x) }}"
+    for name, cell in (("Cell", "cell()"), ("LnRnnCell", "ln_rnn_cell()")):
+        text = f"{plain}\nnet f(x: R[T, D]) -> R[T, H = {size}] {{ recurrent({size}, {cell})(x) }}"
         module = fl.compile(text, flow="f", T=50, D=8, dtype=torch.float64)
-        step = part(module, "Cell" if name == "plain" else "LnRnnCell")
-        with torch.no_grad():
-            (own,) = [p for p in step.parameters() if p.shape == (32, 32)]
-            own.copy_(3 * weights)
-        shares[name] = float((module(x).detach()[:, -1].abs() > 0.99).double().mean())
-    assert shares["plain"] > 0.8
-    assert shares["norm"] < 0.4
+        (own,) = [p for p in part(module, name).parameters() if p.shape == (size, size)]
+        for seed in range(10):
+            with torch.no_grad():
+                own.copy_(3 * data(size, size, seed=seed))
+                states = module(data(16, 50, 8, seed=100 + seed)).abs() > 0.99
+            for share in (float(states[:, -1].double().mean()), float(states.double().mean())):
+                assert share > 0.8 if name == "Cell" else share < 0.04, (seed, share)
 
 
 def test_statistics_over_all_axes_with_a_gain_for_each_channel() -> None:
