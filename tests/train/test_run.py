@@ -51,7 +51,20 @@ def test_rules_say_rates_and_decay_by_name(tmp_path: Path) -> None:
     assert moved == {k for k in before if k.startswith("blocks.1.") and k.endswith("weight")}
 
 
-@pytest.mark.parametrize("rules", ["*: speed=1", "*: lr", ": lr=1", "*: lr=-1", "*: lr=nan", "nothing.*: lr=1", "*weight: unit=0.5", "*weight: unit=2", "*bias: unit=1"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "*: speed=1",
+        "*: lr",
+        ": lr=1",
+        "*: lr=-1",
+        "*: lr=nan",
+        "nothing.*: lr=1",
+        "*weight: unit=0.5",
+        "*weight: unit=2",
+        "*bias: unit=1",
+    ],
+)
 def test_a_rule_that_says_nothing_is_refused(rules: str, tmp_path: Path) -> None:
     with pytest.raises(fl.FlowError) as caught:
         train(fl.compile(SPEC), table(), tmp_path, options(rules=rules))
