@@ -249,8 +249,8 @@ def normed_weight_plain(v: Tensor, g: Tensor) -> Tensor:
 def normed_weight(v: Tensor, g: Tensor) -> Tensor:
     """g · v/|v|, the norm over all dims but the first: the kernels of torch's own weight norm.
 
-    Its gradient of the gradient takes |v| for a constant (torch 2.13): there the formula's gradients stand in. A function
-    of autograd in Python around the kernels would do as well, and made the layer slower than torch's.
+    Its gradient of the gradient takes |v| for a constant (torch 2.13): there the formula's gradients stand in. A
+    function of autograd in Python around the kernels would do as well, and made the layer slower than torch's.
     """
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if transformed or not (v.is_cpu or v.is_cuda) or v.dtype not in (torch.float32, torch.float64):
