@@ -99,6 +99,11 @@ def evolve(
     torch.set_num_threads(1)  # the networks are too small to share a step among threads
     try:
         run(state, state_file, extra)
+    except KeyboardInterrupt:
+        click.echo(
+            f"\ninterrupted after {state.trials} trials, which are kept; go on with `--resume -o {out}`", err=True
+        )
+        raise
     finally:
         torch.set_num_threads(threads)
     text = report(state)

@@ -173,6 +173,18 @@ def test_a_search_that_is_resumed_is_the_search(tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.slow
+def test_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(state: State, path: Path, extra: str) -> None:
+        state.save(path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowlang.cli.evolving.run", cut)
+    done = CliRunner().invoke(cli, ["evolve", "-o", str(tmp_path), "--anchors", "anchor_plain"])
+    assert done.exit_code == 1  # click's own; `flowlang` ends with 130
+    assert f"--resume -o {tmp_path}" in done.output
+    assert (tmp_path / "search.json").exists()
+
+
 def test_the_command_searches_resumes_and_prints_layers(tmp_path: Path) -> None:
     out = tmp_path / "e"
     few = [
