@@ -224,13 +224,17 @@ COMPOSED: list[tuple[str, str, tuple[int, ...], Callable[[Tensor, Any], Tensor]]
 
 WEIGHTS = {"weight norm, linear": weight_norm, "spectral norm, linear": spectral}
 OWN, PLAIN = "torch's own layer", "composition of torch ops"
+CONTROL = "torch's batch norm"  # beside itself: what the measure is worth
 ROWS = {
+    CONTROL: "the same again",
     **{name: OWN for name, *_ in NATIVE}, **dict.fromkeys(WEIGHTS, OWN), **{name: PLAIN for name, *_ in COMPOSED},
 }  # fmt: skip
 
 
 def contenders(row: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]:
     """The generated one, the other one, and an input."""
+    if row == CONTROL:
+        return nn.BatchNorm2d(64), nn.BatchNorm2d(64), torch.randn(*IMAGE)
     if row in WEIGHTS:
         mine, other = WEIGHTS[row]()
         return mine, other, torch.randn(128, 256)
