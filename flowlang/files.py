@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from flowlang.diagnostics import Diagnostic, FlowError
 
 
-def replace_file(path: Path, blob: bytes | Sequence[bytes]) -> None:
+def replace_file(path: Path, blob: bytes | Iterable[bytes]) -> None:
     """A reader, a crash or a full disk never leaves half a file, nor costs the one that was there.
 
     Links stay links and modes what they were; pipes and devices are written as they are. Raises FlowError (FL0801).

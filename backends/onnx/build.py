@@ -84,7 +84,7 @@ class ModuleWeights:
             found = getattr(self.module, self.names.attributes[name])
             with torch.no_grad():
                 made = found() if isinstance(found, torch.nn.Module) else found
-            self.known[name] = made.detach().cpu().numpy().astype(np.float64)
+            self.known[name] = made.detach().cpu().numpy().astype(np.float64, copy=False)
         return self.known[name]
 
     def child(self, name: str) -> Weights:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -296,16 +297,15 @@ class Writer:
         if v.array is None:
             assert v.name, "a value is used before it is made"
             return v.name
-        if v.kind == REAL:
-            with np.errstate(over="ignore", under="ignore"):
-                array = v.array.astype(self.g.dtype)
-        else:
-            array = v.array
-        key = (v.kind, array.shape, array.tobytes())
+        with np.errstate(over="ignore", under="ignore"):  # whole in one pass, also where it was transposed
+            array = np.ascontiguousarray(v.array, self.g.dtype if v.kind == REAL else None).reshape(v.array.shape)
+        # Large ones are told apart by a digest, so that none is kept twice.
+        own = array.tobytes() if array.nbytes <= OWN_FILE else hashlib.blake2b(array.data, digest_size=32).digest()
+        key = (v.kind, array.shape, own)
         if key not in self.initializers:
             name = self.fresh(v.name or f"{user}:{'ABCDEFGH'[slot % 8]}")
             self.initializers[key] = name
-            self.protos.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+            self.protos.append(numpy_helper.from_array(array, name))
         return self.initializers[key]
 
 
@@ -336,20 +336,21 @@ def finish(
         ir_version=helper.find_min_ir_version_for([opset]),
     )  # fmt: skip
     helper.set_model_props(model, dict(metadata))
-    weights, small = writer.protos, writer.protos
-    if weights_size(writer.protos) > LARGEST:  # no message holds them: for the checks, large ones are inputs
-        small = [w for w in weights if len(w.raw_data) <= OWN_FILE]
-        large = [w for w in weights if len(w.raw_data) > OWN_FILE]
+    large: list[TensorProto] = []
+    if weights_size(writer.protos) > CHECKED_WHOLE:  # checks copy the model several times: without what makes it large
+        large = [w for w in writer.protos if len(w.raw_data) > OWN_FILE]
+        writer.protos = [w for w in writer.protos if len(w.raw_data) <= OWN_FILE]
         model.graph.input.extend(helper.make_tensor_value_info(w.name, w.data_type, list(w.dims)) for w in large)
-    model.graph.initializer.extend(small)
+    model.graph.initializer.extend(writer.protos)
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    if small is not weights:
-        del model.graph.input[len(main.inputs) :]
-        model.graph.initializer.extend(large)
+    del model.graph.input[len(main.inputs) :]
+    while large:  # one by one, so that none stands twice
+        model.graph.initializer.append(large.pop(0))
     return model
 
 
+CHECKED_WHOLE = 2**26  # bytes of weights up to which the checks see them
 OWN_FILE = 1024  # bytes from which on a weight may stand in a file of its own
 
 
@@ -357,15 +358,14 @@ def weights_size(weights: Iterable[TensorProto]) -> int:
     return sum(len(w.raw_data) for w in weights)
 
 
-def put_outside(model: onnx.ModelProto, location: str) -> list[bytes]:
+def put_outside(model: onnx.ModelProto, location: str) -> Iterator[bytes]:
     """Takes the weights out of a model that is too large for one message, into a file beside it; gives what that holds."""
-    parts: list[bytes] = []
     place = 0
     for w in model.graph.initializer:
-        if len(w.raw_data) <= OWN_FILE:
+        raw = w.raw_data
+        if len(raw) <= OWN_FILE:
             continue
-        parts.append(w.raw_data)
-        onnx.external_data_helper.set_external_data(w, location, offset=place, length=len(w.raw_data))
-        place += len(w.raw_data)
+        onnx.external_data_helper.set_external_data(w, location, offset=place, length=len(raw))
+        place += len(raw)
         w.ClearField("raw_data")
-    return parts
+        yield raw
