@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx
@@ -43,3 +45,30 @@ def test_one_weight_of_more_than_a_file_holds_is_a_diagnostic(tmp_path: Path, mo
     assert d.code == "FL0701"
     assert "2 GB" in d.message
     assert not list(tmp_path.iterdir())
+
+
+MEASURED = """
+import resource, sys
+import flowlang as fl
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+text = "flow f { data x: R[D = 4]\\n affine_coupling(net = mlp(5000, 5000, act = relu))\\n base normal }"
+flow = fl.compile(text, seed=0)
+fl.export_onnx(fl.compile(text.replace("5000", "8"), seed=0), sys.argv[1], ["log_prob"])  # what is loaded once
+weights, before = sum(p.numel() * 4 for p in flow.parameters()), peak()
+fl.export_onnx(flow, sys.argv[1], ["log_prob"])
+print((peak() - before) / weights)
+"""
+
+
+@pytest.mark.slow
+def test_export_needs_a_few_times_the_memory_of_the_weights(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path / "f.onnx")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        float(done.stdout) <= 7
+    )  # a copy in float64 (2), the file's weights (1), the message as bytes (1), one in passing
