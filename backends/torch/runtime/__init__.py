@@ -210,6 +210,7 @@ from flowlang.backends.torch.runtime.solvers import (
 )
 from flowlang.backends.torch.runtime.splines import (
     at_bin,
+    at_bins,
     bin_at,
     bin_count,
     bins_first,
@@ -221,6 +222,7 @@ from flowlang.backends.torch.runtime.splines import (
     from_unit,
     in_bin,
     inner_slopes,
+    knot_slopes,
     linear_spline,
     linear_spline_inverse,
     logits_back,
@@ -287,6 +289,7 @@ __all__ = [
     "assign",
     "assignment",
     "at_bin",
+    "at_bins",
     "attend",
     "attend_plain",
     "bad_input",
@@ -347,6 +350,7 @@ __all__ = [
     "initial_values",
     "inner_slopes",
     "jacobian",
+    "knot_slopes",
     "largest",
     "last_is_first",
     "leading_error",

@@ -70,16 +70,21 @@ def find_bin(u: Tensor, ends: Tensor, dim: int) -> Tensor:
     return bin_count(u.unsqueeze(dim) >= ends.narrow(dim, 0, n), dim)
 
 
-def at_bin(table: Tensor, k: Tensor, dim: int) -> Tensor:
-    """The table's entries at k, without the axis of bins."""
+def at_bins(table: Tensor, k: Tensor, dim: int) -> Tensor:
+    """The table's entries at k, which has an axis of its own at `dim`."""
     own = list(table.shape)
-    own[dim] = 1
+    own[dim] = k.shape[dim]
     if own == list(k.shape):
-        return table.gather(dim, k).squeeze(dim)
-    shape = list(torch.broadcast_shapes(table.movedim(dim, 0).shape[1:], k.squeeze(dim).shape))
+        return table.gather(dim, k)
+    shape = list(torch.broadcast_shapes(table.movedim(dim, 0).shape[1:], k.movedim(dim, 0).shape[1:]))
     place = len(shape) + 1 + dim
     wide = [*shape[:place], table.shape[dim], *shape[place:]]
-    return table.expand(wide).gather(dim, k.expand(*shape[:place], 1, *shape[place:])).squeeze(dim)
+    return table.expand(wide).gather(dim, k.expand(*shape[:place], k.shape[dim], *shape[place:]))
+
+
+def at_bin(table: Tensor, k: Tensor, dim: int) -> Tensor:
+    """The table's entries at k, without the axis of bins."""
+    return at_bins(table, k, dim).squeeze(dim)
 
 
 def bin_at(bins: tuple[Tensor, Tensor], k: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -95,17 +100,24 @@ def in_bin(t: Tensor) -> Tensor:
     return t + (t.clamp(0, 1) - t).detach()
 
 
-def inner_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
-    """Slopes at both ends of bin k, 1 at the ends of the box; raw 0 is slope 1 (least + softplus of a shifted raw)."""
-    n = raw.shape[dim]
-    if n == 0:
+def knot_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes at both ends of bin k as an axis at `dim`, their places in `raw`, and whether they have one.
+
+    It is 1 at the ends of the box; raw 0 is slope 1 (least + softplus of a shifted raw).
+    """
+    ends = torch.cat((k - 1, k), dim)
+    knots = ends.clamp(0, raw.shape[dim] - 1)
+    inner = knots == ends
+    unit = math.log(math.expm1(1 - least))
+    return torch.where(inner, least + F.softplus(at_bins(raw, knots, dim) + unit), 1.0), knots, inner
+
+
+def inner_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, ...]:
+    """Slopes at both ends of bin k."""
+    if raw.shape[dim] == 0:
         one = torch.ones_like(k.squeeze(dim), dtype=raw.dtype)
         return one, one
-    unit = math.log(math.expm1(1 - least))
-    left = least + F.softplus(at_bin(raw, (k - 1).clamp_min(0), dim) + unit)
-    right = least + F.softplus(at_bin(raw, k.clamp_max(n - 1), dim) + unit)
-    at = k.squeeze(dim)
-    return torch.where(at > 0, left, 1.0), torch.where(at < n, right, 1.0)
+    return knot_slopes(raw, k, least, dim)[0].unbind(dim)
 
 
 def tied_slopes(raw: Tensor, k: Tensor, least: float, dim: int) -> tuple[Tensor, Tensor]:
@@ -150,7 +162,8 @@ def rqs_plain(
     k = find_bin(u, bins[1], dim)
     x0, w = bin_at(bins, k, dim)
     y0, h = bin_at(spline_bins(heights, min_height, dim, of_weights(x, heights)), k, dim)
-    share, slope = rational(in_bin((u - x0) / w), h / w, *inner_slopes(slopes, k, min_slope, dim))
+    d0, d1 = inner_slopes(slopes, k, min_slope, dim)
+    share, slope = rational(in_bin((u - x0) / w), h / w, d0, d1)
     return from_unit(inside, x, torch.addcmul(y0, h, share), slope, bound)
 
 
@@ -168,11 +181,7 @@ def rqs_run(
     w, h = sizes[0].gather(0, k)[0], sizes[1].gather(0, k)[0]
     x0 = ends.gather(0, k)[0].sub_(w)
     y0 = torch.cumsum(sizes[1], 0).gather(0, k)[0].sub_(0.5).sub_(h)
-    ends_at = torch.cat((k - 1, k))  # the inner knots at both ends of a bin
-    knots = ends_at.clamp(0, n - 2)
-    inner = knots == ends_at
-    unit = math.log(math.expm1(1 - min_slope))
-    d = torch.where(inner, F.softplus(slopes.movedim(dim, 0).gather(0, knots) + unit).add_(min_slope), 1.0)
+    d, knots, inner = knot_slopes(slopes.movedim(dim, 0), k, min_slope, -x.dim() - 1)
     d0, d1 = d.unbind()
     s = h / w
     t = u.sub_(x0).div_(w).clamp_(0, 1)
