@@ -92,13 +92,32 @@ class Writer:
                 self.lines.append(f"{name} = {text}")
                 text = name
             kept.append(text)
-        lines, values = self.blocks([n for _, n in effects])
-        for (name, n), value in zip(effects, values, strict=True):
+        counted = self.counted(effects)
+        lines, values = self.blocks([n for name, n in effects if name not in counted])
+        lines += [f"self.{self.scope.attributes[name]}.add_({by})" for name, by in counted.items()]
+        for (name, n), value in zip((e for e in effects if e[0] not in counted), values, strict=True):
             state = f"self.{self.scope.attributes[name]}"
             lines.append(f"{state}.{'fill_' if self.is_number(n) else 'copy_'}({value})")
         lines = ["with torch.no_grad():", *(f"    {x}" for x in lines)]
         self.lines += lines if trained else ["if self.training:", *(f"    {x}" for x in lines)]
         return kept
+
+    def counted(self, effects: Sequence[tuple[str, int]]) -> dict[str, str]:
+        """Counters: states to which a number is added, and that nothing else reads."""
+        read = {
+            e: {self.graph[i].attrs["name"] for i in self.graph.reachable([n]) if self.graph[i].op == "state"}
+            for e, n in effects
+        }
+        found = {}
+        for name, n in effects:
+            node = self.graph[n]
+            own = [i for i in node.inputs if self.graph[i].op == "state" and self.graph[i].attrs["name"] == name]
+            if node.op != "add" or len(own) != 1 or {n, own[0]} & set(self.env):
+                continue
+            by = self.number(node.inputs[1 - node.inputs.index(own[0])])
+            if by is not None and not any(name in states for e, states in read.items() if e != name):
+                found[name] = literal(by)
+        return found
 
     def block(self, value: int) -> tuple[list[str], str]:
         """The statements that make a value, apart from the others, and the value."""

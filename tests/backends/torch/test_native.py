@@ -185,3 +185,22 @@ def test_weight_norm_is_torch_s_kernel(body: str) -> None:
     torch.testing.assert_close(
         torch.func.vmap(used)(many), torch.stack([plain(w) for w in many]), rtol=1e-12, atol=1e-12
     )
+
+
+def test_a_counter_is_added_to_in_place() -> None:
+    """A state that a number is added to and that nothing else reads; one that is read keeps its old value for that."""
+    spec = """norm n(x: R[C = 2]) {
+      state a: Int = 0, b: R = 0, c: Int = 3
+      b := b + 2 * a
+      a := a + 1
+      c := c + 2
+      x
+    }"""
+    text, _ = generate(spec, flow="n", standalone=False)
+    assert "self.c.add_(2)" in text
+    assert "self.a.add_" not in text
+    module = fl.compile(spec, flow="n")
+    for _ in range(3):
+        module(torch.zeros(4, 2))
+    states = {n.split(".")[-1]: float(b) for n, b in module.named_buffers()}
+    assert {k: states[k] for k in "abc"} == {"a": 3, "b": 0 + 2 + 4, "c": 9}
