@@ -13,6 +13,7 @@ import torch
 from flowlang.backends.onnx.build import HIGHEST_OPSET, Options, export
 
 import flowlang as fl
+from flowlang import limits
 from flowlang.api import Compilation, analyse
 from flowlang.catalogue import entries, entry_text
 from tests.backends.onnx.rounding import float32_error
@@ -148,6 +149,38 @@ def test_library_bijector_at_every_batch_and_precision(name: str, dtype: torch.d
     comp = compiled(step_flow(name))
     for program in PROGRAMS:
         check(comp, program, dtype, (1, 7, 1000))
+
+
+# What has a loop of few stages, which is written out unless it is asked otherwise (the tests above keep all loops).
+FEW_STAGES = [
+    "affine_autoregressive", "cubic_spline_autoregressive", "linear_spline_autoregressive", "quadratic_spline_autoregressive",
+    "rq_autoregressive", "rqs_autoregressive", "nanoflow_step_wave", "nanoflow_wave_steps", "rq_nsf_ar_steps", "mtaf_steps",
+    "diamonds", "flights", "weather", "own_autoregressive",
+]  # fmt: skip
+
+
+def written_out(name: str, dtypes: tuple[torch.dtype, ...], batches: tuple[int, ...]) -> None:
+    spec = {p.stem: p for p in SPECS}.get(name)
+    comp = compiled(spec or step_flow(name))
+    (flow,) = comp.flows()
+    options = Options(unroll=limits.WRITTEN_STAGES)
+    model = export(comp.regions[flow], comp.analyses, flow_of(comp, flow, torch.float32), "sample", options)
+    assert int({p.key: p.value for p in model.metadata_props}["written_out"]) <= limits.WRITTEN_STAGES
+    for program in ("sample", "inverse", "sample_and_log_prob"):
+        for dtype in dtypes:
+            allowed = tolerance(comp, flow, program, dtype)
+            assert (parity(comp, flow, program, dtype, batches, allowed, options) or 0.0) <= 1
+
+
+@pytest.mark.parametrize("name", FEW_STAGES)
+def test_loops_written_out(name: str) -> None:
+    written_out(name, (torch.float32,), (7,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEW_STAGES)
+def test_loops_written_out_at_every_batch_and_precision(name: str) -> None:
+    written_out(name, (torch.float32, torch.float64), (1, 7, 1000))
 
 
 @pytest.mark.slow
