@@ -389,7 +389,7 @@ class Judge:
         if any(not torch.equal(wanted[i][0], v) for i, v in self.numbers.items()):
             return False
         error = (self.forward(torch.cat(real)) - goal).abs().max() / (1 + goal.abs().max())
-        return float(error) <= 1e-8
+        return float(error) <= 1e-5
 
     def coordinates(self, flat: Tensor) -> Iterator[tuple[Tensor, Domain, float]]:
         """Each input with its domain, and by how much rounding may leave it."""
