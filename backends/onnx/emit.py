@@ -532,12 +532,12 @@ def _det(w: Lowering, n: Node) -> Value:
     return g.reduce("ReduceSum", g.mul(a, cross), [-1])
 
 
-def induced_bound(matrix: Any, p: float, q: float) -> float:
+def induced_bound(weight: Any, p: float, q: float, space: tuple[int, ...]) -> float:
     """What the module scales by, of weights that are constants here."""
     import torch
     from flowlang.backends.torch.runtime.parameters import induced_norm
 
-    return float(induced_norm(torch.tensor(matrix), p, q))
+    return float(induced_norm(torch.tensor(weight), p, q, space))
 
 
 @emitter("norm_bounded")
@@ -546,9 +546,10 @@ def _norm_bounded(w: Lowering, n: Node) -> Value:
     order = [a for a in t.names if a not in axes] + axes
     weight = np.transpose(constant_matrix(w, n, n.inputs[0]), [t.position(a) for a in order])
     rows = math.prod(weight.shape[: weight.ndim - len(axes)])
-    matrix = weight.reshape(rows, -1)
+    space = tuple(n.attrs.get("space", ()))
+    matrix = weight if space else weight.reshape(rows, -1)
     orders = [float(constant_matrix(w, n, i)) for i in n.inputs[1:]]
-    norm = induced_bound(matrix, *orders) if orders else np.linalg.norm(matrix, 2)
+    norm = induced_bound(matrix, orders[0], orders[1], space) if orders else np.linalg.norm(matrix, 2)
     scaled = weight * (n.attrs["bound"] / max(norm, n.attrs["bound"]))
     return w.g.const(np.transpose(scaled, [order.index(a) for a in t.names]))
 

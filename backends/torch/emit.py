@@ -1055,6 +1055,8 @@ def _norm_bounded(w: Writer, n: Node) -> Expr:
     order = [a for a in t.names if a not in axes] + axes
     text = moved(w.tensor(n.inputs[0]), t.names, order)
     orders = "".join(f", {w.tensor(i)}" for i in n.inputs[1:])
+    space = tuple(n.attrs.get("space", ()))
+    orders += f", space={space!r}" if space else ""
     made = f"{w.scope.use('norm_bounded')}({text}, {n.attrs['bound']!r}, {len(axes)}{orders})"
     return Expr(moved(made, order, t.names))
 

@@ -604,8 +604,11 @@ def eigen(function: str) -> Fn:
 
 
 def induced(body: Body, args: Arguments) -> Any:
-    """`induced[D](W, c, p, q)`: the weight scaled so that its norm from lp over D to lq over its other axes is at most c."""
-    expect(body, args, "induced", 4)
+    """`induced[D](W, c, p, q)`: the weight scaled so that its norm from lp over D to lq over its other axes is at most c.
+
+    `induced[C, h, w](K, c, p, q, H, W)`: the same of a kernel [out, in, *window] as the convolution of a value of sizes H, W.
+    """
+    expect(body, args, "induced", 4, 3 + max(len(args.axes), 1))
     weight = operand(body, args)
     limit = args.positional[1]
     if not isinstance(limit, int | float) or isinstance(limit, bool) or limit <= 0:
@@ -622,7 +625,17 @@ def induced(body: Body, args: Arguments) -> Any:
         )  # fmt: skip
     for n in names:
         axis_rules.need_axis(body, body.b.type(weight), n, span(args))
-    orders = [body.tensor(v, args.spans[2 + k]) for k, v in enumerate(args.positional[2:])]
+    space = args.positional[4:]
+    sizes = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in space)
+    kernel = tuple(names) == body.b.type(weight).names[1:] and len(space) == len(names) - 1
+    if space and not (sizes and kernel):
+        raise body.fail(
+            "FL0305",
+            "behind the orders of `induced` stand the sizes of what a kernel [out, in, window] moves over: one for each axis of its window, summed with `in`",
+            span(args),
+            suggestion="as in `induced[C, h, w](K, 0.97, p, q, x.H, x.W)`",
+        )  # fmt: skip
+    orders = [body.tensor(v, args.spans[2 + k]) for k, v in enumerate(args.positional[2:4])]
     for k, i in enumerate((weight, *orders)):
         if body.graph[i].batched:
             what = "the weight" if k == 0 else "an order"
@@ -630,7 +643,8 @@ def induced(body: Body, args: Arguments) -> Any:
                 "FL0306", f"{what} of `induced` is one for all samples, and this is one for each", span(args),
                 suggestion="give parameters, or numbers",
             )  # fmt: skip
-    return body.node("norm_bounded", weight, *orders, axes=tuple(names), bound=float(limit), span=span(args))
+    where = {"space": tuple(space)} if space else {}
+    return body.node("norm_bounded", weight, *orders, axes=tuple(names), bound=float(limit), span=span(args), **where)
 
 
 def shift(body: Body, args: Arguments) -> Any:

@@ -127,8 +127,23 @@ def kernel_norm(weight: Node, operand: TensorType, conv: Node) -> float | None:
     if weight.op != "param" or not isinstance(domain, Domain) or domain.structure != "lipschitz":
         return None
     sizes = tuple(operand.size(s) for s in conv.attrs["space"])
-    plain = conv.attrs["groups"] == 1 and set(conv.attrs["dilation"]) == {1}
-    return SLACK * float(domain.args[0]) if plain and tuple(domain.args[1:]) == sizes else None
+    return SLACK * float(domain.args[0]) if plain_conv(conv) and tuple(domain.args[1:]) == sizes else None
+
+
+def plain_conv(conv: Node) -> bool:
+    """Whether each result reads all channels at places side by side."""
+    return conv.attrs["groups"] == 1 and set(conv.attrs["dilation"]) == {1}
+
+
+def induced_kernel(weight: Node, conv: Node, operand: TensorType) -> bool:
+    """Whether a kernel is bounded from lp to lq for the convolution: of its sizes, with a result of no more places."""
+    if weight.op != "norm_bounded" or len(weight.inputs) != 3 or "space" not in weight.attrs or not plain_conv(conv):
+        return False
+    space = conv.attrs["space"]
+    sizes = tuple(operand.size(s) for s in space)
+    return tuple(weight.attrs["space"]) == sizes and all(
+        conv.tensor.size(s) <= n for s, n in zip(space, sizes, strict=True)
+    )
 
 
 # ---- norms of other orders -----------------------------------------------------------------------
@@ -201,6 +216,12 @@ class Orders:
         return known[target]
 
     @staticmethod
+    def bounded_matrix(weight: Node, axes: tuple[str, ...]) -> bool:
+        """Whether a weight is bounded from lp to lq as the matrix of a product that sums over `axes`."""
+        kind = weight.op == "norm_bounded" and len(weight.inputs) == 3 and "space" not in weight.attrs
+        return kind and set(axes) == set(weight.attrs["axes"])
+
+    @staticmethod
     def swish(graph: Graph, node: Node, varies: Constants) -> int | None:
         """The x of x·sigmoid(k·x)."""
         pairs = (node.inputs, node.inputs[::-1])
@@ -231,10 +252,19 @@ class Orders:
             weight, axes = graph[node.inputs[1 - slot]], tuple(node.attrs["axes"])
             if set(operand.tensor.names) != set(axes):
                 return None  # other axes would be measured in both norms
-            if weight.op == "norm_bounded" and len(weight.inputs) == 3 and set(axes) == set(weight.attrs["axes"]):
+            if self.bounded_matrix(weight, axes):
                 p, q = (key(j) for j in weight.inputs[1:])
                 return (first[0] * float(weight.attrs["bound"]), q) if self.same(first[1], p) else None
             spectral = weight_norm(weight, axes)
+            return (first[0] * spectral, TWO) if spectral is not None and self.same(first[1], TWO) else None
+        if node.op == "conv" and slots == [0]:
+            weight = graph[node.inputs[1]]
+            if set(operand.tensor.names) != {node.attrs["channel"], *node.attrs["space"]}:
+                return None
+            if induced_kernel(weight, node, operand.tensor):
+                p, q = (key(j) for j in weight.inputs[1:])
+                return (first[0] * float(weight.attrs["bound"]), q) if self.same(first[1], p) else None
+            spectral = kernel_norm(weight, operand.tensor, node)
             return (first[0] * spectral, TWO) if spectral is not None and self.same(first[1], TWO) else None
         wide = [graph[node.inputs[k]].tensor for k in slots]
         if any(set(t.axes) != set(node.tensor.axes) for t in wide) or not OPS[node.op].elementwise:

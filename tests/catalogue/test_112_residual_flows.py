@@ -319,6 +319,117 @@ def test_mixed_norms_export(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
+def dense_of(kernel: Tensor, space: tuple[int, int], stride: int = 1) -> Tensor:
+    """The matrix of a convolution with zeros around, from the images of unit vectors."""
+    units = torch.eye(kernel.shape[1] * math.prod(space), dtype=kernel.dtype).reshape(-1, kernel.shape[1], *space)
+    images = torch.nn.functional.conv2d(units, kernel, padding=kernel.shape[-1] // 2, stride=stride)
+    return images.flatten(1).T
+
+
+@pytest.mark.parametrize(("p", "q"), ORDERS)
+def test_the_bound_of_an_induced_norm_of_a_convolution(p: float, q: float) -> None:
+    """Of the convolution's dense matrix: never below what ascent finds, nor 1.5 times above the bound of that matrix itself."""
+    kernel = torch.randn(3, 2, 3, 3, dtype=torch.float64, generator=generator(1))
+    for stride in (1, 2):
+        dense = dense_of(kernel, (4, 3), stride)
+        found = float(induced_norm(kernel, p, q, space=(4, 3)))
+        assert stretch(dense, p, q) <= found
+        if stride == 1:
+            assert float(induced_norm(dense, p, q)) * (1 - 1e-9) <= found <= 1.5 * float(induced_norm(dense, p, q))
+
+
+MIXED_CONV = "flow f {\n data x: R[C = 2, H = 3, W = 3]\n repeat 2 { BLOCK(iresnet_mixed_conv(5, 0.9ORDERS)) }\n base normal\n}\n"
+
+
+def mixed_conv(block: str = "exact_iresblock", orders: str = "", dtype: torch.dtype = torch.float64) -> Any:
+    flow: Any = fl.compile(MIXED_CONV.replace("BLOCK", block).replace("ORDERS", orders), seed=0, dtype=dtype)
+    with torch.no_grad():
+        for name, p in flow.named_parameters():
+            if ".V" in name:
+                p *= 20
+            if name.endswith("raw"):
+                p += torch.tensor([0.3, -0.4, 0.1], dtype=dtype)
+    return flow
+
+
+def images(n: int, seed: int = 4, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(n, 2, 3, 3, dtype=torch.float64, generator=generator(seed))
+
+
+def test_2_the_certificate_of_convolutions_in_learned_norms() -> None:
+    """Item 2 in the norm that each block has learned; the Jacobian's stretch in it, by ascent, stays below the bound too."""
+    flow = mixed_conv("iresblock")
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.05)
+    gs = [m for m in flow.modules() if type(m).__name__.startswith("IresnetMixedConv")]
+    before = [orders_of(g).clone() for g in gs]
+    torch.manual_seed(0)
+    for step in range(3):
+        loss = -flow.log_prob(images(32)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for g in gs:
+            p = float(orders_of(g)[0])
+            a = images(5000, seed=step, scale=2)
+            b = a + images(5000, seed=step + 9) * torch.logspace(-2, 1, 5000, dtype=torch.float64).reshape(-1, 1, 1, 1)
+            with torch.no_grad():
+                far, near = (torch.linalg.vector_norm(v.flatten(1), p, dim=-1) for v in (g(a) - g(b), a - b))
+            assert 0 < float((far / near).max()) < 0.9**3
+            jacobian = torch.autograd.functional.jacobian(lambda v, g=g: g(v.unsqueeze(0))[0], a[0]).reshape(18, 18)
+            assert stretch(jacobian, p, p) < 0.9**3
+    assert all(float((orders_of(g) - b).abs().max()) > 1e-3 for g, b in zip(gs, before, strict=True))
+
+
+def test_convolutions_in_mixed_norms_invert_and_have_their_log_det() -> None:
+    flow, x = mixed_conv().eval(), images(6)
+    z, log_det = flow(x)
+    assert float((flow.inverse(z)[0] - x).detach().abs().max()) < 1e-9
+    for k in range(2):
+        dense = torch.autograd.functional.jacobian(lambda v: flow(v.unsqueeze(0))[0][0], x[k]).reshape(18, 18)
+        assert abs(float((torch.linalg.slogdet(dense)[1] - log_det[k]).detach())) < 1e-9
+
+
+def test_a_kernel_bounded_for_other_sizes_is_refused() -> None:
+    """The norm from l3 to l2 depends on the image's size; a kernel without sizes is no convolution's bound at all."""
+
+    def errors(sizes: str, dilation: str = "") -> list[str]:
+        net = (
+            "net g(x: R[C, H, W]) -> R[C, H, W] {\n param K: R[O = 2, C, h = 3, w = 3] ~ normal\n"
+            f" conv[C, H, W](x, weight = induced[C, h, w](K, 0.9, 3, 3{sizes}), bias = false{dilation})\n}}\n"
+        )
+        return [
+            e.code
+            for e in fl.check(
+                net + "flow f {\n data x: R[C = 2, H = 3, W = 3]\n exact_iresblock(g)\n base normal\n}\n"
+            ).errors
+        ]
+
+    assert errors(", x.H, x.W") == []
+    assert errors(", 2, 2") == ["FL0401"]
+    assert errors("") == ["FL0401"]
+    assert errors(", x.H, x.W", ", dilation = 2") == ["FL0401"]
+    assert errors(", x.H") == ["FL0305"]
+
+
+def test_images_with_mixed_norms_train_and_export(tmp_path: Path) -> None:
+    """The image model with the authors' `--learn-p`, and parity of its convolutional blocks in ONNX."""
+    import onnxruntime as ort
+
+    spec = "flow f = residual_flow(channels = 1, size = 4, scales = 2, blocks = 1, width = 6, fc_blocks = 1, fc_width = 6, mixed = true)\n"
+    whole: Any = fl.compile(spec, seed=0)
+    x = torch.rand(8, 1, 4, 4, generator=generator(2))
+    whole.initialise(x)
+    (-whole.log_prob(x).mean()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in whole.parameters())
+    flow = mixed_conv(dtype=torch.float32).eval()
+    files = fl.export_onnx(flow, tmp_path / "f.onnx", programs=["forward", "inverse"])
+    x = images(3).float()
+    for name, wanted in (("forward", flow(x)[0]), ("inverse", flow.inverse(x)[0])):
+        session = ort.InferenceSession(str(files[name]))
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
 def linear(seed: int = 0, norm: float = 0.9, size: int = 3) -> Tensor:
     j = torch.randn(size, size, dtype=torch.float64, generator=generator(seed))
     return j * (norm / torch.linalg.matrix_norm(j, ord=2))

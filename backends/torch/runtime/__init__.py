@@ -183,6 +183,8 @@ from flowlang.backends.torch.runtime.parameters import (
     soft_bound,
     solve_rows,
     times,
+    torus_norm,
+    torus_of,
 )
 from flowlang.backends.torch.runtime.reversible import (
     TAPE,
@@ -454,6 +456,8 @@ __all__ = [
     "times",
     "tolerance",
     "too_many_steps",
+    "torus_norm",
+    "torus_of",
     "unbiased",
     "undone_step",
     "unit_of",

@@ -346,6 +346,21 @@ class SpdMatrix(nn.Module):
         return 2 * self.factor.log_det()
 
 
+def torus_of(window: Sequence[int], space: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of a torus that holds a value of the sizes `space` with zeros around; none where a window of 1 needs none."""
+    return tuple(n + k - 1 for n, k in zip(space, window, strict=True)) if math.prod(window) > 1 and space else ()
+
+
+def torus_norm(weight: Tensor, torus: Sequence[int]) -> Tensor:
+    """The spectral norm of a kernel [out, in, *window] as a convolution on a torus; without one, of the matrix [out, all others]."""
+    if torus:
+        taps = torch.fft.fftn(weight, s=tuple(torus), dim=tuple(range(2, weight.dim()))).flatten(2).permute(2, 0, 1)
+    else:
+        taps = weight.flatten(1).unsqueeze(0)
+    gram = taps @ taps.mH if taps.shape[1] <= taps.shape[2] else taps.mH @ taps
+    return torch.linalg.eigvalsh(gram).amax().clamp_min(1e-60).sqrt()
+
+
 class BoundedWeight(nn.Module):
     """A weight scaled down where an estimate of its norm, by power iteration, exceeds `bound`.
 
@@ -362,9 +377,7 @@ class BoundedWeight(nn.Module):
         self.bound, self.space = bound, space
         self.raw = nn.Parameter(value)
         window = value.shape[2:]
-        self.torus = (
-            tuple(n + k - 1 for n, k in zip(space, window, strict=True)) if math.prod(window) > 1 and space else ()
-        )
+        self.torus = torus_of(window, space)
         u = torch.randn(value.shape[0], *self.torus)
         self.register_buffer("u", u / u.norm().clamp_min(1e-12))
         self.settle()
@@ -409,13 +422,7 @@ class BoundedWeight(nn.Module):
     @torch.no_grad()
     def norm(self) -> float:
         """The norm of the scaled weight: what certifies."""
-        weight = self().double()
-        if self.torus:
-            taps = torch.fft.fftn(weight, s=self.torus, dim=tuple(range(2, weight.dim()))).flatten(2).permute(2, 0, 1)
-        else:
-            taps = weight.flatten(1).unsqueeze(0)
-        gram = taps @ taps.mH if taps.shape[1] <= taps.shape[2] else taps.mH @ taps
-        return float(torch.linalg.eigvalsh(gram).amax().clamp_min(0).sqrt())
+        return float(torus_norm(self().double(), self.torus))
 
     def forward(self) -> Tensor:
         if self.training:
@@ -423,48 +430,63 @@ class BoundedWeight(nn.Module):
         return self.raw * (self.bound / torch.clamp_min(self.estimate(), self.bound))
 
 
-def norm_bounded(weight: Tensor, bound: float, inputs: int, *orders: Tensor | float) -> Tensor:
+def norm_bounded(
+    weight: Tensor, bound: float, inputs: int, *orders: Tensor | float, space: Sequence[int] = ()
+) -> Tensor:
     """The weight scaled so that its norm, the last `inputs` axes against the others, is at most `bound`.
 
-    The spectral norm, or with orders p and q a bound of the norm from lp to lq.
+    The spectral norm, or with orders p and q a bound of the norm from lp to lq; with `space`, that of the convolution of a
+    value of these sizes by the kernel [out, in, *window].
     """
     rows = math.prod(weight.shape[: weight.dim() - inputs])
-    matrix = weight.reshape(rows, -1)
-    norm = induced_norm(matrix, *orders) if orders else torch.linalg.matrix_norm(matrix, ord=2)
+    matrix = weight if space else weight.reshape(rows, -1)
+    norm = induced_norm(matrix, *orders, space=space) if orders else torch.linalg.matrix_norm(matrix, ord=2)
     return weight * (bound / torch.clamp_min(norm, bound))
 
 
-def induced_norm(matrix: Tensor, p: Tensor | float, q: Tensor | float) -> Tensor:
+def induced_norm(weight: Tensor, p: Tensor | float, q: Tensor | float, space: Sequence[int] = ()) -> Tensor:
     """A bound of max |Wx|_q / |x|_p: exact for p = 1, for q = inf and for p = q = 2, between them by Riesz and Thorin.
 
     With a = 1/p and b = 1/q, b <= a, the logarithm of the norm is convex in (a, b), and it is known at the middle
     (the spectral norm), for a = 1 (the largest column) and for b = 0 (the largest row). Where q < p, lengths in the
     two norms differ by at most a power of the number of entries. (Finding the norm itself is NP-hard; a power method
     gives a bound from below.)
+
+    A kernel [out, in, *window] is the convolution of a value of the sizes `space` whose result has no more places: the
+    rows and columns of its matrix have a kernel's entries or some of them, and its spectral norm is at most that on
+    a torus (`torus_norm`).
     """
-    a, b = (1 / torch.as_tensor(v, dtype=matrix.dtype, device=matrix.device) for v in (p, q))
+    a, b = (1 / torch.as_tensor(v, dtype=weight.dtype, device=weight.device) for v in (p, q))
+    rows, columns, places = weight.flatten(1), weight.transpose(0, 1).flatten(1), math.prod(space)
+    torus = torus_of(weight.shape[2:], space)
+    if torus:
+        wide = weight if weight.device.type == "mps" else weight.double()
+        middle = torus_norm(wide, torus).to(weight.dtype)
+    else:
+        middle = torch.linalg.matrix_norm(rows, ord=2)
     gap = torch.clamp_min(b - a, 0)
-    by_rows = matrix.shape[0] ** gap * between_norms(matrix, a, torch.minimum(a, b))
-    by_columns = matrix.shape[1] ** gap * between_norms(matrix, torch.maximum(a, b), b)
+    small, large = torch.minimum(a, b), torch.maximum(a, b)
+    by_rows = (rows.shape[0] * places) ** gap * between_norms(middle, rows, columns, a, small)
+    by_columns = (columns.shape[0] * places) ** gap * between_norms(middle, rows, columns, large, b)
     return torch.minimum(by_rows, by_columns) * (1 + 1e-6)  # rounding
 
 
-def between_norms(matrix: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def between_norms(middle: Tensor, rows: Tensor, columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The bound for 1/p = a and 1/q = b <= a, on the line from the middle through (a, b) to where the norm is known."""
     part = torch.maximum(2 * a - 1, 1 - 2 * b)
     far = torch.clamp_min(part, 1e-6)
-    columns = longest(matrix, 0, 0.5 + (b - 0.5) / far)
-    rows = longest(matrix, 1, 0.5 - (a - 0.5) / far)
-    edge = torch.where(2 * a - 1 >= 1 - 2 * b, columns, rows)
-    return torch.linalg.matrix_norm(matrix, ord=2) ** (1 - part) * edge**part
+    by_columns = longest(columns, 0.5 + (b - 0.5) / far)
+    by_rows = longest(rows, 0.5 - (a - 0.5) / far)
+    edge = torch.where(2 * a - 1 >= 1 - 2 * b, by_columns, by_rows)
+    return middle ** (1 - part) * edge**part
 
 
-def longest(matrix: Tensor, dim: int, order: Tensor) -> Tensor:
-    """The largest norm along a dimension, its order being 1/`order`; large orders are taken smaller: it is longer."""
+def longest(lines: Tensor, order: Tensor) -> Tensor:
+    """The largest norm of a line, its order being 1/`order`; large orders are taken smaller: it is longer."""
     order = order.clamp(1e-3, 1)
-    size = matrix.abs()
-    top = size.amax(dim, keepdim=True).clamp_min(1e-30)
-    return (top.squeeze(dim) * ((size / top) ** (1 / order)).sum(dim) ** order).amax()
+    size = lines.abs()
+    top = size.amax(-1, keepdim=True).clamp_min(1e-30)
+    return (top.squeeze(-1) * ((size / top) ** (1 / order)).sum(-1) ** order).amax()
 
 
 def degree_mask(rows: Sequence[int], cols: Sequence[int], strict: bool) -> Tensor:

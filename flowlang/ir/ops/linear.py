@@ -221,7 +221,8 @@ def _bounded_total(node: Node, types: Sequence[TensorType]) -> Sequence[Need]:
 ORDERS = Interval(1.0, math.inf)
 
 # W · min(1, bound / ‖W‖), the matrix being `out` against all other axes. With one operand the norm is the spectral one, exact
-# (SVD); with orders p and q behind, a bound of the norm from lp to lq (`induced_norm` in the runtime).
+# (SVD); with orders p and q behind, a bound of the norm from lp to lq (`induced_norm` in the runtime);
+# with `space`, that of the convolution of a value of these sizes by the kernel [out, in, *window].
 OPS.append(Op(
     "norm_bounded", _bounded_infer, _by_name, interval=lambda ivs, types, node: ivs[0].union(point(0.0)),
     support=lambda node, types, supports: supports[0], lipschitz=None, total=_bounded_total,
