@@ -155,25 +155,49 @@ def moons(n: int, seed: int) -> Tensor:
     return torch.tensor(np.stack((x, y), 1) * 1.5 + 0.15 * g.standard_normal((n, 2)), dtype=torch.float32)
 
 
+MLP = """flow f {
+  data x: R[D = 2]
+  repeat 4 {
+    affine_coupling(net = mlp(32, 32))
+    reverse
+  }
+  base normal
+}
+"""
+FEW = {"kernels": "flow f = ff_realnvp_tiny\n", "mlp": MLP}
+
+
 @pytest.mark.slow
 def test_item_7_few_data() -> None:
-    """100 points of two moons: better than an affine coupling flow of five times the parameters, as many steps.
+    """100 points of two moons, 200 steps each at rate 3e-3: the mean of the held-out NLL is lower than that of an affine coupling flow of
+    five times the parameters, and the median too.
 
-    Each at the step that 100 other points choose: without that both learn their 100 points by heart, and the mean over
-    the held-out ones is that of a few outliers. Nine seeds (the card asks for three).
+    Rate and steps were chosen on seeds 100 to 102. On the fresh seeds 0 to 5 (the card asks for three) kernels gave 2.65, 2.68, 2.40, 2.44,
+    2.73, 2.52 and the other 3.21, 47.9, 3.33, 2.45, 2.41, 4.20: its 100 points are soon learnt by heart.
     """
-    mlp = """flow f {
-      data x: R[D = 2]
-      repeat 4 {
-        affine_coupling(net = mlp(32, 32))
-        reverse
-      }
-      base normal
-    }
-    """
-    specs = {"kernels": "flow f = ff_realnvp_tiny\n", "mlp": mlp}
-    size = {n: sum(p.numel() for p in fl.compile(s).parameters()) for n, s in specs.items()}
+    size = {n: sum(p.numel() for p in fl.compile(s).parameters()) for n, s in FEW.items()}
     assert size["mlp"] >= 5 * size["kernels"]
+    fresh = moons(4000, 99)
+    found: dict[str, list[float]] = {n: [] for n in FEW}
+    for seed in range(6):
+        data = moons(100, seed)
+        for name, spec in FEW.items():
+            model = fl.compile(spec, seed=seed)
+            optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+            for _ in range(200):
+                optimizer.zero_grad()
+                (-model.log_prob(data).mean()).backward()
+                optimizer.step()
+            with torch.no_grad():
+                found[name].append(float(-model.log_prob(fresh).mean()))
+    for middle in (np.mean, np.median):
+        assert middle(found["kernels"]) <= middle(found["mlp"]) - 0.05, found
+
+
+@pytest.mark.slow
+def test_item_7_few_data_each_at_its_best_step() -> None:
+    """500 steps at rate 1e-2, each model at the step that 100 other points choose: against the other flow at its best. Nine seeds."""
+    specs = FEW
     fresh = moons(4000, 99)
     found = dict.fromkeys(specs, 0.0)
     for seed in range(9):
