@@ -347,12 +347,12 @@ class SpdMatrix(nn.Module):
 
 
 def torus_of(window: Sequence[int], space: Sequence[int]) -> tuple[int, ...]:
-    """The sizes of a torus that holds a value of the sizes `space` with zeros around; none where a window of 1 needs none."""
+    """The sizes of a torus that holds a value of the sizes `space` with zeros around; none for a window of 1."""
     return tuple(n + k - 1 for n, k in zip(space, window, strict=True)) if math.prod(window) > 1 and space else ()
 
 
 def torus_norm(weight: Tensor, torus: Sequence[int]) -> Tensor:
-    """The spectral norm of a kernel [out, in, *window] as a convolution on a torus; without one, of the matrix [out, all others]."""
+    """The spectral norm of a kernel [out, in, *window] on a torus; without one, of the matrix [out, all others]."""
     if torus:
         taps = torch.fft.fftn(weight, s=tuple(torus), dim=tuple(range(2, weight.dim()))).flatten(2).permute(2, 0, 1)
     else:
@@ -435,8 +435,8 @@ def norm_bounded(
 ) -> Tensor:
     """The weight scaled so that its norm, the last `inputs` axes against the others, is at most `bound`.
 
-    The spectral norm, or with orders p and q a bound of the norm from lp to lq; with `space`, that of the convolution of a
-    value of these sizes by the kernel [out, in, *window].
+    The spectral norm, or with orders p and q a bound of the norm from lp to lq; with `space`, that of the
+    convolution of a value of these sizes by the kernel [out, in, *window].
     """
     rows = math.prod(weight.shape[: weight.dim() - inputs])
     matrix = weight if space else weight.reshape(rows, -1)
