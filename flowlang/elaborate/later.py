@@ -14,22 +14,16 @@ from typing import Any
 from flowlang.syntax import tree
 
 NAMES: dict[str, tuple[str, ...]] = {
-    "layers": (
-        "batch_norm", "flow_batch_norm", "group_norm", "identity", "layer_norm", "max_pool", "pool", "rms_norm",
-        "chain", "normalize",
-    ),
-    "networks": (
-        "cross_attention", "embedding", "gru", "lstm", "pointconv_encoder", "pyramid_dit", "self_attention",
-        "time_embedding", "token_dit", "transformer",
-    ),
+    "layers": ("identity", "pool", "chain"),
+    "networks": ("cross_attention", "embedding", "gru", "pointconv_encoder", "pyramid_dit", "self_attention", "token_dit"),
     "operations": (
-        "any", "all", "argmax", "argmin", "count", "gather", "kl_normal", "linspace", "onehot", "product", "scatter",
-        "scatter_sum", "sort", "split", "topk", "unique_edges", "bilinear", "nearest", "stencil5",
+        "argmin", "count", "gather", "kl_normal", "linspace", "product", "scatter", "scatter_sum", "split", "topk",
+        "unique_edges", "bilinear", "nearest", "stencil5",
     ),
     "times and schedules": ("cosine_schedule", "shift_time", "time", "trajectory", "adjoint"),
     "distributions": ("geometric", "poisson", "gamma", "beta", "dirichlet"),
     "masks": ("alternate", "checkerboard"),
-    "manifolds": ("sphere", "torus", "rotation", "ball"),
+    "manifolds": ("sphere", "torus", "ball"),
     "values of the mode": ("training",),
 }  # fmt: skip
 

@@ -59,7 +59,8 @@ def bins_first(x: Tensor, dim: int, *tables: Tensor) -> tuple[int, tuple[Tensor,
 
 def bin_count(before: Tensor, dim: int) -> Tensor:
     """How many bins lie before, kept as an axis of size 1 at `dim`."""
-    if before.numel() > 10_000 and before.shape[dim] < 256 and not torch.compiler.is_compiling():
+    # Asked first: a program that is traced for any batch must not look at its size.
+    if not torch.compiler.is_compiling() and before.numel() > 10_000 and before.shape[dim] < 256:
         return before.view(torch.uint8).sum(dim, keepdim=True, dtype=torch.uint8).long()  # vectorised
     return before.sum(dim, keepdim=True)
 
