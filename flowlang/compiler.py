@@ -122,6 +122,8 @@ def check_declarations(comp: Compilation, build: str | None) -> None:
             judged(comp, target, lambda c, t: at_fitting_size(c, t, check_model))
     for target in sorted(comp.module.declared(), key=lambda d: not sized_by_itself(d)):
         if target.kind in CHECKED_KINDS:
+            if any(isinstance(s, tree.Invalid) for s in target.declaration.body or ()):
+                continue  # told already, and what is left says nothing of the whole
             comp.facts[target.name] = CHECKED_KINDS[target.kind](target.declaration, comp.report)
         elif target.kind in LATER_KINDS:
             comp.report.add(
@@ -764,7 +766,7 @@ def describe_region(comp: Compilation, region: Region) -> dict[str, Any]:
     if constant is not None:
         entry["contraction"] = constant
     if region.programs:
-        entry["data"] = {n: f"{word} {n}: {t}" for n, (word, t) in region.data.items()}
+        entry["data"] = {n: {"as": word, "type": str(t)} for n, (word, t) in region.data.items()}
         entry["programs"] = {
             n: {
                 "inputs": {str(p.graph[i].attrs["name"]): str(p.graph[i].type) for i in (*p.inputs, *p.context)},

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flowlang.backends.onnx.graph import REAL, Array, Body, Node, Value
+from flowlang.backends.onnx.graph import REAL, Array, Body, Node, Value, readers_of
 
 LINEAR = {"Conv": 1, "ConvTranspose": 1, "MatMul": -1}  # op -> the axis of the units in its result
 STEPS = ("Add", "Sub", "Mul", "Div")
@@ -23,11 +23,7 @@ class Affine:
 
 def fold_affine(part: Body, uses: Counter[int]) -> None:
     """Folds chains of sums and products with numbers for each unit into the convolution or matrix before them."""
-    readers: dict[int, list[Node]] = {}
-    for node in part.nodes:
-        for v in node.inputs:
-            if v is not None:
-                readers.setdefault(id(v), []).append(node)
+    readers = readers_of(part)
     gone: set[int] = set()
     for node in part.nodes:
         axis = LINEAR.get(node.op)

@@ -86,6 +86,15 @@ def use_counts(body: Body) -> Counter[int]:
     return uses
 
 
+def readers_of(part: Body) -> dict[int, list[Node]]:
+    """The nodes of one body that read each value, by its id; each once."""
+    found: dict[int, list[Node]] = {}
+    for node in part.nodes:
+        for v in {id(v): v for v in node.inputs if v is not None}.values():
+            found.setdefault(id(v), []).append(node)
+    return found
+
+
 def broadcast(*shapes: Shape) -> Shape:
     """The common shape, numpy's rule; a symbolic dim wins over 1."""
     rank = max(len(s) for s in shapes)

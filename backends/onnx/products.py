@@ -9,21 +9,14 @@ bias is its row of the weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flowlang.backends.onnx.graph import FOLD, REAL, Array, Body, Node, Value
+from flowlang.backends.onnx.graph import FOLD, REAL, Array, Body, Node, Value, readers_of
 
 FUSED = {"Relu", "Tanh", "Sigmoid", "LeakyRelu"}  # what runtimes compute together with a product
-HIDDEN = {
-    "Relu": 1.0,
-    "LeakyRelu": 1.0,
-    "Elu": 1.0,
-    "Softplus": 1.0,
-    "Sigmoid": 1.0,
-    "Tanh": 1.0,
-}  # what the unit reads
+HIDDEN = {*FUSED, "Elu", "Softplus"}  # what a unit that always gives the same number may go through
+READ = 1.0  # what that unit reads: none of them gives 0 there
 LANE = 16  # columns that a product computes at a time: one more is free up to a multiple
 
 
@@ -32,14 +25,6 @@ def fuse_products(part: Body, uses: Counter[int], dtype: str) -> None:
     if any(node.op == "Gemm" for node in part.nodes):
         split_layers(part, uses)
         add_into_layers(part, uses, dtype)
-
-
-def readers_of(part: Body) -> dict[int, list[Node]]:
-    found: dict[int, list[Node]] = {}
-    for node in part.nodes:
-        for v in {id(v): v for v in node.inputs if v is not None}.values():
-            found.setdefault(id(v), []).append(node)
-    return found
 
 
 def layer_of(v: Value, here: set[int]) -> Node | None:
@@ -131,13 +116,14 @@ class Sums:
             step = self.summed(node) or self.moved(node)
             if step is None:
                 continue
-            hidden, weights = step.product.inputs[:2]
+            hidden = step.product.inputs[0]
             assert hidden is not None
-            assert weights is not None
             unit = self.unit(hidden) if step.bias.any() else None
             if step.bias.any() and unit is None:
                 continue
-            made = np.asarray(step.product.inputs[1].array) * step.scale  # type: ignore[union-attr]  # the unit's row in it
+            weights = step.product.inputs[1]  # with the unit's row
+            assert weights is not None
+            made = np.asarray(weights.array) * step.scale
             if unit is not None:
                 made[unit.at[id(hidden)]] += step.bias / unit.number
             gone.add(id(step.product))
@@ -186,7 +172,8 @@ class Sums:
         number = constant.array
         if node.outputs[0].shape != added.shape or number.size not in (1, width) or number.ndim > 1:
             return None
-        none = np.zeros(width)  # type: ignore[arg-type]
+        assert isinstance(width, int)
+        none = np.zeros(width)
         if node.op in ("Add", "Sub"):
             return Step(product, 1.0, none + (number if node.op == "Add" else -number), added, share)
         if number.size != 1:
@@ -210,10 +197,10 @@ class Sums:
         layer = self.product(before)
         if (
             act is None
+            or act.group is not None
             or layer is None
             or before is None
             or layer_of(before, self.here) is None
-            or act.group is not None
         ):
             return None
         weights, bias = matrix(layer)
@@ -236,17 +223,18 @@ class Sums:
                 widths = [x.shape[-1] for x in node.inputs[: node.inputs.index(value)] if x is not None]
                 at[id(joined)] = at[id(value)] + sum(n for n in widths if isinstance(n, int))
                 order.append(joined)
-        one = HIDDEN[act.op]
-        w, b = np.pad(weights, ((0, 0), (0, 1))), np.append(bias, one)
+        w, b = np.pad(weights, ((0, 0), (0, 1))), np.append(bias, READ)
         layer.inputs = [layer.inputs[0], renewed(layer.inputs[1], w), renewed(layer.inputs[2], b)]
         for node, row in places:
             old = node.inputs[1]
             assert old is not None
             node.inputs[1] = renewed(old, np.insert(np.asarray(old.array), row, 0.0, axis=0))
         for value in [before, *order]:
-            value.shape = (*value.shape[:-1], value.shape[-1] + 1)  # type: ignore[operator]  # a layer's width is a number
+            width = value.shape[-1]
+            assert isinstance(width, int)
+            value.shape = (*value.shape[:-1], width + 1)
         attrs = {k: a for k, a in act.attrs.items() if k == "alpha"}
-        return Constant(at, float(FOLD[act.op](np.float64(one), **attrs)))
+        return Constant(at, float(FOLD[act.op](np.float64(READ), **attrs)))
 
 
 def is_product(node: Node) -> bool:
@@ -267,4 +255,4 @@ def renewed(old: Value | None, array: Array) -> Value:
     return replace(old, shape=array.shape, array=array) if old is not None else Value(array.shape, REAL, array)
 
 
-__all__: Sequence[str] = ["fuse_products"]
+__all__ = ["fuse_products"]

@@ -10,7 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from flowlang.backends.onnx.graph import INT, Array, Body, Node, Value, every_node, permuted, turned, use_counts
+from flowlang.backends.onnx.graph import (
+    INT,
+    Array,
+    Body,
+    Node,
+    Value,
+    every_node,
+    permuted,
+    readers_of,
+    turned,
+    use_counts,
+)
 
 ENTRYWISE = {
     "Abs", "Add", "And", "Clip", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Greater", "GreaterOrEqual", "LeakyRelu",
@@ -78,11 +89,7 @@ class Search:
 
     def __init__(self, part: Body, whole: Body):
         self.part, self.whole, self.uses = part, whole, use_counts(whole)
-        self.here = {id(n) for n in part.nodes}
-        self.readers: dict[int, list[Node]] = {}
-        for node in part.nodes:
-            for v in {id(v): v for v in node.inputs if v is not None}.values():
-                self.readers.setdefault(id(v), []).append(node)
+        self.here, self.readers = {id(n) for n in part.nodes}, readers_of(part)
         self.work: list[Value] = []
 
     def plan(self, first: Node) -> Plan | None:

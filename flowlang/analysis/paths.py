@@ -13,7 +13,7 @@ from typing import Any
 import sympy as sp
 from sympy.core.function import AppliedUndef
 
-from flowlang.elaborate.paths import lies_between
+from flowlang.elaborate.paths import lies_between, scale_and_mean
 
 t, x0, x1 = sp.symbols("t x0 x1", real=True)
 x = sp.Symbol("x", real=True)
@@ -79,13 +79,9 @@ class SymbolicPath:
 
     @cached_property
     def gaussian(self) -> tuple[Any, Any] | None:
-        """(μ, σ) of x_t = μ(t, x1) + σ(t, x1)·x0, where networks may read t and x1; None for another form."""
-        if any(f.has(x0) for f in self.networks):
-            return None
-        sigma = tidy(sp.diff(self.expression, x0))
-        if sigma == 0 or sigma.has(x0):
-            return None
-        return tidy(self.expression.subs(x0, 0)), sigma
+        """(σ, μ) of x_t = σ(t, x1)·x0 + μ(t, x1), where networks may read t and x1; None for another form."""
+        found = scale_and_mean(self.expression)
+        return None if found is None else (tidy(found[0]), tidy(found[1]))
 
     @cached_property
     def field(self) -> Any:

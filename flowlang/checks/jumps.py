@@ -22,6 +22,7 @@ MOVED = ("rename", "order", "expand", "identity")
 
 
 def check_jumps(uses: Iterable[JumpUse], report: Report) -> None:
+    judged: dict[int, dict[str, Any]] = {}  # solvers, each once
     for use in uses:
         if use.region.broken:
             continue
@@ -46,7 +47,9 @@ def check_jumps(uses: Iterable[JumpUse], report: Report) -> None:
                     suggestion="make them of `path.rate` and probabilities, or take `max(.., 0)`",
                 )
             )  # fmt: skip
-        facts = jump_facts(use.solver, Report())
+        if id(use.solver) not in judged:
+            judged[id(use.solver)] = jump_facts(use.solver, Report())
+        facts = judged[id(use.solver)]
         size = use.graph[use.rates].tensor.size(ROW)
         most = found.hi * (size - 1) * use.h
         if facts.get("valid") == "small_steps" and not most <= 1:

@@ -54,7 +54,7 @@ def check_path(declaration: tree.Declaration, report: Report, given: Mapping[str
     else:
         facts = {"velocity": text(path.velocity), "affine": path.affine is not None}
     if path.affine is None and path.gaussian is not None:
-        facts["mean"], facts["scale"] = (text(e) for e in path.gaussian)
+        facts["scale"], facts["mean"] = (text(e) for e in path.gaussian)
     if path.affine is not None:
         facts["alpha"], facts["sigma"] = (text(e) for e in path.affine)
     facts["endpoint"] = max(end_error(path, time) for time in ((1,) if prior is not None else (0, 1)))

@@ -312,7 +312,7 @@ def draw_signal(comp: Any, flow: str | None, out: str | None) -> None:
 @json_option
 def std(name: str | None, as_json: bool) -> None:
     """List the standard library and the built-in names, or show one entry's text."""
-    from flowlang.catalogue import FORMS, entries, entry_text
+    from flowlang.catalogue import entries, entry_text
 
     if name is not None:
         click.echo(entry_text(name))
@@ -322,6 +322,7 @@ def std(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(found, ensure_ascii=False, indent=1))
         return
     from flowlang.cli.tables import table
+    from flowlang.elaborate.forms import FORMS
 
     rows = [[e["name"], e["kind"], e["family"], e["summary"]] for e in found]
     rows += [[name, "built in", "", meaning] for name, (_, meaning) in sorted(FORMS.items())]

@@ -40,7 +40,7 @@ def info_text(declarations: list[dict[str, Any]]) -> str:
     for d in declarations:
         head = f"{d['kind']} {d['name']}"
         if "data" in d:
-            head += f": {', '.join(d['data'].values())}"
+            head += ": " + ", ".join(f"{v['as']} {n}: {v['type']}" for n, v in d["data"].items())
         elif "inputs" in d:
             given = f" given {', '.join(d['context'])}" if d["context"] else ""
             head += f": {', '.join(d['inputs'])}{given} -> {', '.join(d['outputs'])}"

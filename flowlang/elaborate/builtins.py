@@ -751,10 +751,7 @@ def onehot(body: Body, args: Arguments) -> Any:
     axis, count = sized_axis(body, args, "onehot")
     if body.b.type(k).has(axis):
         raise body.fail("FL0307", f"axis `{axis}` is there already", args.spans[0], suggestion="name another axis")
-    both = (*((a.name, a.size) for a in body.b.type(k).axes), (axis, count))
-    i = body.b.op("expand", body.b.op("index", axis=axis, size=count), axes=both)
-    same = body.b.op("eq", body.b.op("expand", k, axes=both), i)
-    return body.node("where", same, body.b.const(1.0), body.b.const(0.0), span=span(args))
+    return Tensor(body.b.onehot(k, axis, count), body)
 
 
 def checker(body: Body, args: Arguments) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flowlang.diagnostics import FlowError
 from flowlang.elaborate.calls import Arguments, apply
 from flowlang.elaborate.jumps import is_jump, jumps
+from flowlang.elaborate.stepping import refuse_words
 from flowlang.elaborate.steps import Rule, step_rule
 from flowlang.elaborate.stochastic import SENSES, is_stochastic, stochastic
 from flowlang.elaborate.tableaus import read_tableau, tableau_of
@@ -58,7 +59,8 @@ def integrate(body: Body, args: Arguments) -> Any:
     solver = args.keywords.get("solver", args.positional[2] if len(args.positional) == 3 else None)
     x = state_of(body, args.positional[1], args.spans[1])
     solver = solver_instance(body, solver, span)
-    if jumping(body, args, solver):
+    assert isinstance(solver.target, Declared)
+    if is_jump(solver.target.declaration):
         return jumps(body, args, solver, x, step_times(body, solver, (start, stop)))
     if noisy(body, args, solver):
         return stochastic(body, args, solver, x, (start, stop), step_times(body, solver, (start, stop)))
@@ -251,22 +253,6 @@ def solver_instance(body: Body, solver: Any, span: Span) -> Instance:
     return solver
 
 
-def jumping(body: Body, args: Arguments, solver: Instance) -> bool:
-    """Whether entries jump among whole numbers; then what an equation has is out of place."""
-    assert isinstance(solver.target, Declared)
-    if not is_jump(solver.target.declaration):
-        return False
-    for word in ("noise", "sense", "probes"):
-        if word in args.keywords:
-            raise body.fail(
-                "FL0202",
-                f"`{word}` is for equations, and `{solver.target.name}` solves processes of jumps",
-                args.keyword_spans[word],
-                suggestion=f"leave `{word}` out",
-            )
-    return True
-
-
 def noisy(body: Body, args: Arguments, solver: Instance) -> bool:
     """Whether the equation has noise; the solver has to be for the one or the other."""
     assert isinstance(solver.target, Declared)
@@ -285,14 +271,8 @@ def noisy(body: Body, args: Arguments, solver: Instance) -> bool:
             solver.span,
             suggestion="give it, as in `noise = 0.5`, or use `rk4`",
         )
-    for word in ("sense", "increments"):
-        if word in args.keywords and not made:
-            raise body.fail(
-                "FL0202",
-                f"`{word}` is for equations with noise",
-                args.keyword_spans[word],
-                suggestion=f"leave `{word}` out, or give `noise`",
-            )
+    if not made:
+        refuse_words(body, args, ("sense", "increments"), "equations with noise", "leave `{}` out, or give `noise`")
     return made
 
 

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowlang.elaborate.body import Body
-from flowlang.elaborate.calls import Arguments, apply, instance_of
+from flowlang.elaborate.calls import Arguments, apply
 from flowlang.elaborate.paths import token_axis
-from flowlang.elaborate.stepping import Step, draws, given_noise, grid, refuse_options, refuse_state, run_steps
+from flowlang.elaborate.stepping import (
+    DETERMINED,
+    Step,
+    draws,
+    given_noise,
+    grid,
+    refuse_state,
+    refuse_words,
+    run_steps,
+)
 from flowlang.elaborate.steps import fitted
 from flowlang.elaborate.values import Builtin, Declared, Instance, Poison, Poisoned, Tensor
 from flowlang.ir.distributions import noise
@@ -56,8 +65,9 @@ def jumps(body: Body, args: Arguments, solver: Instance, x: Tensor, times: tuple
     if times[-1] < times[0]:
         raise body.fail("FL0305", "a process of jumps runs forwards", args.keyword_spans.get("t", span),
                         suggestion="for the way back write its rates at 1 - t, as in `path.rate(1 - t, x, noise = p)`")  # fmt: skip
-    refuse_options(body, args, "trajectories of equations", "")
     declaration = solver.target.declaration
+    what = f"equations, and `{declaration.name}` solves processes of jumps"
+    refuse_words(body, args, (*DETERMINED, "noise", "sense", "probes"), what)
     refuse_state(body, declaration, solver, "x, t and h")
     state, b = TensorType(x.type.axes), body.b
     start = x.id if x.type.kind == "real" else b.mul(x.id, b.const(1.0))
@@ -90,24 +100,17 @@ class Row:
 
     def __init__(self, body: Step, fn: Any, x: int, t: int, span: Span):
         self.body, self.x, self.t, self.span = body, x, t, span
-        fn = instance_of(body.elab, fn, span)
-        if isinstance(fn, Instance) and fn.owner is None:
-            fn.owner, fn.name, fn.label = body, body.fresh_child_name(fn.target.name), fn.label or "rate"
-        self.fn = fn
+        self.fn = body.owned(fn, "rate", span)
         b = body.b
-        state = b.type(x)
         self.given = self.rates(t)
         self.type = b.type(self.given)
-        size = self.type.size(ROW)
-        self.index = b.op("index", axis=ROW, size=size)
-        self.here = self.along(b.op("eq", x, self.index))
-        self.place = b.op("where", self.here, b.const(1.0), b.const(0.0))
-        self.state = state
-        self.size = size
+        self.size = self.type.size(ROW)
+        self.index = b.op("index", axis=ROW, size=self.size)
+        self.here = b.op("eq", x, self.index)
+        self.place = b.onehot(x, ROW, self.size)
 
     def along(self, id: int) -> int:
-        b = self.body.b
-        return id if b.type(id).names == self.type.names else b.op("order", id, names=self.type.names)
+        return self.body.b.op("order", id, names=self.type.names)
 
     def rates(self, t: int) -> int:
         """The rates that are given at a time, along `V`."""
@@ -123,8 +126,7 @@ class Row:
                 raise body.fail("FL0307", f"`{ROW}` is the axis of the values that entries jump among, and x has an axis of that name", self.span,
                                 suggestion="rename it in x")  # fmt: skip
             id = b.op("rename", id, pairs=((axis, ROW),))
-        names = (*state.names, ROW)
-        return id if b.type(id).names == names else b.op("order", id, names=names)
+        return b.op("order", id, names=(*state.names, ROW))
 
     def rate(self, body: Body, args: Arguments) -> Any:
         """`rate(x, t)`: rates of jumps from where the entry is, and what makes them sum to 0."""
@@ -152,7 +154,7 @@ class Row:
         mark = b.mul(chance, b.op("sum", shares, axes=(ROW,)))
         passed = b.op("and", self.along(b.op("ge", mark, summed)), b.op("lt", self.index, b.const(self.size - 1.0)))
         counted = b.op("sum", b.op("where", self.along(passed), b.const(1.0), b.const(0.0)), axes=(ROW,))
-        return counted if b.type(counted).names == self.state.names else b.op("order", counted, names=self.state.names)
+        return b.op("order", counted, names=b.type(self.x).names)
 
 
 __all__ = ["JumpUse", "is_jump", "jumps"]

@@ -131,11 +131,6 @@ def is_identity(e: tree.Binary, nets: tuple[str, ...]) -> bool:
     )  # fmt: skip
 
 
-def symbolic(declaration: tree.Declaration, given: Mapping[str, Any] | None = None) -> Any:
-    """x_t in sympy's symbols t, x0, x1; raises NotPlain where the body is more than a formula in them."""
-    return read_path(declaration, given).place
-
-
 # ---- paths as functions of tensors --------------------------------------------------------------
 
 PREDICTIONS = ("velocity", "data", "noise", "score")
@@ -326,7 +321,7 @@ def convert(body: Body, fn: PathFunction, form: PathForm, args: Arguments) -> An
     env = {n: body.tensor(v, where.get(n, args.span)) for n, v in values.items()}
     body.b.span = args.span
     env["t"] = body.b.op("within", env["t"], lo=0.0, hi=1.0)
-    gaussian = scale_and_mean(form)
+    gaussian = None if form.place is None else scale_and_mean(form.place)
     if known[0] == "data" and gaussian is not None and (form.nets or sp.diff(gaussian[1], ends_of()["x1"], 2) != 0):
         return from_data(body, fn, form, gaussian, env, args.span)
     if form.nets:
@@ -365,19 +360,17 @@ def convert(body: Body, fn: PathFunction, form: PathForm, args: Arguments) -> An
     return body.wrap(body.b.add(*parts) if len(parts) == 2 else parts[0])
 
 
-def scale_and_mean(form: PathForm) -> tuple[Any, Any] | None:
+def scale_and_mean(place: Any) -> tuple[Any, Any] | None:
     """(σ, μ) of x_t = σ(t, x1)·x0 + μ(t, x1), entry by entry; None for another form. Networks may read t and x1 in both."""
     import sympy as sp
 
-    if form.place is None:
-        return None
     x0 = ends_of()["x0"]
-    if any(f.has(x0) for f in form.place.atoms(sp.core.function.AppliedUndef)):
+    if any(f.has(x0) for f in place.atoms(sp.core.function.AppliedUndef)):
         return None  # a network mixes entries: nothing is known of its inverse
-    sigma = sp.diff(form.place, x0)
-    if sp.diff(sigma, x0) != 0 or sigma == 0:
+    sigma = sp.diff(place, x0)
+    if sp.simplify(sp.diff(sigma, x0)) != 0 or sp.simplify(sigma) == 0:
         return None
-    return sigma, form.place.subs(x0, 0)
+    return sigma, place.subs(x0, 0)
 
 
 def from_data(
@@ -441,8 +434,7 @@ def jump_rate(body: Body, fn: PathFunction, form: PathForm, args: Arguments) -> 
     t, x, p = b.op("within", env["t"], lo=0.0, hi=1.0), env["x"], env[known[0]]
     axis = token_axis(body, b.type(p), b.type(x), where[known[0]])
     pace = sp.diff(form.weights[1], sp.Symbol("t", real=True)) / form.weights[known[0] == "noise"]
-    here = b.op("where", b.op("eq", x, b.op("index", axis=axis, size=b.type(p).size(axis))), b.const(1.0), b.const(0.0))
-    here = b.op("order", here, names=b.type(p).names) if b.type(here).names != b.type(p).names else here
+    here = b.op("order", b.onehot(x, axis, b.type(p).size(axis)), names=b.type(p).names)
     # The pace is shown not to fall below 0 where the path is declared; `max` tells the intervals.
     speed = b.op("max", Formula(body, {"t": t}, fn, args.span).emit(sp.simplify(pace)), b.const(0.0))
     return body.wrap(b.mul(speed, b.sub(p, here)))

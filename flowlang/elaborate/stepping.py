@@ -6,13 +6,13 @@ exported model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from flowlang.elaborate.body import Body, Fail, Poisoned
-from flowlang.elaborate.calls import Arguments, parameters_of
+from flowlang.elaborate.calls import Arguments, instance_of, parameters_of
 from flowlang.elaborate.values import Declared, Instance, Tensor
 from flowlang.ir.graph import Graph, Region
 from flowlang.ir.types import TensorType, TupleType
@@ -28,6 +28,13 @@ class Step(Body):
         module = solver.target.module
         anchor = (outer.anchor if outer.module.source.library else solver.span) if module.source.library else None
         super().__init__(outer.elab, region, module, anchor=anchor, enclosing=outer)
+
+    def owned(self, fn: Any, label: str, span: Span) -> Any:
+        """A function that the rule calls; a fresh network is one network, of the step."""
+        fn = instance_of(self.elab, fn, span)
+        if isinstance(fn, Instance) and fn.owner is None:
+            fn.owner, fn.name, fn.label = self, self.fresh_child_name(fn.target.name), fn.label or label
+        return fn
 
 
 @dataclass(frozen=True)
@@ -72,21 +79,21 @@ def refuse_state(body: Body, declaration: tree.Declaration, solver: Instance, al
     if any(isinstance(s, tree.Declare) and s.word == "state" for s in parts(declaration.body or ())):
         raise body.fail(
             "FL0902",
-            f"`{declaration.name}` has noise and `state`, which has no meaning yet",
+            f"`{declaration.name}` draws and has `state`, which has no meaning yet",
             solver.span,
             suggestion=f"write one step by {alone} alone",
         )
 
 
-def refuse_options(body: Body, args: Arguments, what: str, instead: str) -> None:
-    """What serves trajectories that are determined by their start."""
-    for other in ("at", "log_det", "trace", "gradient"):
-        if other in args.keywords:
+DETERMINED = ("at", "log_det", "trace", "gradient")  # what serves trajectories that their start determines
+
+
+def refuse_words(body: Body, args: Arguments, words: Iterable[str], what: str, advice: str = "leave `{}` out") -> None:
+    """Refuses arguments of `integrate` that belong to something else."""
+    for word in words:
+        if word in args.keywords:
             raise body.fail(
-                "FL0202",
-                f"`{other}` is for {what}",
-                args.keyword_spans[other],
-                suggestion=f"leave `{other}` {instead}out",
+                "FL0202", f"`{word}` is for {what}", args.keyword_spans[word], suggestion=advice.format(word)
             )
 
 
@@ -106,7 +113,7 @@ def given_noise(body: Body, args: Arguments, type_: TensorType, axis: str) -> in
         )  # fmt: skip
     if steps[0].name != axis:
         id = b.op("rename", id, pairs=((steps[0].name, axis),))
-    return id if b.type(id).names == type_.names else b.op("order", id, names=type_.names)
+    return b.op("order", id, names=type_.names)
 
 
 def run_steps(

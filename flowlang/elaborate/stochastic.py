@@ -10,8 +10,18 @@ from math import sqrt
 from typing import Any
 
 from flowlang.elaborate.body import Body, Poisoned
-from flowlang.elaborate.calls import Arguments, apply, instance_of
-from flowlang.elaborate.stepping import Grid, Step, draws, given_noise, grid, refuse_options, refuse_state, run_steps
+from flowlang.elaborate.calls import Arguments, apply
+from flowlang.elaborate.stepping import (
+    DETERMINED,
+    Grid,
+    Step,
+    draws,
+    given_noise,
+    grid,
+    refuse_state,
+    refuse_words,
+    run_steps,
+)
 from flowlang.elaborate.steps import fitted
 from flowlang.elaborate.values import POISON, Builtin, Declared, Instance, Pending, Poison, Tensor, Tuple, describe
 from flowlang.ir.distributions import noise
@@ -51,7 +61,7 @@ def stochastic(
             "FL0410", "an equation with noise draws its path, and only programs of a model draw", span,
             suggestion="write it in a `def` of a `model`; without `noise` it is a bijection",
         )  # fmt: skip
-    refuse_options(body, args, "equations without noise", "or `noise` ")
+    refuse_words(body, args, DETERMINED, "equations without noise", "leave `{}` or `noise` out")
     state = TensorType(x.type.axes)
     assert isinstance(solver.target, Declared)
     declaration = solver.target.declaration
@@ -123,7 +133,7 @@ class Equation:
     def __init__(
         self,
         body: Body,
-        inner: Body,
+        inner: Step,
         args: Arguments,
         state: TensorType,
         extra: tuple[Axis, ...],
@@ -132,15 +142,9 @@ class Equation:
         self.inner, self.state, self.extra, self.ends = inner, state, extra, ends
         assert inner.region.span is not None
         self.where = inner.region.span
-        self.fns = {"v": self.owned(args.positional[0], "v"), "g": self.owned(args.keywords["noise"], "g")}
+        given = {"v": args.positional[0], "g": args.keywords["noise"]}
+        self.fns = {name: inner.owned(fn, name, self.where) for name, fn in given.items()}
         self.steep = False
-
-    def owned(self, fn: Any, label: str) -> Any:
-        """A fresh network is one network, of the step."""
-        fn = instance_of(self.inner.elab, fn, self.where)
-        if isinstance(fn, Instance) and fn.owner is None:
-            fn.owner, fn.name, fn.label = self.inner, self.inner.fresh_child_name(fn.target.name), fn.label or label
-        return fn
 
     def value(self, b: Body, name: str, args: Arguments) -> Any:
         """The function's value; times are held within those of the equation, which rounding may leave."""

@@ -135,6 +135,11 @@ class Builder:
         """Broadcast to a type that has at least the axes of the value, and in its order."""
         return self.op("expand", id, axes=tuple((a.name, a.size) for a in type.axes))
 
+    def onehot(self, id: int, axis: str, size: int) -> int:
+        """1 where the index along a new axis is the whole number, 0 elsewhere."""
+        same = self.op("eq", id, self.op("index", axis=axis, size=size))
+        return self.op("where", same, self.const(1.0), self.const(0.0))
+
     def total(self, id: int, over: Sequence[Axis]) -> int:
         """The value expanded over axes and summed: missing axes become a factor."""
         have = set(self.type(id).names)

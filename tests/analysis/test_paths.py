@@ -8,7 +8,7 @@ import sympy as sp
 from flowlang.analysis.paths import SymbolicPath, conversions
 from flowlang.checks.paths import check_path
 from flowlang.diagnostics import Report
-from flowlang.elaborate.paths import symbolic
+from flowlang.elaborate.paths import read_path
 from flowlang.library import standard_library
 from flowlang.source import Source
 from flowlang.syntax import tree
@@ -38,7 +38,7 @@ def test_library_path_passes_and_has_the_velocity_of_finite_differences(name: st
     assert not list(report)
     assert facts["affine"]
     assert facts["snr_monotone"]
-    path = SymbolicPath(symbolic(LIBRARY[name]))
+    path = SymbolicPath(read_path(LIBRARY[name]).place)
     f = sp.lambdify(sp.symbols("t x0 x1", real=True), path.expression)
     v = sp.lambdify(sp.symbols("t x0 x1", real=True), path.velocity)
     for time in (0.1, 0.37, 0.8):
@@ -57,7 +57,7 @@ CLOSED = {
 
 @pytest.mark.parametrize("name", CLOSED)
 def test_signal_and_noise_levels_are_the_published_ones(name: str) -> None:
-    affine = SymbolicPath(symbolic(LIBRARY[name])).affine
+    affine = SymbolicPath(read_path(LIBRARY[name]).place).affine
     assert affine is not None
     t = sp.Symbol("t", real=True)
     for time in (0.2, 0.5, 0.9):
@@ -68,7 +68,7 @@ def test_signal_and_noise_levels_are_the_published_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_conversions_agree_on_points_of_the_path(name: str) -> None:
-    path = SymbolicPath(symbolic(LIBRARY[name]))
+    path = SymbolicPath(read_path(LIBRARY[name]).place)
     assert path.affine is not None
     table = conversions(path)
     names = {n: sp.Symbol(n, real=True) for n in ("t", "x", "x0", "x1", "v", "s")}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import flowlang as fl
-from flowlang.elaborate.paths import symbolic
+from flowlang.elaborate.paths import read_path
 from tests.catalogue.programs import same_in_onnx
 from tests.library.registry import declaration
 
@@ -59,7 +59,7 @@ def card_paths() -> dict[str, tuple[Any, Any]]:
 def test_item_1_rate_of_the_conditional_flow_is_its_field(name: str) -> None:
     t, x0, x1 = sp.symbols("t x0 x1", real=True)
     arguments = {p.name: p.default.value for ps in declaration(name).parameters for p in ps if p.default is not None}
-    found = symbolic(declaration(name), {k: sp.Rational(str(v)) for k, v in arguments.items()})
+    found = read_path(declaration(name), {k: sp.Rational(str(v)) for k, v in arguments.items()}).place
     mean, scale = card_paths()[name]
     psi = scale * x0 + mean
     assert sp.simplify(found - psi) == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 import flowlang as fl
 from flowlang.analysis.size import parameter_count
 from flowlang.api import analyse
-from flowlang.elaborate.paths import symbolic
+from flowlang.elaborate.paths import read_path
 from tests.catalogue.programs import same_in_onnx
 from tests.library.registry import declaration
 
@@ -56,7 +56,7 @@ def test_item_1_ends_initial_velocity_and_constant_acceleration() -> None:
         second = torch.autograd.functional.jacobian(rate, torch.tensor(t, dtype=F64))
         torch.testing.assert_close(second, 2 * (x1 - x0) - 2 * v0)
     t, a, b = sp.symbols("t x0 x1", real=True)
-    path = symbolic(declaration("caf_path"), {"alpha": sp.Rational(3, 2)})
+    path = read_path(declaration("caf_path"), {"alpha": sp.Rational(3, 2)}).place
     assert path.subs(t, 0).equals(a)
     assert path.subs(t, 1).equals(b)
     assert sp.diff(path, t).subs(t, 0).equals(sp.Rational(3, 2) * (b - a))
